@@ -1,0 +1,93 @@
+"""Fixtures and rules of every level: what a test may need, and what no test may leave behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+LEVELS = 7
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _missing(need: str) -> str | None:
+    if need == "root":
+        return None if os.geteuid() == 0 else "not root"
+    if need == "fuse":
+        return None if os.access("/dev/fuse", os.R_OK | os.W_OK) else "/dev/fuse is not usable"
+    if need == "tracefs":
+        return None if Path("/sys/kernel/tracing").is_dir() else "the kernel has no tracefs"
+    raise ValueError(f"unknown need {need!r}")
+
+
+def needs(*what: str) -> Callable[[_F], _F]:
+    """Skip the test, saying why, where one of root, fuse, tracefs is not there."""
+    reasons = [reason for need in what if (reason := _missing(need)) is not None]
+    mark = pytest.mark.skipif(bool(reasons), reason=f"needs {', '.join(what)}: {reasons}")
+    return lambda test: mark(test)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-levels",
+        action="store_true",
+        help="fail if a level t0..t6 ran no test or skipped one, as CI demands",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        match = re.match(r"t(\d)_", item.path.name)
+        if match:
+            item.add_marker(pytest.mark.level(int(match[1])))
+
+
+class LevelGuard:
+    """Counts what passed and was skipped per level; a silent level is a failed run."""
+
+    def __init__(self) -> None:
+        self.passed: Counter[str] = Counter()
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed[Path(report.fspath).name[:2]] += 1
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        silent = [f"t{level}" for level in range(LEVELS) if not self.passed[f"t{level}"]]
+        if silent or self.skipped:
+            print(
+                f"\n--all-levels: levels without a passed test: {silent}; skipped: {self.skipped}"
+            )
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all-levels"):
+        config.pluginmanager.register(LevelGuard(), "level-guard")
+
+
+@pytest.fixture(autouse=True)
+def _no_unexpected_log(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> Iterator[None]:
+    """A warning or worse that the test did not ask for fails it (mark: ``expects_log``)."""
+    yield
+    if request.node.get_closest_marker("expects_log"):
+        return
+    unexpected = [
+        record.getMessage()
+        for when in ("setup", "call")
+        for record in caplog.get_records(when)
+        if record.levelno >= logging.WARNING
+    ]
+    assert not unexpected, f"unexpected log lines: {unexpected}"

@@ -1,0 +1,59 @@
+"""The ``xipfs`` command: one verb a module; a verb has ``configure(parser)`` and ``run(args)``.
+
+Exit codes: 0 done, 1 it failed (or a comparison differs), 2 the command line or an input is wrong,
+130 interrupted. Errors go to standard error as one line starting with ``xipfs VERB:``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from xipfs import __version__
+from xipfs.errors import XipfsError
+
+#: verb: one line of help. The module of the same name is imported only when its verb is used.
+VERBS: Final[dict[str, str]] = {
+    "mkfs": "make an image, optionally from a directory tree",
+}
+
+
+def run_verb(verb: str, prog: str, argv: Sequence[str]) -> int:
+    """Parse ``argv`` with the verb's own parser, run it, and return the exit code."""
+    module = importlib.import_module(f"xipfs.cli.{verb}")
+    summary = VERBS[verb]
+    parser = argparse.ArgumentParser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
+    module.configure(parser)
+    try:
+        code: int = module.run(parser.parse_args(argv))
+        sys.stdout.flush()
+    except XipfsError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) went away; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="xipfs",
+        description="A filesystem and mm model that make VM_MIXEDMAP visible.",
+        epilog="verbs:\n" + "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"xipfs {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB")
+    args = parser.parse_args(words[:1])
+    return run_verb(args.verb, f"xipfs {args.verb}", words[1:])

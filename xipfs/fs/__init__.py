@@ -1,0 +1,1 @@
+"""The filesystem: names, bytes and placement, without FUSE types and without await."""

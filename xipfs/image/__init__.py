@@ -1,0 +1,1 @@
+"""The image format: superblock, journal, allocator, inodes, mkfs."""

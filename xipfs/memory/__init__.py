@@ -1,0 +1,1 @@
+"""Physical memory: the NVRAM region, RAM frames with struct pages, one pfn space over both."""

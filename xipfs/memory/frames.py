@@ -1,0 +1,171 @@
+"""RAM frames and their struct pages, in one pfn space with NVRAM (rules P1, P2, P4, P5, P7).
+
+The pfn space, lowest pfn first:
+
+    [0, ram_pages)                  page-cache RAM: what ``-o ram=`` bounds; a memmap covers it
+    [ram_pages, + anon_pages)       the machine's other RAM, where anonymous (COW) pages come from
+    ... up to a section boundary    a hole
+    [nvram_base_pfn, + nvram_pages) the region: no struct page, pfn_valid() is false (rule P2)
+
+A struct page here is one element of two parallel arrays, ``refcount`` and ``mapcount``, indexed by
+pfn. They end where RAM ends, so an XIP frame cannot have one: it costs no memory by construction.
+mapcount is kept as the number of normal PTEs (the kernel stores it minus one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from xipfs.errors import OutOfFramesError, UsageError
+from xipfs.units import PAGE_SIZE, PAGES_PER_SECTION, Pfn
+
+#: sizeof(struct page) that rule P4 derives: 2.6 on 32 bits, 2.6/6.12 on 64 bits, 6.12 with memcg.
+STRUCT_PAGE_SIZES: Final = (32, 56, 64)
+
+
+@dataclass(frozen=True)
+class FrameStatistics:
+    """A snapshot of the pfn space; sizes in bytes, counts in 4 KiB pages."""
+
+    ram_pages: int
+    ram_free_pages: int
+    anon_used_pages: int
+    nvram_pages: int
+    struct_page_bytes: int
+
+    @property
+    def memmap_bytes(self) -> int:
+        """Struct pages of the page-cache RAM."""
+        return self.ram_pages * self.struct_page_bytes
+
+    @property
+    def memmap_saved_bytes(self) -> int:
+        """Struct pages the region would need if it had any."""
+        return self.nvram_pages * self.struct_page_bytes
+
+
+class FreeList:
+    """Free pfns of [start, start + count): a bump pointer, then a stack of what came back."""
+
+    def __init__(self, start: int, count: int) -> None:
+        self._next = start
+        self._end = start + count
+        self._returned: list[int] = []
+
+    def __len__(self) -> int:
+        return self._end - self._next + len(self._returned)
+
+    def pop(self) -> int | None:
+        """Return a free pfn, or None if there is none."""
+        if self._returned:
+            return self._returned.pop()
+        if self._next == self._end:
+            return None
+        self._next += 1
+        return self._next - 1
+
+    def push(self, pfn: int) -> None:
+        """Take ``pfn`` back."""
+        self._returned.append(pfn)
+
+
+class PhysicalMemory:
+    """The pfn space: who has a struct page, the counts, and the bytes of the page-cache RAM.
+
+    ``ram_pages`` frames hold page-cache pages and their bytes; ``anon_pages`` frames exist for
+    the model's anonymous pages and hold no bytes (a live process holds them itself).
+    """
+
+    def __init__(
+        self,
+        *,
+        ram_pages: int,
+        nvram_pages: int,
+        anon_pages: int = 1 << 20,
+        struct_page_bytes: int = 64,
+    ) -> None:
+        if struct_page_bytes not in STRUCT_PAGE_SIZES:
+            raise UsageError(
+                f"struct page of {struct_page_bytes} bytes", expected="one of 32, 56, 64"
+            )
+        if ram_pages < 1:
+            raise UsageError(
+                f"RAM of {ram_pages} pages", expected="at least one page of 4096 bytes"
+            )
+        self.ram_pages = ram_pages
+        self.anon_pages = anon_pages
+        self.nvram_pages = nvram_pages
+        self.struct_page_bytes = struct_page_bytes
+        with_struct_page = ram_pages + anon_pages
+        sections = -(-with_struct_page // PAGES_PER_SECTION)
+        self.nvram_base_pfn: Final = Pfn(sections * PAGES_PER_SECTION)
+        # np.zeros maps zero pages lazily: untouched frames cost the host nothing.
+        self.refcount: npt.NDArray[np.int32] = np.zeros(with_struct_page, np.int32)
+        self.mapcount: npt.NDArray[np.int32] = np.zeros(with_struct_page, np.int32)
+        self._bytes: npt.NDArray[np.uint8] = np.zeros((ram_pages, PAGE_SIZE), np.uint8)
+        self._ram_free = FreeList(0, ram_pages)
+        self._anon_free = FreeList(ram_pages, anon_pages)
+
+    def pfn_valid(self, pfn: int) -> bool:
+        """Return whether a struct page exists for ``pfn`` (rule P1)."""
+        return 0 <= pfn < self.refcount.size
+
+    def is_nvram(self, pfn: int) -> bool:
+        """Return whether ``pfn`` is a frame of the region."""
+        return self.nvram_base_pfn <= pfn < self.nvram_base_pfn + self.nvram_pages
+
+    def nvram_pfn(self, block: int) -> Pfn:
+        """Return the pfn of the region's page number ``block``."""
+        assert 0 <= block < self.nvram_pages, (block, self.nvram_pages)
+        return Pfn(self.nvram_base_pfn + block)
+
+    def alloc_ram(self) -> Pfn:
+        """Take a page-cache frame, refcount 1 (the cache's own); its old bytes are still in it."""
+        pfn = self._ram_free.pop()
+        if pfn is None:
+            raise OutOfFramesError(f"all {self.ram_pages} page-cache frames are in use")
+        assert self.refcount[pfn] == 0, (pfn, self.refcount[pfn])
+        self.refcount[pfn] = 1
+        return Pfn(pfn)
+
+    def alloc_anon(self) -> Pfn:
+        """Take a frame for an anonymous page, refcount 1."""
+        pfn = self._anon_free.pop()
+        if pfn is None:
+            raise OutOfFramesError(f"all {self.anon_pages} anonymous frames are in use")
+        assert self.refcount[pfn] == 0, (pfn, self.refcount[pfn])
+        self.refcount[pfn] = 1
+        return Pfn(pfn)
+
+    def get_page(self, pfn: int) -> None:
+        """Take one more reference (rule P7)."""
+        assert self.refcount[pfn] > 0, (pfn, "get_page of a free frame")
+        self.refcount[pfn] += 1
+
+    def put_page(self, pfn: int) -> None:
+        """Drop one reference; the last one frees the frame (rule P7)."""
+        assert self.refcount[pfn] > 0, (pfn, "put_page of a free frame")
+        self.refcount[pfn] -= 1
+        if self.refcount[pfn] == 0:
+            assert self.mapcount[pfn] == 0, (pfn, int(self.mapcount[pfn]))
+            (self._ram_free if pfn < self.ram_pages else self._anon_free).push(pfn)
+
+    def ram_bytes_of(self, pfn: int) -> npt.NDArray[np.uint8]:
+        """Return a writable view of a page-cache frame's bytes: uint8[4096]."""
+        assert 0 <= pfn < self.ram_pages, pfn
+        view: npt.NDArray[np.uint8] = self._bytes[pfn]
+        return view
+
+    def statistics(self) -> FrameStatistics:
+        """Return the pfn space's figures now."""
+        return FrameStatistics(
+            ram_pages=self.ram_pages,
+            ram_free_pages=len(self._ram_free),
+            anon_used_pages=self.anon_pages - len(self._anon_free),
+            nvram_pages=self.nvram_pages,
+            struct_page_bytes=self.struct_page_bytes,
+        )

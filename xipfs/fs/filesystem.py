@@ -1,0 +1,365 @@
+"""The filesystem: everything a mount or a tool can ask of an image, in one class.
+
+It is synchronous and knows nothing of FUSE. One thread at a time may call it; a call that returns
+has happened wholly, one that raises has changed nothing. Names are bytes, times nanoseconds, sizes
+and offsets bytes, pages 4 KiB. Expected failures raise FsError with the errno of the system call;
+damage raises ImageError (EIO) naming the structure and where it lies.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from xipfs.clock import Clock
+from xipfs.errors import FsError
+from xipfs.fs.content import Content
+from xipfs.fs.core import Core, attr_of
+from xipfs.fs.imagelock import ImageLock
+from xipfs.fs.namespace import Namespace
+from xipfs.fs.pagecache import PageHook
+from xipfs.fs.placement import Placement
+from xipfs.fs.reclaim import Reclaim
+from xipfs.fs.rename import Rename
+from xipfs.fs.types import Attr, PageKind, PageRun, PageState, StatFs, WriteOrigin
+from xipfs.fs.xattr import ExtendedAttributes
+from xipfs.image import layout
+from xipfs.image.volume import Volume
+from xipfs.memory.frames import PhysicalMemory
+from xipfs.memory.region import Buffer, Medium, Region
+from xipfs.units import PAGE_SHIFT, Pfn
+
+_TIME_MAX_NS = (1 << 63) - 1
+
+
+class Filesystem:
+    """One image, opened. Use ``open`` for an image file."""
+
+    def __init__(
+        self,
+        medium: Medium,
+        *,
+        image_path: Path,
+        ram_bytes: int,
+        struct_page_bytes: int,
+        clock: Clock,
+        lock: ImageLock | None,
+    ) -> None:
+        self.image_path = image_path
+        self._lock = lock
+        volume = Volume(medium, f"image {image_path}")
+        self.memory = PhysicalMemory(
+            ram_pages=ram_bytes >> PAGE_SHIFT,
+            nvram_pages=volume.superblock.block_count,
+            struct_page_bytes=struct_page_bytes,
+        )
+        self._core = Core(volume, self.memory, clock, read_only=not medium.writable)
+        self._content = Content(self._core)
+        self._placement = Placement(self._core, self._content)
+        self._reclaim = Reclaim(self._core)
+        self._names = Namespace(self._core, self._reclaim)
+        self._rename = Rename(self._core, self._names)
+        self._xattrs = ExtendedAttributes(self._core)
+        self._closed = False
+        if medium.writable:
+            volume.set_mounted(True)
+            self._reclaim.recover()
+
+    @classmethod
+    def open(
+        cls,
+        image_path: Path,
+        *,
+        ram_bytes: int,
+        struct_page_bytes: int = 64,
+        read_only: bool = False,
+        clock: Clock,
+    ) -> Filesystem:
+        """Lock and open the image file.
+
+        An image that was not closed cleanly is recovered first: its pending transaction is
+        finished and its orphans are freed (read-only: only shown so; nothing is written).
+        Raise ImageBusyError if another process has it, ImageError if it is not usable.
+        """
+        lock = ImageLock(image_path, exclusive=not read_only)
+        try:
+            region = Region(image_path, writable=not read_only)
+            return cls(
+                region,
+                image_path=image_path,
+                ram_bytes=ram_bytes,
+                struct_page_bytes=struct_page_bytes,
+                clock=clock,
+                lock=lock,
+            )
+        except BaseException:
+            lock.release()
+            raise
+
+    def close(self) -> None:
+        """Write every dirty page home, mark the image clean, bring it to disk, drop the lock."""
+        if self._closed:
+            return
+        if not self.read_only:
+            self._write_all_home()
+            # Unlinked files that were still held end with the mount.
+            self._core.holds.clear()
+            self._reclaim.recover()
+            self._core.volume.set_mounted(False)
+            self._core.medium.sync()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Drop everything as a crash of the process would: nothing is written any more."""
+        if not self._closed:
+            self._closed = True
+            self._core.medium.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    @property
+    def label(self) -> str:
+        """The image's label, as given to mkfs."""
+        return self._core.volume.superblock.label
+
+    @property
+    def read_only(self) -> bool:
+        """Whether every change is refused with EROFS."""
+        return self._core.read_only
+
+    @property
+    def medium(self) -> Medium:
+        """The medium beneath: its statistics tell what was stored, flushed and fenced."""
+        return self._core.medium
+
+    def set_hooks(self, *, on_unmap: PageHook, on_evict: PageHook) -> None:
+        """Install what is called around losing a frame.
+
+        ``on_unmap(ino, index)`` must zap every PTE of the page and drop the references that go
+        with them; ``on_evict(ino, index)`` tells that the page is not resident any more. Neither
+        may call the filesystem.
+        """
+        self._core.cache.on_unmap = on_unmap
+        self._core.cache.on_evict = on_evict
+
+    # Names
+
+    def lookup(self, parent: int, name: bytes) -> Attr:
+        """Return the attributes of ``name`` in directory ``parent``; ENOENT, ENOTDIR."""
+        return self._names.lookup(parent, name)
+
+    def readdir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
+        """Yield (name, attributes, next cookie) after ``cookie``, without . and .."""
+        return self._names.readdir(ino, cookie)
+
+    def readlink(self, ino: int) -> bytes:
+        """Return a symbolic link's target; EINVAL."""
+        return self._names.readlink(ino)
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Attr:
+        """Make a regular file, device, FIFO or socket; EEXIST, ENOSPC, ENAMETOOLONG."""
+        return self._names.mknod(parent, name, mode, rdev, uid, gid)
+
+    def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attr:
+        """Make a directory; EEXIST, ENOSPC, ENAMETOOLONG."""
+        return self._names.mkdir(parent, name, mode, uid, gid)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Attr:
+        """Make a symbolic link; EEXIST, ENOSPC, ENAMETOOLONG."""
+        return self._names.symlink(parent, name, target, uid, gid)
+
+    def link(self, ino: int, parent: int, name: bytes) -> Attr:
+        """Give a file one more name; EPERM for directories, EEXIST, ENOSPC, EMLINK."""
+        return self._names.link(ino, parent, name)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name; EISDIR, ENOENT."""
+        self._names.unlink(parent, name)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory; ENOTDIR, ENOTEMPTY, ENOENT."""
+        self._names.rmdir(parent, name)
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        """Rename as renameat2(2) with RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2)."""
+        self._rename.rename(parent, name, new_parent, new_name, flags)
+
+    # Inodes
+
+    def getattr(self, ino: int) -> Attr:
+        """Return the attributes of an inode; ENOENT."""
+        return attr_of(self._core.inode(ino))
+
+    def setattr(
+        self,
+        ino: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size_bytes: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> Attr:
+        """Change what is given: permission bits, owner, size, times; EFBIG, EISDIR, EROFS."""
+        self._core.check_writable()
+        if size_bytes is not None:
+            self._set_size(ino, size_bytes)
+        with self._core.change():
+            inode = self._core.inode(ino)
+            if mode is not None:
+                inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+            inode.uid = inode.uid if uid is None else uid
+            inode.gid = inode.gid if gid is None else gid
+            inode.atime_ns = inode.atime_ns if atime_ns is None else _clamped(atime_ns)
+            inode.mtime_ns = inode.mtime_ns if mtime_ns is None else _clamped(mtime_ns)
+            inode.ctime_ns = self._core.now_ns()
+            self._core.put(inode)
+        return attr_of(inode)
+
+    def hold(self, ino: int) -> None:
+        """Take a reference: the inode's storage stays while there is one, names or not."""
+        self._core.holds[ino] = self._core.holds.get(ino, 0) + 1
+
+    def drop(self, ino: int, count: int = 1) -> None:
+        """Give references back; the last one to an unlinked inode frees its storage."""
+        self._names.drop(ino, count)
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """Return an extended attribute's value; ENODATA."""
+        return self._xattrs.get(ino, name)
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """Return the names of all extended attributes."""
+        return self._xattrs.names(ino)
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an extended attribute; flags XATTR_CREATE (1), XATTR_REPLACE (2); ENOSPC."""
+        self._xattrs.set(ino, name, value, flags)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """Remove an extended attribute; ENODATA."""
+        self._xattrs.remove(ino, name)
+
+    # Bytes
+
+    def read(self, ino: int, offset: int, size: int) -> Buffer:
+        """Return up to ``size`` bytes; a view of the region if they lie in one run of it."""
+        return self._content.read(ino, offset, size)
+
+    def write(
+        self,
+        ino: int,
+        offset: int,
+        data: Buffer,
+        *,
+        origin: WriteOrigin = WriteOrigin.PROGRAM,
+    ) -> int:
+        """Write and return how many bytes were taken; ENOSPC, EFBIG, EROFS.
+
+        ``origin`` WRITEBACK says that the bytes are the kernel's own, sent because xipfs
+        invalidated the page: a page that is not resident is then written straight home.
+        """
+        return self._content.write(ino, offset, data, origin)
+
+    def fsync(self, ino: int, datasync: bool = False) -> None:
+        """Write the file's dirty pages home and bring the image to the host's disk.
+
+        Size, times and names are durable already when their call returns, so ``datasync`` saves
+        nothing.
+        """
+        del datasync
+        self._core.inode(ino)
+        if not self.read_only:
+            self._core.cache.sync_file(ino)
+            self._core.medium.sync()
+
+    def sync(self) -> None:
+        """Write all dirty pages home and bring the image to the host's disk."""
+        if not self.read_only:
+            self._write_all_home()
+            self._core.medium.sync()
+
+    def statfs(self) -> StatFs:
+        """Return sizes and counts, true to the block."""
+        counters, superblock = self._core.volume.counters, self._core.volume.superblock
+        inodes_free = counters.free_blocks * layout.INODES_PER_BLOCK
+        return StatFs(
+            block_size=layout.BLOCK_SIZE,
+            blocks_total=superblock.data_end - superblock.data_start,
+            blocks_free=counters.free_blocks,
+            inodes_total=counters.inodes_used + inodes_free,
+            inodes_free=inodes_free,
+            name_max=layout.NAME_MAX,
+        )
+
+    # Placement
+
+    @property
+    def nr_xip_pages(self) -> int:
+        """File pages of kind XIP; holes count in neither kind."""
+        return self._core.volume.counters.nr_xip_pages
+
+    @property
+    def nr_pagecache_pages(self) -> int:
+        """File pages of kind pagecache, resident or not."""
+        return self._core.volume.counters.nr_pagecache_pages
+
+    @property
+    def nr_resident_pages(self) -> int:
+        """Pagecache pages that have a RAM frame now."""
+        return len(self._core.cache)
+
+    def page(self, ino: int, index: int) -> PageState:
+        """Return one page's placement; this is no touch."""
+        return self._placement.page(ino, index)
+
+    def runs(self, ino: int) -> Iterator[PageRun]:
+        """Yield the file's pages up to its end as runs of equal kind and residency."""
+        return self._placement.runs(ino)
+
+    def fault_in(self, ino: int, index: int) -> tuple[Pfn, bool] | None:
+        """Touch the page as an mmap fault does: (frame, whether it was filled now); hole: None."""
+        return self._placement.fault_in(ino, index)
+
+    def touch(self, ino: int, index: int) -> None:
+        """Make the page the hottest if it is resident."""
+        self._placement.touch(ino, index)
+
+    def take_fill_mark(self, ino: int, index: int) -> bool:
+        """Return whether a read filled the page's frame and nobody asked since."""
+        return self._placement.take_fill_mark(ino, index)
+
+    def promote(self, ino: int, index: int) -> bool:
+        """Move an XIP page to a RAM frame, durably; False if there was nothing to move; ENOMEM."""
+        return self._placement.promote(ino, index)
+
+    def demote(self, ino: int, index: int) -> bool:
+        """Move a pagecache page to the region, durably; False if nothing to move; EAGAIN."""
+        return self._placement.demote(ino, index)
+
+    def set_default_kind(self, ino: int, kind: PageKind) -> None:
+        """Set the kind of pages not yet written; files made in a directory inherit its kind."""
+        self._placement.set_default_kind(ino, kind)
+
+    def _set_size(self, ino: int, size_bytes: int) -> None:
+        inode = self._core.regular(ino)
+        if size_bytes < 0:
+            raise FsError(errno.EINVAL)
+        if size_bytes < inode.size_bytes:
+            self._reclaim.shrink(ino, size_bytes, self._core.now_ns())
+        else:
+            self._content.grow(ino, size_bytes, self._core.now_ns())
+
+    def _write_all_home(self) -> None:
+        for ino in self._core.cache.files():
+            self._core.cache.sync_file(ino)
+
+
+def _clamped(time_ns: int) -> int:
+    """Return the nearest time that the inode's signed 64 bits hold (years 1677 to 2262)."""
+    return min(max(time_ns, -_TIME_MAX_NS - 1), _TIME_MAX_NS)

@@ -1,0 +1,196 @@
+"""Where each page lives, and moving it: the durable half of a migration.
+
+promote (XIP to pagecache) and demote (pagecache to XIP) are the middle of the migration protocol:
+the caller has invalidated the kernel's range before, and will see the next fault after. Here: zap
+the model's PTEs, check for pins, copy, flush and fence, commit the kind, drop the old copy. The
+page's home block is the same before and after, so a cut at any step finds one authoritative copy:
+the home, if the dirty frame was not written yet with its old durable bytes. Size and times do not
+move.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from xipfs.errors import FsError, OutOfFramesError
+from xipfs.fs.content import Content
+from xipfs.fs.core import Core
+from xipfs.fs.segments import kind_of
+from xipfs.fs.types import PageKind, PageRun, PageState
+from xipfs.image import layout
+from xipfs.image.filemap import Entries
+from xipfs.image.record import Inode
+from xipfs.units import Ino, PageIndex, Pfn, pages_of
+
+
+class Placement:
+    """Asks for and changes the placement of pages of regular files."""
+
+    def __init__(self, core: Core, content: Content) -> None:
+        self._core = core
+        self._content = content
+
+    def page(self, ino: int, index: int) -> PageState:
+        """Return the page's placement; this is no touch."""
+        body = self._body(self._core.regular(ino), index)
+        kind = kind_of(body)
+        if kind is PageKind.HOLE:
+            return PageState(kind, resident=False, dirty=False, pfn=None)
+        if kind is PageKind.XIP:
+            return PageState(kind, resident=False, dirty=False, pfn=self._nvram_pfn(body))
+        page = self._core.cache.get(ino, index)
+        if page is None:
+            return PageState(kind, resident=False, dirty=False, pfn=None)
+        return PageState(kind, resident=True, dirty=page.dirty, pfn=page.pfn)
+
+    def runs(self, ino: int) -> Iterator[PageRun]:
+        """Yield the file's pages up to its end as runs of equal kind and residency, holes too."""
+        inode = self._core.regular(ino)
+        end = pages_of(inode.size_bytes)
+        resident = {page.index for page in self._core.cache.pages_of(ino)}
+        pending: PageRun | None = None
+        for run in self._raw_runs(inode, end, resident):
+            if pending and (pending.kind, pending.resident) == (run.kind, run.resident):
+                pending = PageRun(pending.first, pending.count + run.count, run.kind, run.resident)
+                continue
+            if pending:
+                yield pending
+            pending = run
+        if pending:
+            yield pending
+
+    def fault_in(self, ino: int, index: int) -> tuple[Pfn, bool] | None:
+        """Touch the page as an mmap fault does.
+
+        Return the frame to map and whether it had to be filled now; None for a hole. Raise
+        FsError(ENOMEM) if every frame is pinned.
+        """
+        body = self._body(self._core.regular(ino), index)
+        kind = kind_of(body)
+        if kind is PageKind.HOLE:
+            return None
+        if kind is PageKind.XIP:
+            return self._nvram_pfn(body), False
+        try:
+            page, filled = self._content.resident(ino, index, body & layout.ENTRY_BLOCK_MASK)
+        except OutOfFramesError as error:
+            raise FsError(errno.ENOMEM, str(error)) from error
+        return page.pfn, filled
+
+    def touch(self, ino: int, index: int) -> None:
+        """Make the page the hottest if it is resident; nothing else changes."""
+        page = self._core.cache.get(ino, index)
+        if page is not None:
+            self._core.cache.touch(page)
+
+    def take_fill_mark(self, ino: int, index: int) -> bool:
+        """Return whether a read filled the page's frame and nobody asked since."""
+        page = self._core.cache.get(ino, index)
+        if page is None or not page.filled_by_read:
+            return False
+        page.filled_by_read = False
+        return True
+
+    def promote(self, ino: int, index: int) -> bool:
+        """Move an XIP page to a RAM frame; its block stays its home.
+
+        Return False if it is a pagecache page already or a hole. Raise FsError: ENOMEM (every
+        frame is pinned), EROFS; all is then as it was.
+        """
+        core = self._core
+        core.check_writable()
+        inode = core.regular(ino)
+        body = self._body(inode, index)
+        if kind_of(body) is not PageKind.XIP:
+            return False
+        core.cache.on_unmap(Ino(ino), PageIndex(index))
+        home = body & layout.ENTRY_BLOCK_MASK
+        try:
+            page = core.cache.admit(ino, index, home, load=True)
+        except OutOfFramesError as error:
+            raise FsError(errno.ENOMEM, str(error)) from error
+        try:
+            self._commit_kind(ino, index, home, pagecache=True)
+        except BaseException:
+            core.cache.drop(page)
+            raise
+        return True
+
+    def demote(self, ino: int, index: int) -> bool:
+        """Move a pagecache page to its home in the region and drop its frame.
+
+        Return False if it is an XIP page already or a hole. Raise FsError: EAGAIN (somebody else
+        refers to the frame), EROFS; all is then as it was.
+        """
+        core = self._core
+        core.check_writable()
+        body = self._body(core.regular(ino), index)
+        if kind_of(body) is not PageKind.PAGECACHE:
+            return False
+        page = core.cache.get(ino, index)
+        if page is not None:
+            if not core.cache.unmap(page):
+                raise FsError(errno.EAGAIN, f"page {index} of inode {ino} is pinned")
+            core.cache.write_home(page)
+            core.medium.fence()
+        self._commit_kind(ino, index, body & layout.ENTRY_BLOCK_MASK, pagecache=False)
+        if page is not None:
+            core.cache.drop(page)
+        return True
+
+    def set_default_kind(self, ino: int, kind: PageKind) -> None:
+        """Set the kind that pages written from now on into holes of this file take."""
+        if kind is PageKind.HOLE:
+            raise FsError(errno.EINVAL, "a hole is no kind to place pages by")
+        with self._core.change():
+            inode = self._core.inode(ino)
+            inode.pagecache = kind is PageKind.PAGECACHE
+            self._core.put(inode)
+
+    def _commit_kind(self, ino: int, index: int, home: int, *, pagecache: bool) -> None:
+        volume = self._core.volume
+        with self._core.change():
+            inode = self._core.inode(ino)
+            body = volume.maps.raw_home(home, pagecache=pagecache)
+            volume.maps.assign_one(inode, index, body)
+            # An entry in a node leaves the inode as it is; the root entry is the inode's own.
+            self._core.put(inode)
+            moved = 1 if pagecache else -1
+            volume.counters.count_pages(xip=-moved, pagecache=moved)
+
+    def _body(self, inode: Inode, index: int) -> int:
+        if not 0 <= index < layout.MAX_FILE_PAGES:
+            raise FsError(errno.EINVAL, f"page {index} is beyond the largest file")
+        return self._core.volume.maps.entry(inode, index)
+
+    def _nvram_pfn(self, body: int) -> Pfn:
+        return self._core.memory.nvram_pfn(body & layout.ENTRY_BLOCK_MASK)
+
+    def _raw_runs(self, inode: Inode, end: int, resident: set[PageIndex]) -> Iterator[PageRun]:
+        """Yield runs in order, neighbours not yet merged; gaps between leaves are holes."""
+        position = 0
+        for start, bodies in self._core.volume.maps.leaves(inode, 0):
+            if start >= end:
+                break
+            if start > position:
+                yield PageRun(PageIndex(position), start - position, PageKind.HOLE, False)
+            position = min(start + bodies.size, end)
+            yield from _leaf_runs(start, bodies[: position - start], resident)
+        if position < end:
+            yield PageRun(PageIndex(position), end - position, PageKind.HOLE, False)
+
+
+def _leaf_runs(start: int, bodies: Entries, resident: set[PageIndex]) -> Iterator[PageRun]:
+    kinds = np.where(bodies == 0, 0, 1 + (bodies & np.uint64(layout.ENTRY_PAGECACHE) != 0))
+    for index in resident:
+        if start <= index < start + bodies.size:
+            kinds[index - start] = 3
+    cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), bodies.size]
+    names = (PageKind.HOLE, PageKind.XIP, PageKind.PAGECACHE, PageKind.PAGECACHE)
+    for begin, stop in pairwise(cuts):
+        code = int(kinds[begin])
+        yield PageRun(PageIndex(start + begin), stop - begin, names[code], code == 3)

@@ -1,0 +1,312 @@
+"""A file's map from page number to home: a radix tree of 512 eight-byte entries a node.
+
+The tree's height grows with the highest page used: a file of one page has no node at all, and the
+limit of 2^36 pages is the format's, not the image's. An entry says which block, what kind of page
+(XIP or pagecache) and what kind of home; changing a page's kind is one aligned 8-byte store, which
+no power cut tears.
+
+Each entry carries 16 bits of check over itself, the inode's number and the entry's position. A
+block that a damaged or hostile image points at from a second file thus fails the check instead of
+being served under the wrong name. Callers see entries without the check (the *body*).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from xipfs.errors import ImageError
+from xipfs.image import layout
+from xipfs.image.allocator import Allocator
+from xipfs.image.metadata import Metadata
+from xipfs.image.record import Inode
+from xipfs.image.superblock import Superblock
+
+Entries = npt.NDArray[np.uint64]
+"""Bodies of entries, 0 = hole: uint64[pages]."""
+
+_K_INO: Final = 0x9E3779B97F4A7C15
+_K_PLACE: Final = 0xC2B2AE3D27D4EB4F
+_K_MIX: Final = 0xD6E8FEB86659FD93
+_WORD: Final = (1 << 64) - 1
+_SHIFT: Final = layout.FANOUT_SHIFT
+_SLOT_MASK: Final = layout.FANOUT - 1
+
+
+def seal(ino: int, level: int, position: int, body: int) -> int:
+    """Return ``body`` with its check; ``position`` counts entries of this level (0 = pages)."""
+    mixed = body ^ (ino * _K_INO & _WORD) ^ ((position << 3 | level) * _K_PLACE & _WORD)
+    mixed = (mixed ^ mixed >> 32) * _K_MIX & _WORD
+    return body | (mixed >> layout.ENTRY_CHECK_SHIFT) << layout.ENTRY_CHECK_SHIFT
+
+
+def seal_pages(ino: int, first: int, bodies: Entries) -> Entries:
+    """``seal`` for the page entries from ``first`` on, all at once; holes stay 0."""
+    places = np.arange(first, first + bodies.size, dtype=np.uint64) << np.uint64(3)
+    mixed = bodies ^ np.uint64(ino * _K_INO & _WORD) ^ (places * np.uint64(_K_PLACE))
+    mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(_K_MIX)
+    shift = np.uint64(layout.ENTRY_CHECK_SHIFT)
+    sealed: Entries = np.where(bodies == 0, np.uint64(0), bodies | (mixed >> shift) << shift)
+    return sealed
+
+
+class FileMap:
+    """The maps of all inodes: changes an inode's root, height and blocks; the caller puts it."""
+
+    def __init__(self, metadata: Metadata, allocator: Allocator, superblock: Superblock) -> None:
+        self._metadata = metadata
+        self._allocator = allocator
+        self._data_start = superblock.data_start
+        self._data_end = superblock.data_end
+
+    @staticmethod
+    def raw_home(block: int, *, pagecache: bool = False) -> int:
+        """Return the body of an entry whose page lies in ``block`` as it is."""
+        kind = layout.ENTRY_PAGECACHE if pagecache else 0
+        return block | kind | layout.HOME_RAW << layout.ENTRY_HOME_SHIFT
+
+    def entry(self, inode: Inode, index: int) -> int:
+        """Return page ``index``'s body, 0 for a hole."""
+        if index >> (_SHIFT * inode.height):
+            return 0
+        if inode.height == 0:
+            return self._open(inode, 0, 0, inode.root)
+        leaf = self._leaf(inode, index >> _SHIFT)
+        if leaf == 0:
+            return 0
+        slot = (index & _SLOT_MASK) * 8
+        word = int.from_bytes(self._metadata.block(leaf)[slot : slot + 8], "little")
+        return self._open(inode, 0, index, word)
+
+    def entries(self, inode: Inode, first: int, count: int) -> Entries:
+        """Return the bodies of pages [first, first + count)."""
+        bodies = np.zeros(count, np.uint64)
+        if inode.height == 0:
+            if first == 0 and count:
+                bodies[0] = self._open(inode, 0, 0, inode.root)
+            return bodies
+        end = min(first + count, 1 << (_SHIFT * inode.height))
+        index = first
+        while index < end:
+            stop = min((index | _SLOT_MASK) + 1, end)
+            leaf = self._leaf(inode, index >> _SHIFT)
+            if leaf:
+                words = self._words(leaf, index & _SLOT_MASK, stop - index)
+                bodies[index - first : stop - first] = self._open_pages(inode, index, words)
+            index = stop
+        return bodies
+
+    def assign_one(self, inode: Inode, index: int, body: int) -> None:
+        """Set page ``index``'s body (0 makes a hole)."""
+        self.assign(inode, index, np.array([body], np.uint64))
+
+    def assign(self, inode: Inode, first: int, bodies: Entries) -> None:
+        """Set the bodies of the pages from ``first`` on; make and free nodes as needed."""
+        last = first + bodies.size - 1
+        assert last < layout.MAX_FILE_PAGES, last
+        index = first
+        while index <= last:
+            stop = min(index | _SLOT_MASK, last) + 1
+            self._assign_leaf(inode, index, bodies[index - first : stop - first])
+            index = stop
+
+    def take(self, inode: Inode, first: int, limit: int) -> Entries | None:
+        """Make holes of up to ``limit`` pages from ``first`` on, within one leaf.
+
+        Return the bodies that were there (not one of them 0), or None when there are none left.
+        """
+        for start, bodies in self.leaves(inode, first):
+            used = np.flatnonzero(bodies)[:limit]
+            low, high = int(used[0]), int(used[-1]) + 1
+            taken = bodies[used]
+            self.assign(inode, start + low, np.zeros(high - low, np.uint64))
+            return taken
+        return None
+
+    def leaves(self, inode: Inode, first: int) -> Iterator[tuple[int, Entries]]:
+        """Yield (index of its first page, bodies) of each part of a leaf from ``first`` on.
+
+        Parts without a page are left out, and so is everything the tree has no node for.
+        """
+        if inode.height == 0:
+            body = self._open(inode, 0, 0, inode.root)
+            if body and first == 0:
+                yield 0, np.array([body], np.uint64)
+            return
+        for number, leaf in self._leaf_blocks(inode, inode.root, inode.height, 0, first >> _SHIFT):
+            start = max(number << _SHIFT, first)
+            words = self._words(leaf, start & _SLOT_MASK, layout.FANOUT - (start & _SLOT_MASK))
+            bodies = self._open_pages(inode, start, words)
+            if bodies.any():
+                yield start, bodies
+
+    def _leaf_blocks(
+        self, inode: Inode, word: int, level: int, position: int, first: int
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (leaf number, block) of the leaves at or after leaf ``first``, in order."""
+        node = self._open_node(inode, level, position, word)
+        if node == 0:
+            return
+        if level == 1:
+            yield position, node
+            return
+        span = _SHIFT * (level - 2)
+        base = position << _SHIFT
+        lowest = max(first - (base << span), 0) >> span
+        if lowest >= layout.FANOUT:
+            return
+        words = self._words(node, lowest, layout.FANOUT - lowest)
+        for slot in (np.flatnonzero(words) + lowest).tolist():
+            word = int(words[slot - lowest])
+            yield from self._leaf_blocks(inode, word, level - 1, base + slot, first)
+
+    def _assign_leaf(self, inode: Inode, index: int, bodies: Entries) -> None:
+        empty = not bodies.any()
+        if not empty:
+            self._grow(inode, index + bodies.size - 1)
+        if index >> (_SHIFT * inode.height):
+            return
+        if inode.height == 0:
+            inode.root = seal(inode.ino, 0, 0, int(bodies[0])) if bodies[0] else 0
+            return
+        number = index >> _SHIFT
+        leaf = self._leaf(inode, number)
+        if leaf == 0:
+            if empty:
+                return
+            leaf = self._make_leaf(inode, number)
+        words = seal_pages(inode.ino, index, bodies)
+        self._metadata.write(leaf, (index & _SLOT_MASK) * 8, words.tobytes())
+        if empty and not self._words(leaf, 0, layout.FANOUT).any():
+            self._prune(inode, number)
+
+    def _grow(self, inode: Inode, index: int) -> None:
+        """Raise the tree until ``index`` fits. The old root moves unchanged: its check holds at
+        position 0 of its level, wherever the entry lies."""
+        while index >> (_SHIFT * inode.height):
+            if inode.root:
+                node = self._new_node(inode)
+                self._metadata.write(node, 0, inode.root.to_bytes(8, "little"))
+                inode.root = self._node_word(inode, inode.height + 1, 0, node)
+            inode.height += 1
+
+    def _make_leaf(self, inode: Inode, number: int) -> int:
+        """Create the nodes down to leaf ``number`` and return the leaf's block."""
+        level = inode.height
+        node = self._open_node(inode, level, 0, inode.root)
+        if node == 0:
+            node = self._new_node(inode)
+            inode.root = self._node_word(inode, level, 0, node)
+        while level > 1:
+            level -= 1
+            position = number >> (_SHIFT * (level - 1))
+            slot = position & _SLOT_MASK
+            child = self._open_node(inode, level, position, int(self._words(node, slot, 1)[0]))
+            if child == 0:
+                child = self._new_node(inode)
+                word = self._node_word(inode, level, position, child)
+                self._metadata.write(node, slot * 8, word.to_bytes(8, "little"))
+            node = child
+        return node
+
+    def _prune(self, inode: Inode, number: int) -> None:
+        """Free leaf ``number``, which is empty, and each node above it that becomes so."""
+        path: list[tuple[int, int]] = []
+        level = inode.height
+        node = self._open_node(inode, level, 0, inode.root)
+        while level > 1:
+            level -= 1
+            position = number >> (_SHIFT * (level - 1))
+            path.append((node, position & _SLOT_MASK))
+            word = int(self._words(node, position & _SLOT_MASK, 1)[0])
+            node = self._open_node(inode, level, position, word)
+        self._drop_node(inode, node)
+        while path:
+            node, slot = path.pop()
+            self._metadata.write(node, slot * 8, bytes(8))
+            if self._words(node, 0, layout.FANOUT).any():
+                return
+            self._drop_node(inode, node)
+        inode.root = inode.height = 0
+
+    def _leaf(self, inode: Inode, number: int) -> int:
+        """Return the block of leaf ``number``, 0 if the tree has none."""
+        level = inode.height
+        node = self._open_node(inode, level, 0, inode.root)
+        while level > 1 and node:
+            level -= 1
+            position = number >> (_SHIFT * (level - 1))
+            slot = (position & _SLOT_MASK) * 8
+            word = int.from_bytes(self._metadata.block(node)[slot : slot + 8], "little")
+            node = self._open_node(inode, level, position, word)
+        return node
+
+    def _new_node(self, inode: Inode) -> int:
+        block = self._allocator.allocate_block()
+        self._metadata.fresh(block)
+        inode.blocks += 1
+        return block
+
+    def _drop_node(self, inode: Inode, block: int) -> None:
+        self._allocator.free([block])
+        inode.blocks -= 1
+
+    def _words(self, block: int, slot: int, count: int) -> Entries:
+        return np.frombuffer(self._metadata.block(block), "<u8", count, slot * 8)
+
+    @staticmethod
+    def _node_word(inode: Inode, level: int, position: int, block: int) -> int:
+        return seal(inode.ino, level, position, block | layout.HOME_NODE << layout.ENTRY_HOME_SHIFT)
+
+    def _open_node(self, inode: Inode, level: int, position: int, word: int) -> int:
+        """Return the block of the node that ``word`` points to, 0 if none."""
+        if word == 0:
+            return 0
+        body = word & layout.ENTRY_BODY_MASK
+        home = (body & layout.ENTRY_HOME_MASK) >> layout.ENTRY_HOME_SHIFT
+        block = body & layout.ENTRY_BLOCK_MASK
+        if (
+            seal(inode.ino, level, position, body) != word
+            or home != layout.HOME_NODE
+            or not self._data_start <= block < self._data_end
+        ):
+            raise self._damaged(inode, level, position)
+        return block
+
+    def _open(self, inode: Inode, level: int, position: int, word: int) -> int:
+        """Return the body of a page's ``word``; raise ImageError if its check fails."""
+        if word == 0:
+            return 0
+        body = word & layout.ENTRY_BODY_MASK
+        home = body >> layout.ENTRY_HOME_SHIFT
+        if (
+            seal(inode.ino, level, position, body) != word
+            or home != layout.HOME_RAW
+            or not self._data_start <= (body & layout.ENTRY_BLOCK_MASK) < self._data_end
+        ):
+            raise self._damaged(inode, level, position)
+        return body
+
+    def _open_pages(self, inode: Inode, first: int, words: Entries) -> Entries:
+        """``_open`` for the entries of consecutive pages."""
+        bodies: Entries = words & np.uint64(layout.ENTRY_BODY_MASK)
+        blocks = bodies & np.uint64(layout.ENTRY_BLOCK_MASK)
+        wrong = seal_pages(inode.ino, first, bodies) != words
+        wrong |= (words != 0) & (
+            (bodies >> np.uint64(layout.ENTRY_HOME_SHIFT) != layout.HOME_RAW)
+            | (blocks < self._data_start)
+            | (blocks >= self._data_end)
+        )
+        if wrong.any():
+            raise self._damaged(inode, 0, first + int(np.argmax(wrong)))
+        return bodies
+
+    @staticmethod
+    def _damaged(inode: Inode, level: int, position: int) -> ImageError:
+        return ImageError(
+            f"map of inode {inode.ino}: the entry at level {level}, position {position} is damaged",
+            remedy="run fsck.xipfs",
+        )

@@ -1,0 +1,153 @@
+"""Inodes: fixed records in a table that is a file of its own and grows with the demand.
+
+The table's own inode is number 0 and lives in the state block; all others live in the table, 32 a
+block. A freed record goes on a list and keeps its generation, so that a number used again is not
+taken for the file it was before. Orphans (unlinked, still held by someone) are on a second,
+doubly linked list: after a crash it says what is left to free.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from xipfs.errors import FsError, ImageError
+from xipfs.image import layout
+from xipfs.image.allocator import Allocator
+from xipfs.image.counters import Counters
+from xipfs.image.filemap import FileMap
+from xipfs.image.metadata import Metadata
+from xipfs.image.record import Inode, pack_inode, unpack_inode
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    block: int
+    offset: int
+
+
+class Inodes:
+    """Reads, writes, takes and returns inode records."""
+
+    def __init__(
+        self, metadata: Metadata, allocator: Allocator, counters: Counters, maps: FileMap
+    ) -> None:
+        self._metadata = metadata
+        self._allocator = allocator
+        self._counters = counters
+        self._maps = maps
+        # Table blocks never move and are never freed: at most one entry for each block touched.
+        self._table: dict[int, int] = {}
+
+    def forget(self) -> None:
+        """Drop what an aborted transaction may have added to the table."""
+        self._table.clear()
+
+    def table(self) -> Inode:
+        """Return the inode table's own inode."""
+        block = self._metadata.block(layout.STATE_BLOCK)
+        return unpack_inode(layout.TABLE_INO, block, layout.STATE_BLOCK, layout.TABLE_INODE_OFFSET)
+
+    def get(self, ino: int) -> Inode:
+        """Return inode ``ino``, in use; raise FsError(ENOENT) if it is free or never was."""
+        inode = self.raw(ino)
+        if inode.mode == 0:
+            raise FsError(errno.ENOENT, f"inode {ino} is not in use")
+        return inode
+
+    def raw(self, ino: int) -> Inode:
+        """Return inode ``ino``'s record, in use or free."""
+        if not layout.ROOT_INO <= ino < self._counters.inode_limit:
+            raise FsError(errno.ENOENT, f"there is no inode {ino}")
+        place = self._place(ino)
+        return unpack_inode(ino, self._metadata.block(place.block), place.block, place.offset)
+
+    def put(self, inode: Inode) -> None:
+        """Stage ``inode``'s record in the open transaction."""
+        if inode.ino == layout.TABLE_INO:
+            place = _Place(layout.STATE_BLOCK, layout.TABLE_INODE_OFFSET)
+        else:
+            place = self._place(inode.ino)
+        record = pack_inode(inode)
+        # Line by line: most changes (times, size) leave the second line as it was.
+        self._metadata.write(place.block, place.offset, record[:64])
+        self._metadata.write(place.block, place.offset + 64, record[64:])
+
+    def create(self) -> Inode:
+        """Take a free inode (its fields zero but number and generation); grow the table if none.
+
+        Raise FsError(ENOSPC) when the table cannot grow.
+        """
+        counters = self._counters
+        counters.inodes_used += 1
+        if counters.free_ino:
+            old = self.raw(counters.free_ino)
+            if old.mode:
+                raise ImageError(
+                    f"inode {old.ino} is in use and on the free list", remedy="run fsck.xipfs"
+                )
+            counters.free_ino = old.next_ino
+            return Inode(ino=old.ino, generation=(old.generation + 1) & 0xFFFFFFFF)
+        ino = counters.inode_limit
+        page = ino // layout.INODES_PER_BLOCK
+        if page * layout.BLOCK_SIZE >= self.table().size_bytes:
+            self._grow(page)
+        counters.inode_limit += 1
+        return Inode(ino=ino, generation=1)
+
+    def release(self, inode: Inode) -> None:
+        """Put an inode that owns nothing any more on the free list."""
+        assert inode.blocks == 0, inode
+        assert inode.nlink == 0, inode
+        assert inode.ino != layout.ROOT_INO
+        self._counters.inodes_used -= 1
+        free = Inode(ino=inode.ino, generation=inode.generation, next_ino=self._counters.free_ino)
+        self._counters.free_ino = inode.ino
+        self.put(free)
+
+    def orphan(self, inode: Inode) -> None:
+        """Put ``inode`` on the list of what is to be freed once nobody holds it."""
+        assert not inode.orphan, inode
+        head = self._counters.orphan_ino
+        if head:
+            following = self.raw(head)
+            following.previous_ino = inode.ino
+            self.put(following)
+        inode.next_ino, inode.previous_ino, inode.orphan = head, 0, True
+        self._counters.orphan_ino = inode.ino
+        self.put(inode)
+
+    def adopt(self, inode: Inode) -> None:
+        """Take ``inode`` off the orphan list; the caller puts or releases it."""
+        assert inode.orphan, inode
+        if inode.next_ino:
+            following = self.raw(inode.next_ino)
+            following.previous_ino = inode.previous_ino
+            self.put(following)
+        if inode.previous_ino:
+            before = self.raw(inode.previous_ino)
+            before.next_ino = inode.next_ino
+            self.put(before)
+        else:
+            self._counters.orphan_ino = inode.next_ino
+        inode.next_ino = inode.previous_ino = 0
+        inode.orphan = False
+
+    def _grow(self, table_page: int) -> None:
+        block = self._allocator.allocate_block()
+        self._metadata.fresh(block)
+        table = self.table()
+        self._maps.assign_one(table, table_page, self._maps.raw_home(block))
+        table.blocks += 1
+        table.size_bytes += layout.BLOCK_SIZE
+        self.put(table)
+
+    def _place(self, ino: int) -> _Place:
+        page, slot = divmod(ino, layout.INODES_PER_BLOCK)
+        block = self._table.get(page)
+        if block is None:
+            entry = self._maps.entry(self.table(), page)
+            if entry == 0:
+                raise ImageError(f"the inode table lacks page {page}", remedy="run fsck.xipfs")
+            block = self._table[page] = entry & layout.ENTRY_BLOCK_MASK
+        return _Place(block, slot * layout.INODE_SIZE)

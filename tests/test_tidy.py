@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "stats": CORE | {"memory", "image", "fs", "mm", "trace", "accounting"},
     "migrate": CORE | {"memory", "image", "fs", "mm", "trace", "accounting", "stats"},
 }
+ALLOWED["options"] = CORE | {"memory"}
 ALLOWED["replay"] = ALLOWED["migrate"] | {"migrate"}
-ALLOWED["fuse"] = ALLOWED["migrate"] | {"migrate"}
+ALLOWED["fuse"] = ALLOWED["migrate"] | {"migrate", "options"}
 ALLOWED["daemon"] = ALLOWED["fuse"] | {"fuse"}
 ALLOWED["report"] = ALLOWED["replay"] | {"replay"}
 ALLOWED["cli"] = ALLOWED["daemon"] | {"daemon", "report", "replay"}

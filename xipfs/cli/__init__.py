@@ -19,6 +19,11 @@ from xipfs.errors import XipfsError
 #: verb: one line of help. The module of the same name is imported only when its verb is used.
 VERBS: Final[dict[str, str]] = {
     "mkfs": "make an image, optionally from a directory tree",
+    "mount": "mount an image; faults of mapped files are accounted from then on",
+    "umount": "unmount and wait until the image is closed",
+    "stat": "show what faults were charged, and where pages are",
+    "pages": "show a file's pages: XIP, pagecache, hole",
+    "migrate": "move a file's pages between XIP and pagecache",
 }
 
 

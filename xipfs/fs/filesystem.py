@@ -19,7 +19,7 @@ from xipfs.fs.content import Content
 from xipfs.fs.core import Core, attr_of
 from xipfs.fs.imagelock import ImageLock
 from xipfs.fs.namespace import Namespace
-from xipfs.fs.pagecache import PageHook
+from xipfs.fs.pagecache import CacheStatistics, PageHook
 from xipfs.fs.placement import Placement
 from xipfs.fs.reclaim import Reclaim
 from xipfs.fs.rename import Rename
@@ -134,15 +134,21 @@ class Filesystem:
         """The medium beneath: its statistics tell what was stored, flushed and fenced."""
         return self._core.medium
 
-    def set_hooks(self, *, on_unmap: PageHook, on_evict: PageHook) -> None:
-        """Install what is called around losing a frame.
+    def set_hooks(self, *, on_unmap: PageHook, on_evict: PageHook, on_cut: PageHook) -> None:
+        """Install what is called around losing a frame or a page.
 
         ``on_unmap(ino, index)`` must zap every PTE of the page and drop the references that go
-        with them; ``on_evict(ino, index)`` tells that the page is not resident any more. Neither
-        may call the filesystem.
+        with them; ``on_evict(ino, index)`` tells that the page is not resident any more;
+        ``on_cut(ino, first)`` that the file ends before page ``first`` from now on, XIP pages
+        included. None may call the filesystem.
         """
         self._core.cache.on_unmap = on_unmap
         self._core.cache.on_evict = on_evict
+        self._core.cache.on_cut = on_cut
+
+    def cache_statistics(self) -> CacheStatistics:
+        """Return what the page cache did since the mount."""
+        return self._core.cache.statistics()
 
     # Names
 
@@ -276,6 +282,11 @@ class Filesystem:
         self._core.inode(ino)
         if not self.read_only:
             self._core.cache.sync_file(ino)
+            self._core.medium.sync()
+
+    def sync_names(self) -> None:
+        """Bring what is durable in the region (all names and attributes) to the host's disk."""
+        if not self.read_only:
             self._core.medium.sync()
 
     def sync(self) -> None:

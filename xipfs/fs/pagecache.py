@@ -30,6 +30,14 @@ def nothing(_ino: Ino, _index: PageIndex) -> None:
     """Do nothing: the hook until somebody needs one."""
 
 
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """Pages evicted for want of RAM, and dirty pages written to their homes."""
+
+    evictions: int
+    written_home: int
+
+
 @dataclass(slots=True, eq=False)
 class CachedPage:
     """A resident page; ``home`` is its block in the region and stays the same."""
@@ -45,7 +53,8 @@ class CachedPage:
 class PageCache:
     """All resident pages of all files.
 
-    ``on_unmap`` must zap every PTE of the page; ``on_evict`` tells that its frame is gone.
+    ``on_unmap`` must zap every PTE of the page; ``on_evict`` tells that its frame is gone, ``on_cut``
+    that a file lost its pages from an index on.
     """
 
     def __init__(self, memory: PhysicalMemory, medium: Medium) -> None:
@@ -55,11 +64,16 @@ class PageCache:
         self._by_file: dict[Ino, dict[PageIndex, CachedPage]] = {}
         self.on_unmap: PageHook = nothing
         self.on_evict: PageHook = nothing
+        self.on_cut: PageHook = nothing
         self.evictions = 0
         self.written_home = 0
 
     def __len__(self) -> int:
         return len(self._by_age)
+
+    def statistics(self) -> CacheStatistics:
+        """Return the counts since the mount."""
+        return CacheStatistics(self.evictions, self.written_home)
 
     def get(self, ino: int, index: int) -> CachedPage | None:
         """Return the page if it is resident; this is no touch."""
@@ -133,6 +147,7 @@ class PageCache:
 
     def drop_from(self, ino: int, first: int) -> None:
         """Forget the file's pages from ``first`` on: they are being cut off."""
+        self.on_cut(Ino(ino), PageIndex(first))
         for page in self.pages_of(ino):
             if page.index >= first:
                 self.unmap(page)

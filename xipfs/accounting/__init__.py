@@ -1,0 +1,1 @@
+"""The meeting point: what the kernel did (trace) and where pages are (fs) become charges (mm)."""

@@ -1,0 +1,227 @@
+"""From events to charges.
+
+Events come in time order and change a modelled machine whose VMAs are VM_MIXEDMAP over the
+image's files. Each real fault is charged once: the model takes as many faults as its rules need
+until the access is allowed. The first is the real one (``pgfault``), the others are those that
+VM_MIXEDMAP would have taken on top (``pgfault_extra``), and what the PTE maps at the end decides
+which of ``pgfault_xip``, ``pgfault_pagecache``, ``pgfault_cow`` it counts in. A fault that maps
+nothing (beyond the end of the file) counts in ``pgfault_sigbus`` instead.
+
+A fault is major (rule F4) if a page-cache frame had to be filled for it: now, or by the READ
+request that this very fault sent before its events could be read.
+
+Nothing here awaits; the caller consumes a batch in one piece.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from xipfs.accounting.charges import Charge, Ledger, PteKind
+from xipfs.accounting.live_file import LiveFile, is_pagecache
+from xipfs.fs.filesystem import Filesystem
+from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP, access, maps_what
+from xipfs.mm.bug import KernelBug
+from xipfs.mm.fault import filemap_map_pages
+from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_MAYWRITE, VM_READ, VM_SHARED, VM_WRITE
+from xipfs.mm.fork import dup_mmap
+from xipfs.mm.machine import Machine
+from xipfs.mm.mm_struct import MmStruct
+from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
+from xipfs.mm.rules import Rules
+from xipfs.mm.zap import exit_mmap, unmap_mapping_range, zap_page_range
+from xipfs.trace import events as ev
+from xipfs.units import PAGE_SHIFT
+
+_KIND = {
+    MAPS_XIP: PteKind.XIP,
+    MAPS_PAGECACHE: PteKind.PAGECACHE,
+    MAPS_ANON: PteKind.COW,
+    MAPS_NONE: PteKind.NONE,
+}
+_PROT = ((1, VM_READ), (2, VM_WRITE), (4, VM_EXEC))
+
+
+def vm_prot(prot: int) -> int:
+    """Return the VM_READ, VM_WRITE, VM_EXEC bits of PROT_ bits."""
+    return sum(vm_bit for bit, vm_bit in _PROT if prot & bit)
+
+
+class Accountant:
+    """One mount's modelled machine and its ledger.
+
+    ``comm(pid)`` names a process. ``unfollowed`` counts, by name, what was seen and could not be
+    charged or mapped exactly; ``around_pages`` the PTEs that fault-around filled without a fault.
+    """
+
+    def __init__(self, fs: Filesystem, rules: Rules, comm: Callable[[int], str]) -> None:
+        self._fs = fs
+        self._comm = comm
+        self.machine = Machine(fs.memory, rules)
+        self.ledger = Ledger()
+        self.unfollowed: Counter[str] = Counter()
+        self.around_pages = 0
+        self._files: dict[int, LiveFile] = {}
+        self._mms: dict[int, MmStruct] = {}
+        self._sparse_pfn = fs.memory.alloc_anon()
+        self._handlers: dict[type, Callable[..., Charge | None]] = {
+            ev.Map: self._map,
+            ev.Unmap: self._unmap,
+            ev.Protect: self._protect,
+            ev.Move: self._move,
+            ev.Zap: self._zap,
+            ev.Fork: self._fork,
+            ev.Exit: self._exit,
+            ev.Fault: self._fault,
+            ev.Around: self._around,
+        }
+
+    def consume(self, events: Iterable[ev.Event]) -> list[Charge]:
+        """Apply a batch of events; return what its faults were charged, in order."""
+        charges = []
+        for event in events:
+            handle = self._handlers.get(type(event))
+            if handle is not None:
+                charge = handle(event)
+                if charge is not None:
+                    charges.append(charge)
+        return charges
+
+    # What the filesystem tells: its pages lose their frames or their place.
+
+    def unmap_page(self, ino: int, index: int) -> None:
+        """Zap every PTE of one file page; private copies stay (rules R1, K7)."""
+        file = self._files.get(ino)
+        if file is not None:
+            unmap_mapping_range(file.mapped, index, 1, even_cows=False)
+
+    def cut(self, ino: int, first: int) -> None:
+        """Zap every PTE of a file from page ``first`` on, private copies too (rule K15)."""
+        file = self._files.get(ino)
+        if file is not None:
+            unmap_mapping_range(file.mapped, first, 0, even_cows=True)
+
+    # What the observer tells.
+
+    def _file(self, ino: int) -> LiveFile:
+        file = self._files.get(ino)
+        if file is None:
+            file = LiveFile(self._fs, self.machine, ino, self._sparse_pfn)
+            self._files[ino] = file
+        return file
+
+    def _mm(self, number: int) -> MmStruct:
+        mm = self._mms.get(number)
+        if mm is None:
+            mm = self._mms[number] = MmStruct(self.machine, number)
+        return mm
+
+    def _map(self, event: ev.Map) -> None:
+        # Whether a shared mapping's file was opened for writing shows only in its protection;
+        # a later mprotect to writable proves it (see _protect).
+        writable = not event.shared or bool(event.prot & 2)
+        address = do_mmap(
+            self._mm(event.mm),
+            self._file(event.ino).mapped,
+            (event.end - event.start) >> PAGE_SHIFT,
+            vm_prot(event.prot),
+            pgoff=event.pgoff,
+            shared=event.shared,
+            file_writable=writable,
+            address=event.start,
+        )
+        assert address == event.start, (event, address)
+
+    def _unmap(self, event: ev.Unmap) -> None:
+        do_munmap(self._mm(event.mm), event.start, event.end)
+
+    def _protect(self, event: ev.Protect) -> None:
+        mm = self._mm(event.mm)
+        prot = vm_prot(event.prot)
+        if prot & VM_WRITE:
+            for vma in mm.overlapping(event.start, event.end):
+                if vma.flags & VM_MAYSHARE:
+                    vma.flags |= VM_SHARED | VM_MAYWRITE
+        mprotect(mm, event.start, event.end, prot)
+
+    def _move(self, event: ev.Move) -> None:
+        from xipfs.mm.mremap import move_mapping
+
+        move_mapping(
+            self._mm(event.mm),
+            event.start,
+            event.end,
+            event.new_start,
+            event.new_end,
+            keep_old=event.keep_old,
+        )
+
+    def _zap(self, event: ev.Zap) -> None:
+        mm = self._mm(event.mm)
+        for vma in mm.overlapping(event.start, event.end):
+            zap_page_range(vma, max(vma.start, event.start), min(vma.end, event.end))
+
+    def _fork(self, event: ev.Fork) -> None:
+        child = dup_mmap(self._mm(event.mm), event.child_mm)
+        assert isinstance(child, MmStruct), child  # only page-table memory could be short
+        for start, end in event.dontfork:
+            do_munmap(child, start, end)
+        self._mms[event.child_mm] = child
+
+    def _exit(self, event: ev.Exit) -> None:
+        mm = self._mms.pop(event.mm, None)
+        if mm is not None:
+            exit_mmap(mm)
+        self.ledger.exit(event.mm)
+
+    def _around(self, event: ev.Around) -> None:
+        """Map what the kernel mapped without a fault of its own: cached pages only (rule F22).
+
+        XIP pages are in no page cache of the modelled kernel, so its fault-around passes them by
+        (rule F23); their next touch, which the real kernel lets through, is not seen.
+        """
+        mm = self._mm(event.mm)
+        vma = mm.find_vma(event.address)
+        pages = range(event.first, event.last + 1)
+        cached = [index for index in pages if is_pagecache(self._fs, event.ino, index)]
+        if len(cached) < len(pages):
+            self.unfollowed["fault-around windows over XIP pages"] += 1
+        if vma is None or vma.file is None or vma.file.name != event.ino:
+            return
+        frames = [(index, self._fs.page(event.ino, index).pfn) for index in cached]
+        self.around_pages += filemap_map_pages(
+            vma, [(index, pfn) for index, pfn in frames if pfn is not None]
+        )
+
+    def _fault(self, event: ev.Fault) -> Charge | None:
+        if event.verdict == ev.SIGSEGV:
+            return None  # the access was not allowed: no fault handler ran
+        # Taken in any case: the mark belongs to this page's next fault, whatever comes of it.
+        marked = self._fs.take_fill_mark(event.ino, event.index)
+        mm = self._mm(event.mm)
+        faults = major = 0
+        kind = PteKind.NONE
+        try:
+            taken = access(mm, event.address, write=event.write)
+        except KernelBug as bug:
+            self.unfollowed[f"kernel BUG by the rules: {bug.condition}"] += 1
+        else:
+            faults, major = taken.faults, taken.major
+            if not taken.signal:
+                kind = _KIND[maps_what(mm, event.address)]
+            elif taken.signal == "SIGSEGV":
+                self.unfollowed["faults outside the mappings known of their process"] += 1
+        charge = Charge(
+            event.time_ns,
+            event.pid,
+            event.ino,
+            event.index,
+            kind,
+            event.write,
+            bool(major) or (marked and event.verdict == ev.MAJOR),
+            max(faults - 1, 0),
+        )
+        self._fs.touch(event.ino, event.index)
+        self.ledger.charge(event.mm, self._comm(event.pid), charge)
+        return charge

@@ -1,0 +1,94 @@
+"""A file of the mount as the model's mm sees it: vm_operations that ask the placement.
+
+->mmap sets VM_MIXEDMAP. ->fault inserts an XIP page with vmf_insert_mixed (before it existed:
+vm_insert_pfn), hands out a page-cache page with a reference taken, and treats a hole by the era's
+rule F8 or R4: the zero page, or the "sparse page" of filemap_xip. ->page_mkwrite and ->pfn_mkwrite
+exist and let every write pass, as on a filesystem that stamps times when a page is dirtied; they
+make shared writable mappings write-notified (rule F9).
+"""
+
+from __future__ import annotations
+
+import errno
+
+from xipfs.errors import FsError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind
+from xipfs.mm.flags import (
+    FAULT_FLAG_WRITE,
+    VM_FAULT_LOCKED,
+    VM_FAULT_MAJOR,
+    VM_FAULT_OOM,
+    VM_FAULT_SIGBUS,
+    VM_MIXEDMAP,
+    VM_SHARED,
+)
+from xipfs.mm.insert import vmf_insert_mixed, vmf_insert_pfn
+from xipfs.mm.machine import Machine
+from xipfs.mm.vma import MappedFile, Vma, Vmf, VmOperations
+from xipfs.units import pages_of
+
+
+class LiveFile:
+    """The ``mapped`` file of inode ``ino``, and what its last fault had to do."""
+
+    def __init__(self, fs: Filesystem, machine: Machine, ino: int, sparse_pfn: int) -> None:
+        self._fs = fs
+        self._machine = machine
+        self._ino = ino
+        self._sparse_pfn = sparse_pfn
+        operations = VmOperations(fault=self._fault, page_mkwrite=_let_pass, pfn_mkwrite=_allow)
+        self.mapped = MappedFile(ino, operations, mmap=_mmap, can_writeback=True, has_fsync=True)
+
+    def _fault(self, vmf: Vmf) -> int:
+        try:
+            if vmf.pgoff >= pages_of(self._fs.getattr(self._ino).size_bytes):
+                return VM_FAULT_SIGBUS
+            found = self._fs.fault_in(self._ino, vmf.pgoff)
+        except FsError as error:
+            return VM_FAULT_OOM if error.errno == errno.ENOMEM else VM_FAULT_SIGBUS
+        if found is None:
+            return self._hole(vmf)
+        pfn, filled = found
+        if self._machine.memory.is_nvram(pfn):
+            if self._machine.rules.kernel.insert_mixed:
+                return vmf_insert_mixed(vmf.vma, vmf.address, pfn)
+            return vmf_insert_pfn(vmf.vma, vmf.address, pfn)
+        self._machine.memory.get_page(pfn)
+        vmf.page = pfn
+        return VM_FAULT_MAJOR if filled else 0
+
+    def _hole(self, vmf: Vmf) -> int:
+        """Map what stands for a hole.
+
+        A write into a shared mapping of a hole gets the sparse page in every era: the block
+        is allocated when the bytes arrive, which unmaps this page again (rule R2).
+        """
+        into_file = vmf.flags & FAULT_FLAG_WRITE and vmf.vma.flags & VM_SHARED
+        if self._machine.rules.kernel.xip_hole == "zero" and not into_file:
+            return vmf_insert_mixed(vmf.vma, vmf.address, self._machine.zero_pfn)
+        self._machine.memory.get_page(self._sparse_pfn)
+        vmf.page = self._sparse_pfn
+        return 0
+
+
+def is_pagecache(fs: Filesystem, ino: int, index: int) -> bool:
+    """Return whether the page is a resident page-cache page."""
+    try:
+        state = fs.page(ino, index)
+    except FsError:
+        return False
+    return state.kind is PageKind.PAGECACHE and state.resident
+
+
+def _mmap(vma: Vma) -> int:
+    vma.flags |= VM_MIXEDMAP
+    return 0
+
+
+def _let_pass(_vmf: Vmf) -> int:
+    return VM_FAULT_LOCKED
+
+
+def _allow(_vmf: Vmf) -> int:
+    return 0

@@ -1,0 +1,70 @@
+"""The client's side of a mount's control directory (the daemon's is fuse/control.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xipfs.errors import EXIT_FAILURE, MountError, XipfsError
+from xipfs.fuse.mounts import Mount, mount_of
+
+Json = dict[str, Any]
+
+
+class RequestError(XipfsError):
+    """The daemon refused a request; the message and exit code are its own."""
+
+    def __init__(self, answer: Json) -> None:
+        super().__init__(answer["error"])
+        self.errno = int(answer["errno"])
+        self.exit_code = int(answer.get("exit_code", EXIT_FAILURE))
+
+
+def _open(mount: Mount, name: str, flags: int) -> int:
+    path = mount.mountpoint / ".xipfs" / name
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except PermissionError:
+        raise MountError(
+            f"{path} is closed to uid {os.geteuid()}", expected="root or the mount's owner"
+        ) from None
+    except OSError as error:
+        raise MountError(
+            f"{path} cannot be opened: {error.strerror}",
+            remedy="if the daemon is gone, run: xipfs umount " + str(mount.mountpoint),
+        ) from None
+
+
+def read_stats(directory: Path) -> Json:
+    """Return a fresh snapshot of the mount that ``directory`` is on."""
+    with open(_open(mount_of(directory), "stats.json", os.O_RDONLY), "rb") as file:
+        stats: Json = json.load(file)
+    return stats
+
+
+def request(mount: Mount, op: str, **arguments: Any) -> Iterator[Json]:
+    """Run one request; yields progress objects and, last, the object with the result."""
+    with open(_open(mount, "control", os.O_RDWR), "r+b", buffering=0) as file:
+        file.write(json.dumps({"op": op, **arguments}).encode())
+        pending = b""
+        while chunk := file.read(1 << 16):
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                answer: Json = json.loads(line)
+                if "error" in answer:
+                    raise RequestError(answer)
+                yield answer
+    if pending:
+        raise MountError(f"the daemon's answer to {op!r} broke off", remedy="see the daemon's log")
+
+
+def result(mount: Mount, op: str, **arguments: Any) -> Json:
+    """Run one request and return its result."""
+    for answer in request(mount, op, **arguments):
+        if "result" in answer:
+            outcome: Json = answer["result"]
+            return outcome
+    raise MountError(f"the daemon gave no answer to {op!r}", remedy="see the daemon's log")

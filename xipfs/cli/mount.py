@@ -1,0 +1,125 @@
+"""``xipfs mount IMAGE DIR``: start the daemon and return once the filesystem is there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from xipfs.errors import EXIT_FAILURE, MountError, UsageError, XipfsError
+from xipfs.options import HELP, parse_options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "mount options (-o):\n" + "\n".join(
+        f"  {name:32} {text}" for name, text in HELP.items()
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="made by xipfs mkfs")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="an existing directory")
+    parser.add_argument("-o", action="append", default=[], metavar="OPT,OPT", dest="options")
+    parser.add_argument("-f", action="store_true", dest="foreground", help="do not go background")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append the daemon's log here")
+    parser.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mount; in the background unless ``-f``."""
+    parse_options(args.options)  # refuse a bad option before anything is started
+    _check_directory(args.directory)
+    if not args.image.is_file():
+        raise UsageError(
+            f"{args.image} is not a file", expected="an image", remedy="make one with xipfs mkfs"
+        )
+    if args.foreground:
+        return _serve(args)
+    return _start_daemon(args)
+
+
+def _check_directory(directory: Path) -> None:
+    try:
+        if not directory.is_dir():
+            raise UsageError(f"{directory} is not a directory", expected="an existing directory")
+    except OSError as error:
+        raise MountError(
+            f"{directory} cannot be looked at: {error.strerror}",
+            remedy=f"if a dead mount is there, run: xipfs umount {directory}",
+        ) from None
+
+
+def default_log_path() -> Path:
+    """Return where a background daemon's log goes: /var/log for root, else the user's state."""
+    if os.geteuid() == 0:
+        return Path("/var/log/xipfs.log")
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "xipfs.log"
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from xipfs.daemon import serve
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s xipfs[%(process)d] %(levelname)s %(message)s"
+    )
+
+    def tell(message: dict[str, Any]) -> None:
+        if args.ready_fd is not None:
+            os.write(args.ready_fd, json.dumps(message).encode())
+            os.close(args.ready_fd)
+            args.ready_fd = None
+
+    try:
+        serve(
+            args.image.resolve(),
+            args.directory.resolve(),
+            parse_options(args.options),
+            on_ready=lambda: tell({"ready": True}),
+        )
+    except XipfsError as error:
+        if args.ready_fd is None:
+            raise
+        tell({"error": str(error), "exit_code": error.exit_code})
+        return error.exit_code
+    return 0
+
+
+def _start_daemon(args: argparse.Namespace) -> int:
+    log_path = (args.log or default_log_path()).absolute()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    read_fd, write_fd = os.pipe()
+    command = [sys.executable, "-m", "xipfs", "mount", "-f", "--ready-fd", str(write_fd)]
+    for word in args.options:
+        command += ["-o", word]
+    command += ["--", str(args.image.resolve()), str(args.directory.resolve())]
+    with open(log_path, "ab") as log_file:
+        daemon = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log_file,
+            pass_fds=[write_fd],
+            start_new_session=True,
+            cwd="/",
+        )
+    os.close(write_fd)
+    with open(read_fd, "rb") as pipe:
+        answer = pipe.read()
+    if not answer:
+        code = daemon.wait()
+        raise MountError(
+            f"the daemon ended with code {code} before it was ready", remedy=f"see {log_path}"
+        )
+    message = json.loads(answer)
+    if "error" in message:
+        daemon.wait()
+        print(f"xipfs mount: {message['error']}", file=sys.stderr)
+        return int(message.get("exit_code", EXIT_FAILURE))
+    # The daemon outlives us on purpose; say so, or Popen warns that it still runs.
+    daemon.returncode = 0
+    return 0

@@ -1,0 +1,97 @@
+"""``xipfs stat DIR [INTERVAL [COUNT]]``: what faults were charged, once or repeatedly."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Final
+
+from xipfs.cli.client import Json, read_stats
+from xipfs.errors import UsageError
+from xipfs.units import format_size
+
+#: Column heading, counter of ``vmstat``; under 80 columns together.
+COLUMNS: Final = (
+    ("pgfault", "pgfault"),
+    ("major", "pgmajfault"),
+    ("xip", "pgfault_xip"),
+    ("pcache", "pgfault_pagecache"),
+    ("cow", "pgfault_cow"),
+    ("extra", "pgfault_extra"),
+    ("promote", "pgpromote_success"),
+    ("demote", "pgdemote_success"),
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    parser.add_argument("directory", type=Path, metavar="DIR", help="anything on the mount")
+    parser.add_argument(
+        "interval", type=float, nargs="?", metavar="INTERVAL", help="repeat every so many seconds"
+    )
+    parser.add_argument("count", type=int, nargs="?", metavar="COUNT", help="stop after so many")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object (a line each if repeated)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the statistics."""
+    if args.interval is None:
+        stats = read_stats(args.directory)
+        print(json.dumps(stats, indent=2) if args.json else as_text(stats))
+        return 0
+    if args.interval <= 0 or (args.count is not None and args.count < 1):
+        raise UsageError("INTERVAL and COUNT", expected="numbers above 0")
+    rounds = itertools.count() if args.count is None else range(args.count)
+    before: Json | None = None
+    for number in rounds:
+        if number:
+            time.sleep(args.interval)
+        stats = read_stats(args.directory)
+        if args.json:
+            print(json.dumps(stats), flush=True)
+        else:
+            if number % 20 == 0:
+                print(" ".join(f"{heading:>9}" for heading, _ in COLUMNS))
+            print(_row(stats["vmstat"], before), flush=True)
+            before = stats["vmstat"]
+    return 0
+
+
+def _row(vmstat: Json, before: Json | None) -> str:
+    """Return the counters since ``before``; since the mount on the first line, as vmstat(8)."""
+    earlier = before or {}
+    return " ".join(f"{vmstat[name] - earlier.get(name, 0):9d}" for _, name in COLUMNS)
+
+
+def as_text(stats: Json) -> str:
+    """Return one snapshot for people, under 80 columns."""
+    observer, memory, kernel = stats["observer"], stats["memory"], stats["kernel"]
+    lines = [f"{stats['mount']['mountpoint']}  ({stats['mount']['image']})"]
+    lines.append(
+        f"observer {observer['mode']}: {observer['events']} events, {observer['lost']} lost"
+    )
+    if observer["reason"]:
+        lines.append(f"  {observer['reason']}")
+    for name, count in observer["unfollowed"].items():
+        lines.append(f"  not followed: {name} ({count})")
+    lines.append(
+        f"kernel: {kernel['faults']} faults ({kernel['major']} major, {kernel['minor']} minor), "
+        f"{kernel['around']} pages by fault-around"
+    )
+    lines.append("")
+    lines += [f"{name:22}{value:14}" for name, value in stats["vmstat"].items()]
+    lines.append("")
+    for name in ("ram_bytes", "nvram_bytes", "memmap_bytes", "memmap_saved_bytes"):
+        lines.append(f"{name:22}{memory[name]:14}  ({format_size(memory[name])})")
+    processes = [process for process in stats["processes"] if process["pgfault"]]
+    if processes:
+        lines += ["", f"{'pid':>8} {'command':16}" + "".join(f"{h:>9}" for h, _ in COLUMNS[:6])]
+        for process in processes:
+            counts = "".join(f"{process[name]:9d}" for _, name in COLUMNS[:6])
+            lines.append(f"{process['pid']:>8} {process['comm'][:16]:16}{counts}")
+    return "\n".join(lines)

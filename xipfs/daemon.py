@@ -1,0 +1,139 @@
+"""The one place where the live parts are joined: the filesystem, the observer, the model, FUSE.
+
+Order of life: image opened and locked; mounted; observer started on the mount's device; requests
+served. Order of death: unmounted (so the kernel has sent every dirty page), observer closed, image
+closed cleanly. A signal asks for the unmount; it does not cut it short.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from xipfs.clock import SystemClock
+from xipfs.errors import MountError, XipfsError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fuse.control import ControlTree
+from xipfs.fuse.live import Live
+from xipfs.fuse.mounts import FSTYPE, Mount, mount_at, unmount
+from xipfs.fuse.observing import (
+    choose_observer,
+    readahead_kib,
+    set_readahead,
+)
+from xipfs.fuse.operations import Operations
+from xipfs.options import MountOptions
+
+log = logging.getLogger(__name__)
+
+
+def serve(
+    image: Path, mountpoint: Path, options: MountOptions, *, on_ready: Callable[[], None]
+) -> None:
+    """Mount ``image`` at ``mountpoint`` and serve it until it is unmounted.
+
+    Raises XipfsError if the mount cannot be made; ``on_ready`` is called once it is there.
+    """
+    observer = choose_observer(options)
+    fs = Filesystem.open(
+        image,
+        ram_bytes=options.ram_bytes,
+        struct_page_bytes=options.struct_page_bytes,
+        read_only=options.ro,
+        clock=SystemClock(),
+    )
+    try:
+        live = Live(fs, options, observer)
+        _serve_open(live, mountpoint, readahead_kib(options, observer), on_ready)
+    finally:
+        # After the unmount: every WRITE the kernel owed us has arrived.
+        fs.close()
+    log.info("%s: image closed", image)
+
+
+def _serve_open(
+    live: Live, mountpoint: Path, readahead: int | None, on_ready: Callable[[], None]
+) -> None:
+    operations = Operations(live.fs, live)
+    try:
+        pyfuse3.init(operations, str(mountpoint), _fuse_options(live))
+    except RuntimeError as error:
+        raise MountError(
+            f"{mountpoint} cannot be mounted: {error}",
+            remedy="is it a directory of yours, and /dev/fuse usable? see also the log",
+        ) from None
+    try:
+        mount = mount_at(mountpoint)
+        if readahead is not None:
+            set_readahead(mount, readahead)
+        live.observer.start(mount)
+        try:
+            trio.run(_run, live, operations, mount, on_ready)
+        finally:
+            live.observer.close()
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+def _fuse_options(live: Live) -> set[str]:
+    # libfuse splits options at commas; a backslash keeps one that belongs to the path.
+    source = str(live.fs.image_path).replace("\\", "\\\\").replace(",", "\\,")
+    words = {
+        f"fsname={source}",
+        f"subtype={FSTYPE.removeprefix('fuse.')}",
+        # The kernel checks permissions, always: allow_other alone would check nothing.
+        "default_permissions",
+    }
+    if live.options.allow_other:
+        words.add("allow_other")
+    if live.options.ro:
+        words.add("ro")
+    return words
+
+
+async def _run(
+    live: Live, operations: Operations, mount: Mount, on_ready: Callable[[], None]
+) -> None:
+    async with trio.open_nursery() as nursery:
+        operations.control = ControlTree(
+            uid=os.geteuid(),
+            gid=os.getegid(),
+            now_ns=SystemClock().realtime_ns(),
+            snapshot=live.snapshot,
+            commands=live.commands(),
+            nursery=nursery,
+        )
+        live.start(nursery, mount)
+        nursery.start_soon(_unmount_on_signal, mount)
+        on_ready()
+        log.info("%s: mounted at %s", mount.source, mount.mountpoint)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+async def _unmount_on_signal(mount: Mount) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            log.info("%s: unmounting %s", signal.Signals(number).name, mount.mountpoint)
+            try:
+                # From a thread: the kernel flushes dirty pages to us while it unmounts.
+                await trio.to_thread.run_sync(unmount, mount.mountpoint)
+            except XipfsError as error:
+                log.info("%s; detaching it once its pages are written", error)
+                await trio.to_thread.run_sync(_sync_and_detach, mount)
+                pyfuse3.terminate()
+
+
+def _sync_and_detach(mount: Mount) -> None:
+    """Have the kernel write every dirty page back, then detach: busy programs lose the mount."""
+    # A process of its own: pyfuse3's syncfs() would keep the interpreter's lock while it waits
+    # for WRITEs that this process must answer.
+    subprocess.run(["sync", "-f", str(mount.mountpoint)], check=False, timeout=600)
+    unmount(mount.mountpoint, lazy=True)

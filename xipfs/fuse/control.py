@@ -1,0 +1,197 @@
+"""The control directory ``.xipfs``: a mount's figures and its command channel, as files.
+
+``.xipfs`` is found by name in the root and listed nowhere. Its files are opened with direct I/O, so
+the kernel caches nothing of them:
+
+- ``stats.json``: one consistent snapshot, taken when the file is opened.
+- ``control``: write one JSON object ``{"op": NAME, ...}``, then read JSON lines until the end of
+  file; the last has ``"result"`` or ``"error"``, those before it ``"progress"``.
+
+Files instead of a socket: whoever can see the mount can reach them, from any mount namespace, and
+permissions are the kernel's (owner only). A request runs in its own task; closing the file
+cancels it at its next step.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pyfuse3
+import trio
+
+from xipfs.errors import FsError, UsageError, XipfsError
+
+log = logging.getLogger(__name__)
+
+CONTROL_NAME: Final = b".xipfs"
+#: Far above any inode number an image can have (the format ends below 2**48).
+DIR_INO: Final = 1 << 62
+STATS_INO: Final = DIR_INO + 1
+COMMAND_INO: Final = DIR_INO + 2
+_FILES: Final = {b"stats.json": STATS_INO, b"control": COMMAND_INO}
+_MODES: Final = {
+    DIR_INO: stat.S_IFDIR | 0o500,
+    STATS_INO: stat.S_IFREG | 0o400,
+    COMMAND_INO: stat.S_IFREG | 0o600,
+}
+MAX_REQUEST_BYTES: Final = 128 << 10
+
+Json = dict[str, Any]
+#: Runs one request; yields progress objects and, last, the result.
+Command = Callable[[Json], AsyncIterator[Json]]
+
+
+@dataclass
+class Snapshot:
+    """An open ``stats.json``: fixed bytes."""
+
+    data: bytes
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """Return a slice of the snapshot."""
+        return self.data[offset : offset + size]
+
+    async def write(self, data: bytes) -> int:
+        """Refuse: the file only tells."""
+        raise FsError(errno.EACCES)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class Conversation:
+    """An open ``control``: at most one request, and the stream of its answers."""
+
+    commands: Mapping[str, Command]
+    nursery: trio.Nursery
+    _answers: trio.MemoryReceiveChannel[bytes] | None = None
+    _rest: bytes = b""
+    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    async def write(self, data: bytes) -> int:
+        """Start the request; a second one on the same handle is refused."""
+        if self._answers is not None:
+            raise FsError(errno.EBUSY)
+        if len(data) >= MAX_REQUEST_BYTES:
+            raise FsError(errno.E2BIG)
+        send, self._answers = trio.open_memory_channel[bytes](16)
+        self.nursery.start_soon(self._run, data, send)
+        return len(data)
+
+    async def _run(self, data: bytes, send: trio.MemorySendChannel[bytes]) -> None:
+        with self._scope:
+            async with send:
+                try:
+                    async for answer in self._answer(data):
+                        await send.send(json.dumps(answer).encode() + b"\n")
+                except trio.BrokenResourceError:
+                    pass  # the reader closed the file; nobody is left to tell
+
+    async def _answer(self, data: bytes) -> AsyncIterator[Json]:
+        try:
+            request = json.loads(data)
+            if not isinstance(request, dict) or request.get("op") not in self.commands:
+                raise UsageError(
+                    "the control file got a request it does not know",
+                    expected='{"op": NAME}, NAME one of ' + ", ".join(sorted(self.commands)),
+                )
+            async for answer in self.commands[request["op"]](request):
+                yield answer
+        except XipfsError as error:
+            yield {"error": str(error), "errno": error.errno, "exit_code": error.exit_code}
+        except (ValueError, KeyError, TypeError) as error:
+            yield {"error": f"malformed request: {error!r}", "errno": errno.EINVAL, "exit_code": 2}
+        except Exception as error:
+            log.exception("control request failed")
+            yield {"error": f"internal error: {error!r}", "errno": errno.EIO, "exit_code": 1}
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """Return the next answers; empty at their end."""
+        if self._answers is None:
+            return b""
+        if not self._rest:
+            try:
+                self._rest = await self._answers.receive()
+            except trio.EndOfChannel:
+                return b""
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    def close(self) -> None:
+        """Stop a request whose client went away."""
+        self._scope.cancel()
+        if self._answers is not None:
+            self._answers.close()
+
+
+ControlHandle = Snapshot | Conversation
+
+
+class ControlTree:
+    """The inodes of ``.xipfs`` and what opening them does."""
+
+    def __init__(
+        self,
+        *,
+        uid: int,
+        gid: int,
+        now_ns: int,
+        snapshot: Callable[[], Awaitable[Json]],
+        commands: Mapping[str, Command],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._uid = uid
+        self._gid = gid
+        self._now_ns = now_ns
+        self._snapshot = snapshot
+        self._commands = commands
+        self._nursery = nursery
+
+    def owns(self, ino: int) -> bool:
+        """Return whether ``ino`` is a control inode."""
+        return ino in _MODES
+
+    def lookup(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes | None:
+        """Return the entry if the name is a control file's, None if the image must be asked."""
+        if parent == pyfuse3.ROOT_INODE and name == CONTROL_NAME:
+            return self.getattr(DIR_INO)
+        if parent != DIR_INO:
+            return None
+        if name not in _FILES:
+            raise FsError(errno.ENOENT)
+        return self.getattr(_FILES[name])
+
+    def getattr(self, ino: int) -> pyfuse3.EntryAttributes:
+        """Return the attributes; never cached."""
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(ino)
+        entry.entry_timeout = entry.attr_timeout = 0
+        entry.st_mode = pyfuse3.ModeT(_MODES[ino])
+        entry.st_nlink = 2 if ino == DIR_INO else 1
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._now_ns
+        return entry
+
+    def readdir(self, cookie: int, token: pyfuse3.ReaddirToken) -> None:
+        """List the control files (of ``.xipfs`` itself; the root does not list ``.xipfs``)."""
+        for position, (name, ino) in enumerate(_FILES.items()):
+            if position >= cookie and not pyfuse3.readdir_reply(
+                token, pyfuse3.FileNameT(name), self.getattr(ino), position + 1
+            ):
+                return
+
+    async def open(self, ino: int) -> ControlHandle:
+        """Open a control file; ``stats.json`` takes its snapshot here."""
+        if ino == STATS_INO:
+            data = json.dumps(await self._snapshot(), indent=2).encode() + b"\n"
+            return Snapshot(data)
+        if ino == COMMAND_INO:
+            return Conversation(self._commands, self._nursery)
+        raise FsError(errno.EISDIR)

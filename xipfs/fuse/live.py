@@ -1,0 +1,203 @@
+"""What happens between requests on a live mount: draining, accounting, eviction, migration.
+
+Everything here runs on the trio thread; what may block (draining, the pid filter, invalidation)
+runs in worker threads and is awaited. The observer's drain is one of these for a reason of its
+own: it may wait for a process's mmap lock, held by a fault that waits for our READ.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Mapping
+from typing import Final, Protocol
+
+import trio
+
+from xipfs.accounting.accountant import Accountant
+from xipfs.accounting.charges import Charge
+from xipfs.errors import FsError, UsageError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind
+from xipfs.fuse.control import Command, Json
+from xipfs.fuse.migration import Migrator
+from xipfs.fuse.mounts import Mount
+from xipfs.fuse.notify import Notifier, session_fd
+from xipfs.fuse.observing import LiveObserver
+from xipfs.fuse.views import file_pages, live_snapshot
+from xipfs.migrate.engine import Engine, Move, Tally
+from xipfs.migrate.policies.threshold import Threshold
+from xipfs.mm.rules import Rules
+from xipfs.options import MountOptions
+from xipfs.stats.heat import Heat
+from xipfs.units import PAGE_SHIFT, pages_of
+
+#: The ring holds some 200,000 events a CPU; at a million events a second that is 200 ms.
+DRAIN_INTERVAL_S: Final = 0.010
+KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
+
+
+class Policy(Protocol):
+    """Looks at charges, returns a plan."""
+
+    def plan(self, charges: list[Charge]) -> list[Move]:
+        """Return the moves that these charges have earned."""
+        ...
+
+
+class Live:
+    """One mount's moving parts, joined. ``start`` makes it whole once the mount is there."""
+
+    def __init__(self, fs: Filesystem, options: MountOptions, observer: LiveObserver) -> None:
+        self.fs = fs
+        self.options = options
+        self.observer = observer
+        self.accountant = Accountant(fs, Rules.parse(options.rules), observer.comm)
+        self.engine = Engine(fs)
+        self.heat = Heat()
+        self.policy: Policy | None = None
+        if options.policy == "threshold":
+            assert options.promote is not None
+            self.policy = Threshold(options.promote)
+        # One drain at a time, or batches would be consumed out of order.
+        self._draining = trio.Lock()
+        self._evicted: list[tuple[int, int]] = []
+        self._eviction = trio.Event()
+        self._plan: list[Move] = []
+        self._planned = trio.Event()
+        fs.set_hooks(
+            on_unmap=self.accountant.unmap_page, on_evict=self._on_evict, on_cut=self.accountant.cut
+        )
+
+    def start(self, nursery: trio.Nursery, mount: Mount) -> None:
+        """Begin the background work."""
+        self.mount = mount
+        self.notifier = Notifier(session_fd())
+        self.migrator = Migrator(self.engine, self.notifier, self.drain)
+        nursery.start_soon(self._drain_forever)
+        nursery.start_soon(self._invalidate_evicted)
+        if self.policy is not None:
+            nursery.start_soon(self._carry_out_plans)
+
+    # Hooks of the request handlers
+
+    async def before_open_reply(self, tid: int) -> None:
+        """Return once the opener's process is observed."""
+        # Our own threads open the mount for syncing only; tid 0 is outside our pid namespace.
+        if tid > 0:
+            await trio.to_thread.run_sync(self.observer.add_pids, (tid,))
+
+    async def before_change(self, ino: int, size_bytes: int | None = None) -> None:
+        """Charge what has faulted so far before pages of ``ino`` go away.
+
+        With ``size_bytes``: if that cuts the file; without: if the inode has no name left.
+        """
+        try:
+            attr = self.fs.getattr(ino)
+        except FsError:
+            return
+        cuts = attr.nlink == 0 if size_bytes is None else size_bytes < attr.size_bytes
+        if cuts:
+            await self.drain()
+
+    def page_io(self, pid: int, ino: int, offset: int, size: int, *, write: bool) -> None:
+        """Hear of a READ or WRITE."""
+        if size <= 0:
+            return
+        first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+        self.migrator.page_io(ino, first, last)
+        if not write:
+            self.observer.read_request(pid, ino, first)
+
+    def write_back_of_ours(self, ino: int, offset: int, size: int) -> bool:
+        """Return whether a WRITE there answers our own invalidation."""
+        return self.notifier.write_back_of_ours(ino, offset, size)
+
+    # Draining and accounting
+
+    async def drain(self) -> None:
+        """Charge every fault that happened before this call."""
+        async with self._draining:
+            events = await trio.to_thread.run_sync(self.observer.drain)
+            charges = self.accountant.consume(events)
+        if charges:
+            self.heat.add(charges)
+            if self.policy is not None and (moves := self.policy.plan(charges)):
+                self._plan += moves
+                self._planned.set()
+
+    async def _drain_forever(self) -> None:
+        while True:
+            await self.drain()
+            await trio.sleep(DRAIN_INTERVAL_S)
+
+    # Eviction: the model's frame is gone, so the kernel's page must go too, or its next touch
+    # would make no fault and the refill could not be charged.
+
+    def _on_evict(self, ino: int, index: int) -> None:
+        self._evicted.append((ino, index))
+        self._eviction.set()
+
+    async def _invalidate_evicted(self) -> None:
+        while True:
+            await self._eviction.wait()
+            self._eviction = trio.Event()
+            pages, self._evicted = sorted(set(self._evicted)), []
+            for ino, first, count in runs(pages):
+                await self.notifier.invalidate_pages(ino, first, count)
+
+    async def _carry_out_plans(self) -> None:
+        while True:
+            await self._planned.wait()
+            self._planned = trio.Event()
+            moves, self._plan = self._plan, []
+            await self.migrator.move_all(moves)
+
+    # The control channel
+
+    async def snapshot(self) -> Json:
+        """Return the mount's figures, everything before this call included."""
+        await self.drain()
+        return live_snapshot(self)
+
+    def commands(self) -> Mapping[str, Command]:
+        """Return the requests of the control file."""
+        return {"pages": self._pages, "migrate": self._migrate}
+
+    async def _pages(self, request: Json) -> AsyncIterator[Json]:
+        await self.drain()
+        yield {"result": file_pages(self.fs, int(request["ino"]))}
+
+    async def _migrate(self, request: Json) -> AsyncIterator[Json]:
+        ino, to = int(request["ino"]), KINDS.get(request["to"])
+        if to is None:
+            raise UsageError(f"kind {request['to']!r}", expected=" or ".join(KINDS))
+        if self.fs.read_only:
+            raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
+        end = pages_of(self.fs.getattr(ino).size_bytes)
+        first = int(request.get("first", 0))
+        count = int(request.get("count", end - first))
+        if first < 0 or count < 0 or first + count > end:
+            raise UsageError(
+                f"pages {first}-{first + count - 1} reach outside the file",
+                expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
+            )
+        total = Tally()
+        async for done, tally in self.migrator.migrate(ino, range(first, first + count), to):
+            total = tally
+            yield {"progress": {"pages_done": done, "pages_total": count}}
+        yield {"result": vars(total)}
+
+
+def runs(pages: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Merge sorted (ino, index) pairs into (ino, first, count) runs.
+
+    >>> runs([(2, 5), (2, 6), (2, 9), (3, 10)])
+    [(2, 5, 2), (2, 9, 1), (3, 10, 1)]
+    """
+    merged: list[tuple[int, int, int]] = []
+    for ino, index in pages:
+        if merged and merged[-1][0] == ino and merged[-1][1] + merged[-1][2] == index:
+            merged[-1] = (ino, merged[-1][1], merged[-1][2] + 1)
+        else:
+            merged.append((ino, index, 1))
+    return merged

@@ -1,0 +1,132 @@
+"""Which xipfs mounts exist, who serves them, and how they end: /proc/self/mountinfo, fusermount3.
+
+Nothing here asks the filesystem itself, so a dead or stuck mount can still be looked at and ended.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xipfs.errors import MountError
+from xipfs.fs.imagelock import holders_of
+
+FSTYPE: Final = "fuse.xipfs"
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of mountinfo: device number, where, what image, read-only or not."""
+
+    major: int
+    minor: int
+    mountpoint: Path
+    source: str
+    fstype: str
+
+    @property
+    def s_dev(self) -> int:
+        """The device as tracepoints print it: major << 20 | minor."""
+        return self.major << 20 | self.minor
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field))
+
+
+def mounts() -> list[Mount]:
+    """Return every mount of this namespace, in mount order."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        left, _, right = line.partition(b" - ")
+        fields, tail = left.split(b" "), right.split(b" ")
+        major, minor = fields[2].split(b":")
+        found.append(
+            Mount(
+                int(major),
+                int(minor),
+                Path(_unescape(fields[4])),
+                _unescape(tail[1]),
+                tail[0].decode(),
+            )
+        )
+    return found
+
+
+def mount_at(directory: Path) -> Mount:
+    """Return the xipfs mount whose mount point ``directory`` is (the uppermost, if stacked)."""
+    # Not Path.resolve: it would lstat the mount point and hang on a stuck daemon.
+    parent = directory.absolute().parent.resolve()
+    wanted = parent / directory.name if directory.name not in ("", "..") else directory.resolve()
+    for mount in reversed(mounts()):
+        if mount.mountpoint == wanted:
+            if mount.fstype != FSTYPE:
+                raise MountError(
+                    f"{directory} is a mount of type {mount.fstype}", expected=f"type {FSTYPE}"
+                )
+            return mount
+    raise MountError(
+        f"nothing is mounted at {directory}", expected="the mount point of an xipfs mount"
+    )
+
+
+def mount_of(path: Path) -> Mount:
+    """Return the xipfs mount that the existing file or directory ``path`` lies in."""
+    try:
+        device = os.stat(path).st_dev
+    except OSError as error:
+        raise MountError(f"cannot look at {path}: {error.strerror}") from None
+    for mount in reversed(mounts()):
+        if os.makedev(mount.major, mount.minor) == device and mount.fstype == FSTYPE:
+            return mount
+    raise MountError(f"{path} is not on an xipfs mount", expected=f"a file on a {FSTYPE} mount")
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount; raises MountError, with the mount as it was, if it is busy."""
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise MountError("fusermount3 is not installed", remedy="install fuse3") from None
+    if done.returncode != 0:
+        reason = done.stderr.strip().rpartition(": ")[2] or f"exit code {done.returncode}"
+        raise MountError(
+            f"{mountpoint} was not unmounted: {reason}",
+            remedy="end the programs that use it (fuser -vm DIR shows them)",
+        )
+
+
+def serving_pid(mount: Mount) -> int | None:
+    """Return the pid of the daemon behind ``mount``, None if it is gone.
+
+    The daemon holds the image's lock and a /dev/fuse descriptor; where several read-only mounts
+    share an image, the descriptor's fdinfo tells which connection is whose (the connection's
+    number is the device's minor).
+    """
+    try:
+        image = os.open(mount.source, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    holders = holders_of(image)
+    os.close(image)
+    for pid in holders:
+        if len(holders) == 1 or _connection_of(pid) == mount.minor:
+            return pid
+    return None
+
+
+def _connection_of(pid: int) -> int | None:
+    for entry in Path(f"/proc/{pid}/fdinfo").glob("*"):
+        try:
+            match = re.search(r"^fuse_connection:\s*(\d+)$", entry.read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if match:
+            return int(match[1])
+    return None

@@ -1,0 +1,274 @@
+"""Handlers of names and attributes; operations.py adds those of open files and directories.
+
+Handlers translate, call the filesystem, translate back. Nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Protocol
+
+import pyfuse3
+
+from xipfs.errors import FsError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fuse.control import CONTROL_NAME, ControlTree
+from xipfs.fuse.translate import entry_of, handler, no_entry
+
+
+class RequestHooks(Protocol):
+    """What the rest of the daemon wants to know of requests."""
+
+    async def before_open_reply(self, tid: int) -> None:
+        """Return once all threads of ``tid``'s process are observed."""
+        ...
+
+    async def before_change(self, ino: int, size_bytes: int | None = None) -> None:
+        """Charge what has faulted before pages of ``ino`` go: cut to a size, or with its name."""
+        ...
+
+    def page_io(self, pid: int, ino: int, offset: int, size: int, *, write: bool) -> None:
+        """Hear of a READ or WRITE of these bytes by a file that process ``pid`` opened."""
+        ...
+
+    def write_back_of_ours(self, ino: int, offset: int, size: int) -> bool:
+        """Return whether a WRITE there is the kernel's answer to our own invalidation."""
+        ...
+
+
+class NameOperations(pyfuse3.Operations):
+    """LOOKUP to RENAME, GETATTR to REMOVEXATTR."""
+
+    supports_dot_lookup = False
+    # write(2) reaches the daemon at once, as it would reach a DAX or XIP filesystem.
+    enable_writeback_cache = False
+    #: Set before the first request is served.
+    control: ControlTree
+
+    def __init__(self, fs: Filesystem, hooks: RequestHooks) -> None:
+        super().__init__()
+        self.fs = fs
+        self.hooks = hooks
+
+    def _refuse_reserved(self, parent: int, name: bytes, errno_: int) -> None:
+        """The control directory's name is not the image's to use, and control files are fixed."""
+        if parent == pyfuse3.ROOT_INODE and name == CONTROL_NAME:
+            raise FsError(errno_)
+        self._refuse_control(parent)
+
+    def _refuse_control(self, ino: int) -> None:
+        if self.control.owns(ino):
+            raise FsError(errno.EPERM)
+
+    # Names
+
+    @handler
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """LOOKUP; a missing name is cached too."""
+        control_entry = self.control.lookup(parent_inode, name)
+        if control_entry is not None:
+            return control_entry
+        try:
+            attr = self.fs.lookup(parent_inode, name)
+        except FsError as error:
+            if error.errno == errno.ENOENT:
+                return no_entry()
+            raise
+        self.fs.hold(attr.ino)
+        return entry_of(attr)
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        """FORGET has no reply; control inodes are never counted."""
+        for ino, count in inode_list:
+            await self._forget_one(ino, count)
+
+    @handler
+    async def _forget_one(self, ino: int, count: int) -> None:
+        if not self.control.owns(ino):
+            await self._drop(ino, count)
+
+    async def _drop(self, ino: int, count: int) -> None:
+        await self.hooks.before_change(ino)
+        self.fs.drop(ino, count)
+
+    @handler
+    async def mknod(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: bytes,
+        mode: pyfuse3.ModeT,
+        rdev: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """MKNOD."""
+        self._refuse_reserved(parent_inode, name, errno.EEXIST)
+        attr = self.fs.mknod(parent_inode, name, mode & ~ctx.umask, rdev, ctx.uid, ctx.gid)
+        self.fs.hold(attr.ino)
+        return entry_of(attr)
+
+    @handler
+    async def mkdir(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: bytes,
+        mode: pyfuse3.ModeT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """MKDIR."""
+        self._refuse_reserved(parent_inode, name, errno.EEXIST)
+        attr = self.fs.mkdir(parent_inode, name, mode & ~ctx.umask, ctx.uid, ctx.gid)
+        self.fs.hold(attr.ino)
+        return entry_of(attr)
+
+    @handler
+    async def symlink(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: bytes,
+        target: bytes,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """SYMLINK."""
+        self._refuse_reserved(parent_inode, name, errno.EEXIST)
+        attr = self.fs.symlink(parent_inode, name, target, ctx.uid, ctx.gid)
+        self.fs.hold(attr.ino)
+        return entry_of(attr)
+
+    @handler
+    async def link(
+        self,
+        inode: pyfuse3.InodeT,
+        new_parent_inode: pyfuse3.InodeT,
+        new_name: bytes,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """LINK."""
+        self._refuse_reserved(new_parent_inode, new_name, errno.EEXIST)
+        self._refuse_control(inode)
+        attr = self.fs.link(inode, new_parent_inode, new_name)
+        self.fs.hold(attr.ino)
+        return entry_of(attr)
+
+    @handler
+    async def unlink(
+        self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """UNLINK."""
+        self._refuse_reserved(parent_inode, name, errno.EPERM)
+        self.fs.unlink(parent_inode, name)
+
+    @handler
+    async def rmdir(
+        self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """RMDIR."""
+        self._refuse_reserved(parent_inode, name, errno.EPERM)
+        self.fs.rmdir(parent_inode, name)
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: bytes,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: bytes,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        """RENAME and RENAME2 (NOREPLACE, EXCHANGE)."""
+        self._refuse_reserved(parent_inode_old, name_old, errno.EPERM)
+        self._refuse_reserved(parent_inode_new, name_new, errno.EPERM)
+        self.fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @handler
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> bytes:
+        """READLINK."""
+        return self.fs.readlink(inode)
+
+    # Attributes
+
+    @handler
+    async def getattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """GETATTR."""
+        if self.control.owns(inode):
+            return self.control.getattr(inode)
+        return entry_of(self.fs.getattr(inode))
+
+    @handler
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """SETATTR: chmod, chown, truncate, utimens."""
+        if self.control.owns(inode):
+            # Opening with O_TRUNC, as the shell's > does, is harmless on a control file.
+            if fields.update_size and not (fields.update_mode or fields.update_uid):
+                return self.control.getattr(inode)
+            raise FsError(errno.EPERM)
+        if fields.update_size:
+            await self.hooks.before_change(inode, attr.st_size)
+        return entry_of(
+            self.fs.setattr(
+                inode,
+                mode=attr.st_mode if fields.update_mode else None,
+                uid=attr.st_uid if fields.update_uid else None,
+                gid=attr.st_gid if fields.update_gid else None,
+                size_bytes=attr.st_size if fields.update_size else None,
+                atime_ns=attr.st_atime_ns if fields.update_atime else None,
+                mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            )
+        )
+
+    @handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """STATFS, in blocks of one page."""
+        figures = self.fs.statfs()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = figures.block_size
+        answer.f_blocks = figures.blocks_total
+        answer.f_bfree = answer.f_bavail = figures.blocks_free
+        answer.f_files = figures.inodes_total
+        answer.f_ffree = answer.f_favail = figures.inodes_free
+        answer.f_namemax = figures.name_max
+        return answer
+
+    @handler
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        """GETXATTR."""
+        if self.control.owns(inode):
+            raise FsError(errno.ENODATA)
+        return self.fs.getxattr(inode, name)
+
+    @handler
+    async def setxattr(
+        self, inode: pyfuse3.InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """SETXATTR."""
+        self._refuse_control(inode)
+        self.fs.setxattr(inode, name, value)
+
+    @handler
+    async def listxattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> Sequence[bytes]:
+        """LISTXATTR."""
+        return [] if self.control.owns(inode) else self.fs.listxattr(inode)
+
+    @handler
+    async def removexattr(
+        self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """REMOVEXATTR."""
+        self._refuse_control(inode)
+        self.fs.removexattr(inode, name)

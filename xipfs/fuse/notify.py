@@ -1,0 +1,89 @@
+"""Telling the kernel to forget or to keep pages: the only module that may.
+
+Two rules decide the shape. An invalidation waits for the folio lock, which a READ in flight
+holds, and the READ waits for this process: so the request must be written from a thread that
+serves nothing, and no lock that READ or WRITE needs may be held meanwhile. And an invalidation of
+dirty pages sends their bytes here as WRITEs before it returns: so the ranges under invalidation
+are kept, for the WRITE handler to recognise the kernel's write-back that we caused ourselves.
+
+pyfuse3 can drop a whole inode only; a range is the raw notification on the session's descriptor
+(struct fuse_out_header, struct fuse_notify_inval_inode_out; include/uapi/linux/fuse.h).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import trio
+
+from xipfs.units import PAGE_SHIFT
+
+_NOTIFY_INVAL_INODE: Final = 2
+_HEADER: Final = struct.Struct("=IiQ")  # len, error (the notification's code), unique (0)
+_INVAL_INODE: Final = struct.Struct("=Qqq")  # ino, off, len (0: to the end)
+
+
+def session_fd() -> int:
+    """Return this process's /dev/fuse descriptor (pyfuse3 keeps it to itself)."""
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{entry}") == "/dev/fuse":
+                return int(entry)
+        except FileNotFoundError:
+            continue
+    raise OSError(errno.EBADF, "no /dev/fuse descriptor is open")
+
+
+class Notifier:
+    """Range invalidations of one mount. Used from the trio thread; the writes happen elsewhere."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._in_flight: list[tuple[int, int, int]] = []
+        # One at a time: invalidations of one mount gain nothing from running side by side.
+        self._limiter = trio.CapacityLimiter(1)
+        self.invalidations = 0
+
+    def write_back_of_ours(self, ino: int, offset: int, size: int) -> bool:
+        """Return whether [offset, offset + size) bytes of ``ino`` are being invalidated now."""
+        return any(
+            ino == held and offset < end and start < offset + size
+            for held, start, end in self._in_flight
+        )
+
+    @contextmanager
+    def _marked(self, ino: int, start: int, end: int) -> Iterator[None]:
+        mark = (ino, start, end)
+        self._in_flight.append(mark)
+        try:
+            yield
+        finally:
+            self._in_flight.remove(mark)
+
+    async def invalidate_pages(self, ino: int, first: int, count: int) -> None:
+        """Drop ``count`` pages of ``ino`` from index ``first`` from the kernel's cache.
+
+        Returns when they are gone and their dirty bytes have come back as WRITEs. An inode that
+        the kernel does not know holds nothing and is no error.
+        """
+        assert count > 0, (ino, first, count)
+        start, size = first << PAGE_SHIFT, count << PAGE_SHIFT
+        payload = _INVAL_INODE.pack(ino, start, size)
+        message = _HEADER.pack(_HEADER.size + len(payload), _NOTIFY_INVAL_INODE, 0) + payload
+        with self._marked(ino, start, start + size):
+            # Not abandoned on cancel: half an invalidation would leave a mark that lies.
+            await trio.to_thread.run_sync(self._send, message, limiter=self._limiter)
+        self.invalidations += 1
+
+    def _send(self, message: bytes) -> None:
+        try:
+            os.write(self._fd, message)
+        except OSError as error:
+            # ENOENT: the inode is not cached. ENODEV, ENOTCONN: the mount is going away.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
+                raise

@@ -1,0 +1,245 @@
+"""Which observer a mount runs at: the kernel's tracepoints, READ requests, or none.
+
+``tracefs`` is exact. ``requests`` is what is left without root or tracefs: each READ request stands
+for one fault of the process that opened the file. That is an estimate (a READ can come from
+read(2) or read-ahead, and a fault on a cached page sends none), which every snapshot says.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Protocol
+
+from xipfs.errors import MountError, ObserverError
+from xipfs.fuse.mounts import Mount
+from xipfs.options import MountOptions
+from xipfs.stats.snapshot import ObserverFigures
+from xipfs.trace import events as ev
+from xipfs.trace.observer import Observer
+from xipfs.trace.session import probe
+from xipfs.units import PAGE_SHIFT
+
+log = logging.getLogger(__name__)
+
+REQUESTS_NOTE: Final = (
+    "each READ request counts as one read fault of the file's opener: an estimate; faults on "
+    "pages the kernel caches, writes and private copies are not seen"
+)
+#: The modelled mapping that stands for "somewhere in this process": larger than any file.
+_WHOLE_FILE_PAGES: Final = 1 << 36
+
+
+class LiveObserver(Protocol):
+    """What a mount needs of any observer."""
+
+    def start(self, mount: Mount) -> None:
+        """Begin, once the mount has its device number; raises ObserverError."""
+        ...
+
+    def add_pids(self, pids: Iterable[int]) -> None:
+        """Return once nothing these processes do can be missed. May block."""
+        ...
+
+    def read_request(self, pid: int, ino: int, first: int) -> None:
+        """Hear of a READ request that starts at page ``first``."""
+        ...
+
+    def drain(self) -> list[ev.Event]:
+        """Return what happened since the last call, in order. May block."""
+        ...
+
+    def comm(self, pid: int) -> str:
+        """Return a process's name, "" if unknown."""
+        ...
+
+    def figures(self) -> ObserverFigures:
+        """Return the counts so far."""
+        ...
+
+    def close(self) -> None:
+        """End, undoing whatever was set up."""
+        ...
+
+
+class TracefsObserver:
+    """The kernel's own events."""
+
+    def __init__(self) -> None:
+        self._observer: Observer | None = None
+
+    def start(self, mount: Mount) -> None:
+        """Make the tracefs instances."""
+        self._observer = Observer.start(os.makedev(mount.major, mount.minor))
+
+    def add_pids(self, pids: Iterable[int]) -> None:
+        """Follow the processes; a failure is logged, for an open must not fail for it."""
+        assert self._observer is not None
+        try:
+            self._observer.add_pids(pids)
+        except ObserverError as error:
+            log.warning("not following %s: %s", pids, error)
+
+    def read_request(self, pid: int, ino: int, first: int) -> None:
+        """READ requests tell nothing that the events do not."""
+
+    def drain(self) -> list[ev.Event]:
+        """Read the rings."""
+        assert self._observer is not None
+        return self._observer.drain()
+
+    def comm(self, pid: int) -> str:
+        """Return the name the kernel last gave."""
+        return "" if self._observer is None else self._observer.comm(pid)
+
+    def figures(self) -> ObserverFigures:
+        """Return the events' counts and the kernel's faults."""
+        assert self._observer is not None
+        seen = self._observer.statistics()
+        return ObserverFigures(
+            mode="tracefs",
+            events=seen.events,
+            lost=seen.lost,
+            unfollowed=seen.unfollowed,
+            faults=seen.faults,
+            major=seen.major,
+            minor=seen.minor,
+            missing=seen.missing,
+        )
+
+    def close(self) -> None:
+        """Remove the tracefs instances."""
+        if self._observer is not None:
+            self._observer.close()
+
+
+class RequestsObserver:
+    """READ requests as faults: one modelled address space a process, one mapping a file."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+        self._events: list[ev.Event] = []
+        self._spaces: dict[int, dict[int, int]] = {}
+        self._numbers: dict[int, int] = {}
+        self._requests = 0
+
+    def start(self, mount: Mount) -> None:
+        """Nothing is set up."""
+
+    def add_pids(self, pids: Iterable[int]) -> None:
+        """Every opener is seen by its READs."""
+
+    def read_request(self, pid: int, ino: int, first: int) -> None:
+        """Turn the request into a read fault on its first page."""
+        self._requests += 1
+        if pid not in self._spaces:
+            self._spaces[pid] = {}
+            self._numbers[pid] = self._requests
+        space, mm = self._spaces[pid], self._numbers[pid]
+        if ino not in space:
+            start = space[ino] = (len(space) + 1) * _WHOLE_FILE_PAGES << PAGE_SHIFT
+            end = start + (_WHOLE_FILE_PAGES << PAGE_SHIFT)
+            self._events.append(ev.Map(0, mm, pid, start, end, ino, 0, 1, False, False))
+        address = space[ino] + (first << PAGE_SHIFT)
+        self._events.append(
+            ev.Fault(
+                0, mm, pid, pid, address, ino, first,
+                write=False, execute=False, user=True, protection=False,
+                verdict=ev.MAJOR, origin=ev.UNTRACED,
+            )
+        )  # fmt: skip
+
+    def drain(self) -> list[ev.Event]:
+        """Return the faults since the last call, and the ends of processes that are gone."""
+        events, self._events = self._events, []
+        for pid in [pid for pid in self._spaces if not os.path.exists(f"/proc/{pid}")]:
+            events.append(ev.Exit(0, self._numbers.pop(pid)))
+            del self._spaces[pid]
+        return events
+
+    def comm(self, pid: int) -> str:
+        """Return the process's name now."""
+        try:
+            return Path(f"/proc/{pid}/comm").read_text().strip()
+        except OSError:
+            return ""
+
+    def figures(self) -> ObserverFigures:
+        """Return how many requests there were; the kernel's own faults are not known."""
+        return ObserverFigures(mode="requests", events=self._requests, reason=self._reason)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class NoObserver:
+    """``observe=off``: nothing is seen."""
+
+    def start(self, mount: Mount) -> None:
+        """Nothing is set up."""
+
+    def add_pids(self, pids: Iterable[int]) -> None:
+        """Nobody is followed."""
+
+    def read_request(self, pid: int, ino: int, first: int) -> None:
+        """Nothing is heard."""
+
+    def drain(self) -> list[ev.Event]:
+        """Return nothing."""
+        return []
+
+    def comm(self, pid: int) -> str:
+        """Return no name."""
+        return ""
+
+    def figures(self) -> ObserverFigures:
+        """Return zeros and the reason."""
+        return ObserverFigures(mode="off", reason="switched off with observe=off")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def choose_observer(options: MountOptions) -> LiveObserver:
+    """Return the observer that ``options`` ask for or this machine allows.
+
+    Raises ObserverError if tracefs is demanded and not usable.
+    """
+    if options.observe == "off":
+        return NoObserver()
+    if options.observe == "requests":
+        return RequestsObserver(REQUESTS_NOTE)
+    unusable = probe().unusable
+    if not unusable:
+        return TracefsObserver()
+    if options.observe == "tracefs":
+        raise ObserverError(
+            f"observe=tracefs is not possible: {unusable}",
+            remedy="mount as root, or use observe=auto",
+        )
+    log.info("observing READ requests only: %s", unusable)
+    return RequestsObserver(f"{unusable}; {REQUESTS_NOTE}")
+
+
+def readahead_kib(options: MountOptions, observer: LiveObserver) -> int | None:
+    """Return the read-ahead to ask the kernel for, None for its own default.
+
+    Without read-ahead every cold page that a program touches is one READ and one major fault.
+    """
+    if options.readahead_kib is None and isinstance(observer, TracefsObserver):
+        return 0
+    return options.readahead_kib
+
+
+def set_readahead(mount: Mount, kib: int) -> None:
+    """Set the mount's read-ahead; it acts on files opened from now on, and ends with the mount."""
+    path = Path(f"/sys/class/bdi/{mount.major}:{mount.minor}/read_ahead_kb")
+    try:
+        path.write_text(str(kib))
+    except OSError as error:
+        raise MountError(
+            f"readahead={kib} cannot be set: {path}: {error.strerror}",
+            remedy="mount as root, or leave readahead= out",
+        ) from None

@@ -1,0 +1,172 @@
+"""One mount's request handlers: those of names, and here those of open files and directories.
+
+Concurrency: every handler runs on the trio thread. The filesystem's calls have no await, so each
+is atomic against all others. The awaits are: before an OPEN's reply (the opener's threads enter
+the trace filter first, so that none of its faults is missed), before pages go away (what faulted
+on them is charged first), and in the control files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+import pyfuse3
+
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import WriteOrigin
+from xipfs.fuse.control import ControlHandle
+from xipfs.fuse.names import NameOperations, RequestHooks
+from xipfs.fuse.translate import entry_of, handler
+from xipfs.memory.region import Buffer
+
+
+@dataclass
+class OpenFile:
+    """An open file of the image: which inode, and the process that opened it."""
+
+    ino: int
+    pid: int
+
+
+class Operations(NameOperations):
+    """All handlers of one mount."""
+
+    def __init__(self, fs: Filesystem, hooks: RequestHooks) -> None:
+        super().__init__(fs, hooks)
+        self._next_fh = 1
+        self._files: dict[int, OpenFile | ControlHandle] = {}
+        self._dirs: dict[int, int] = {}
+
+    def _new_fh(self) -> pyfuse3.FileHandleT:
+        self._next_fh += 1
+        return pyfuse3.FileHandleT(self._next_fh)
+
+    # Files
+
+    @handler
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        """OPEN; the reply waits until the opener is observed."""
+        fh = self._new_fh()
+        if self.control.owns(inode):
+            self._files[fh] = await self.control.open(inode)
+            return pyfuse3.FileInfo(fh=fh, direct_io=True, nonseekable=True)
+        if flags & os.O_TRUNC:
+            await self.hooks.before_change(inode, 0)
+            self.fs.setattr(inode, size_bytes=0)
+        return await self._open_file(fh, inode, ctx)
+
+    async def _open_file(
+        self, fh: pyfuse3.FileHandleT, ino: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        self.fs.hold(ino)
+        self._files[fh] = OpenFile(ino, ctx.pid)
+        try:
+            await self.hooks.before_open_reply(ctx.pid)
+        except BaseException:
+            # No reply means no RELEASE will ever come for this handle.
+            del self._files[fh]
+            self.fs.drop(ino)
+            raise
+        # The kernel may keep the pages over opens: only this daemon changes them.
+        return pyfuse3.FileInfo(fh=fh, keep_cache=True)
+
+    @handler
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: bytes,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """CREATE: make the file and open it."""
+        self._refuse_reserved(parent_inode, name, errno.EEXIST)
+        attr = self.fs.mknod(parent_inode, name, mode & ~ctx.umask, 0, ctx.uid, ctx.gid)
+        info = await self._open_file(self._new_fh(), attr.ino, ctx)
+        self.fs.hold(attr.ino)
+        return info, entry_of(attr)
+
+    @handler
+    async def read(  # type: ignore[override]  # any buffer will do; pyfuse3's stub says bytes
+        self, fh: pyfuse3.FileHandleT, off: int, size: int
+    ) -> Buffer:
+        """READ; a view of the region where the bytes lie together in it (no copy)."""
+        file = self._files[fh]
+        if isinstance(file, ControlHandle):
+            return await file.read(off, size)
+        data = self.fs.read(file.ino, off, size)
+        self.hooks.page_io(file.pid, file.ino, off, len(data), write=False)
+        return data
+
+    @handler
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        """WRITE, from write(2) or from the kernel's write-back of a shared mapping."""
+        file = self._files[fh]
+        if isinstance(file, ControlHandle):
+            return await file.write(buf)
+        ours = self.hooks.write_back_of_ours(file.ino, off, len(buf))
+        origin = WriteOrigin.WRITEBACK if ours else WriteOrigin.PROGRAM
+        written = self.fs.write(file.ino, off, buf, origin=origin)
+        if not ours:
+            self.hooks.page_io(file.pid, file.ino, off, written, write=True)
+        return written
+
+    @handler
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """FLUSH (one per close(2)): every WRITE is already in the frame or at home."""
+
+    @handler
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """RELEASE: the last close."""
+        file = self._files.pop(fh)
+        if isinstance(file, ControlHandle):
+            file.close()
+        else:
+            await self._drop(file.ino, 1)
+
+    @handler
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        """FSYNC: the file's frames go home."""
+        file = self._files[fh]
+        if isinstance(file, OpenFile):
+            self.fs.fsync(file.ino, datasync)
+
+    # Directories
+
+    @handler
+    async def opendir(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileHandleT:
+        """OPENDIR."""
+        fh = self._new_fh()
+        self._dirs[fh] = inode
+        return fh
+
+    @handler
+    async def readdir(
+        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
+    ) -> None:
+        """READDIRPLUS; ids are the directory's own stable cookies."""
+        ino = self._dirs[fh]
+        if self.control.owns(ino):
+            self.control.readdir(start_id, token)
+            return
+        for name, attr, cookie in self.fs.readdir(ino, start_id):
+            if not pyfuse3.readdir_reply(token, name, entry_of(attr), cookie):
+                return
+            self.fs.hold(attr.ino)
+
+    @handler
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """RELEASEDIR."""
+        del self._dirs[fh]
+
+    @handler
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        """FSYNCDIR: names are durable when their call returns; what is left is the disk."""
+        if not self.control.owns(self._dirs[fh]):
+            self.fs.sync_names()

@@ -1,0 +1,100 @@
+"""What the control directory answers: a mount's snapshot, a file's pages."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from xipfs import __version__
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind, PageRun
+from xipfs.stats import snapshot
+from xipfs.units import PageIndex, pages_of
+
+if TYPE_CHECKING:
+    from xipfs.fuse.live import Live
+
+_LETTERS: Final = {PageKind.HOLE: ".", PageKind.XIP: "X", PageKind.PAGECACHE: "p"}
+
+
+def live_snapshot(live: Live) -> dict[str, Any]:
+    """Return the object of ``stats.json``; ``kernel`` is null where the observer cannot know."""
+    figures = live.observer.figures()
+    engine = live.engine.statistics()
+    return {
+        "schema": snapshot.SCHEMA,
+        "version": __version__,
+        "vmstat": snapshot.vmstat(live.fs, live.accountant, engine),
+        "kernel": {
+            "faults": figures.faults,
+            "major": figures.major,
+            "minor": figures.minor,
+            "around": live.accountant.around_pages,
+        },
+        "observer": {
+            "mode": figures.mode,
+            "events": figures.events,
+            "lost": figures.lost,
+            "unfollowed": snapshot.unfollowed(figures, live.accountant),
+            "missing": figures.missing,
+            "reason": figures.reason,
+        },
+        "memory": snapshot.memory(live.fs),
+        "migration": {
+            "policy": live.options.policy,
+            "fail_reasons": engine.fail_reasons,
+            "kernel_invalidations": live.notifier.invalidations,
+        },
+        "mount": {
+            "image": str(live.fs.image_path),
+            "label": live.fs.label,
+            "mountpoint": str(live.mount.mountpoint),
+            "pid": os.getpid(),
+            "rules": live.accountant.machine.rules.name,
+            "options": live.options.describe(),
+        },
+        "processes": snapshot.processes(live.accountant),
+        "hottest": live.heat.hottest(snapshot.HOTTEST),
+    }
+
+
+def file_pages(fs: Filesystem, ino: int) -> dict[str, Any]:
+    """Return a file's pages as runs of equal letter and counts.
+
+    refcount and mapcount are null for pages that have no struct page: XIP, not resident, holes.
+    """
+    size_bytes = fs.getattr(ino).size_bytes
+    runs: list[dict[str, Any]] = []
+    for run in fs.runs(ino):
+        for piece in _pieces(fs, ino, run):
+            last = runs[-1] if runs else None
+            same = ("letter", "refcount", "mapcount")
+            if last is not None and all(last[key] == piece[key] for key in same):
+                last["count"] += piece["count"]
+            else:
+                runs.append(piece)
+    return {"ino": ino, "size_bytes": size_bytes, "nr_pages": pages_of(size_bytes), "runs": runs}
+
+
+def _pieces(fs: Filesystem, ino: int, run: PageRun) -> list[dict[str, Any]]:
+    if not run.resident:
+        return [_piece(run.first, run.count, _LETTERS[run.kind], None, None)]
+    pieces = []
+    for index in range(run.first, run.first + run.count):
+        pfn = fs.page(ino, index).pfn
+        assert pfn is not None, (ino, index)
+        counts = int(fs.memory.refcount[pfn]), int(fs.memory.mapcount[pfn])
+        pieces.append(_piece(PageIndex(index), 1, "P", *counts))
+    return pieces
+
+
+def _piece(
+    first: int, count: int, letter: str, refcount: int | None, mapcount: int | None
+) -> dict[str, Any]:
+    return {
+        "first": first,
+        "count": count,
+        "letter": letter,
+        "refcount": refcount,
+        "mapcount": mapcount,
+    }

@@ -1,0 +1,1 @@
+"""Policies: each looks at what was charged and returns a plan; none can touch the filesystem."""

@@ -1,0 +1,125 @@
+"""What ``-o`` understands at mount, in one place: names, values, defaults.
+
+An unknown option is an error, never ignored: a misspelt ``ram=`` would otherwise give figures
+for a machine that nobody asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Final, Literal
+
+from xipfs.errors import UsageError
+from xipfs.memory.frames import STRUCT_PAGE_SIZES
+from xipfs.units import PAGE_SIZE, format_size, parse_size
+
+Observe = Literal["auto", "tracefs", "requests", "off"]
+OBSERVE_MODES: Final[tuple[Observe, ...]] = ("auto", "tracefs", "requests", "off")
+
+#: One line of help for each option, in the order in which they are shown.
+HELP: Final[dict[str, str]] = {
+    "ro": "mount read-only; nothing is written to the image",
+    "rw": "mount read-write (default)",
+    "ram=SIZE": "page-cache RAM of the modelled machine (default 64M)",
+    "struct_page=N": "bytes of one struct page: 32, 56 or 64 (default 64)",
+    "rules=NAME": "rule set that faults are charged by (default 6.1)",
+    "observe=MODE": "auto, tracefs, requests or off (default auto)",
+    "readahead=off|KIB": "kernel read-ahead (default off under tracefs, else the kernel's 128)",
+    "policy=off|threshold,promote=N": "promote a page at its Nth fault (default off)",
+    "allow_other": "let other users in (permissions are always checked)",
+}
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """The parsed options of one mount; sizes in bytes, read-ahead in KiB (None: by observer)."""
+
+    ro: bool = False
+    ram_bytes: int = 64 << 20
+    struct_page_bytes: int = 64
+    rules: str = "6.1"
+    observe: Observe = "auto"
+    readahead_kib: int | None = None
+    policy: str = "off"
+    promote: int | None = None
+    allow_other: bool = False
+
+    def describe(self) -> dict[str, object]:
+        """Return the options as JSON-ready names and values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def parse_options(words: Iterable[str]) -> MountOptions:
+    """Return the options of ``words``, each a comma-separated list as after ``-o``.
+
+    >>> parse_options(["ram=16M,ro", "policy=threshold,promote=3"]).promote
+    3
+    """
+    options = MountOptions()
+    for word in ",".join(words).split(","):
+        if word:
+            name, equals, value = word.partition("=")
+            options = _apply(options, name, value if equals else None)
+    return _check(options)
+
+
+def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
+    if name in ("ro", "rw", "allow_other"):
+        if value is not None:
+            raise UsageError(f"mount option {name!r} takes no value, got {value!r}")
+        if name == "allow_other":
+            return replace(options, allow_other=True)
+        return replace(options, ro=name == "ro")
+    if value is None and name in _VALUED:
+        raise UsageError(f"mount option {name!r} has no value", expected=f"{name}=VALUE")
+    if name not in _VALUED:
+        raise UsageError(
+            f"unknown mount option {name!r}", expected="one of " + ", ".join(sorted(HELP))
+        )
+    assert value is not None
+    if name == "ram":
+        ram = parse_size(value)
+        if ram < PAGE_SIZE:
+            raise UsageError(f"ram={value} is less than one page", expected=f"{PAGE_SIZE} or more")
+        return replace(options, ram_bytes=ram // PAGE_SIZE * PAGE_SIZE)
+    if name == "struct_page":
+        return replace(options, struct_page_bytes=_integer(name, value, 1))
+    if name == "observe":
+        if value not in OBSERVE_MODES:
+            raise UsageError(f"observe={value}", expected="one of " + ", ".join(OBSERVE_MODES))
+        return replace(options, observe=value)
+    if name == "readahead":
+        kib = 0 if value == "off" else _integer(name, value, 0)
+        return replace(options, readahead_kib=kib)
+    if name == "promote":
+        return replace(options, promote=_integer(name, value, 1))
+    if name == "policy":
+        return replace(options, policy=value)
+    return replace(options, rules=value)
+
+
+_VALUED: Final = ("ram", "struct_page", "rules", "observe", "readahead", "policy", "promote")
+
+
+def _integer(name: str, value: str, least: int) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) < least:
+        raise UsageError(f"{name}={value}", expected=f"a whole number of {least} or more")
+    return int(value)
+
+
+def _check(options: MountOptions) -> MountOptions:
+    if options.struct_page_bytes not in STRUCT_PAGE_SIZES:
+        sizes = ", ".join(map(str, STRUCT_PAGE_SIZES))
+        raise UsageError(f"struct_page={options.struct_page_bytes}", expected=f"one of {sizes}")
+    if options.policy not in ("off", "threshold"):
+        raise UsageError(f"policy={options.policy}", expected="off or threshold")
+    if options.policy == "threshold" and options.promote is None:
+        raise UsageError("policy=threshold without promote=N", expected="promote=N, N faults")
+    if options.policy == "off" and options.promote is not None:
+        raise UsageError(
+            "promote=N without policy=threshold", expected="policy=threshold,promote=N"
+        )
+    if options.ram_bytes > 1 << 40:
+        raise UsageError(f"ram={format_size(options.ram_bytes)}", expected="at most 1T")
+    return options

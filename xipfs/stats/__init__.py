@@ -1,0 +1,1 @@
+"""What can be told about a mount: counters, heat of pages, snapshots."""

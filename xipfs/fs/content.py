@@ -28,7 +28,7 @@ from xipfs.image.filemap import Entries
 from xipfs.image.layout import BLOCK_SHIFT, MAX_FILE_BYTES
 from xipfs.image.record import Inode
 from xipfs.memory.region import Buffer
-from xipfs.units import PAGE_SHIFT, PAGE_SIZE
+from xipfs.units import PAGE_SHIFT, PAGE_SIZE, Ino, PageIndex
 
 #: Pages a transaction links at most; with the smallest journal the bitmap may scatter them over
 #: this many lines and they still fit.
@@ -204,6 +204,9 @@ class Content:
             if direct:
                 self._store(part, first, offset, data)
             medium.flush(at, size)
+        for index in (holes + first).tolist():
+            # Whoever mapped the page has what stands for a hole there (rules R2, R4).
+            self._core.cache.on_unmap(Ino(inode.ino), PageIndex(index))
         bodies[holes] = new[holes]
         volume.maps.assign(inode, first, bodies)
         inode.blocks += int(holes.size)

@@ -29,7 +29,7 @@ from xipfs.image import layout
 from xipfs.image.volume import Volume
 from xipfs.memory.frames import PhysicalMemory
 from xipfs.memory.region import Buffer, Medium, Region
-from xipfs.units import PAGE_SHIFT, Pfn
+from xipfs.units import PAGE_SHIFT, Ino, Pfn
 
 _TIME_MAX_NS = (1 << 63) - 1
 
@@ -159,6 +159,10 @@ class Filesystem:
     def readdir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
         """Yield (name, attributes, next cookie) after ``cookie``, without . and .."""
         return self._names.readdir(ino, cookie)
+
+    def parent_of(self, ino: int) -> Ino:
+        """Return the inode number of a directory's parent; the root is its own."""
+        return Ino(self._core.inode(ino).parent or ino)
 
     def readlink(self, ino: int) -> bytes:
         """Return a symbolic link's target; EINVAL."""

@@ -123,6 +123,7 @@ class RequestsObserver:
         self._events: list[ev.Event] = []
         self._spaces: dict[int, dict[int, int]] = {}
         self._numbers: dict[int, int] = {}
+        self._comms: dict[int, str] = {}
         self._requests = 0
 
     def start(self, mount: Mount) -> None:
@@ -137,6 +138,7 @@ class RequestsObserver:
         if pid not in self._spaces:
             self._spaces[pid] = {}
             self._numbers[pid] = self._requests
+            self._comms[pid] = _comm(pid)
         space, mm = self._spaces[pid], self._numbers[pid]
         if ino not in space:
             start = space[ino] = (len(space) + 1) * _WHOLE_FILE_PAGES << PAGE_SHIFT
@@ -157,14 +159,12 @@ class RequestsObserver:
         for pid in [pid for pid in self._spaces if not os.path.exists(f"/proc/{pid}")]:
             events.append(ev.Exit(0, self._numbers.pop(pid)))
             del self._spaces[pid]
+            del self._comms[pid]
         return events
 
     def comm(self, pid: int) -> str:
-        """Return the process's name now."""
-        try:
-            return Path(f"/proc/{pid}/comm").read_text().strip()
-        except OSError:
-            return ""
+        """Return the name the process had at its first READ."""
+        return self._comms.get(pid, "")
 
     def figures(self) -> ObserverFigures:
         """Return how many requests there were; the kernel's own faults are not known."""
@@ -172,6 +172,13 @@ class RequestsObserver:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 class NoObserver:

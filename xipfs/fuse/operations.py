@@ -150,13 +150,21 @@ class Operations(NameOperations):
     async def readdir(
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
-        """READDIRPLUS; ids are the directory's own stable cookies."""
+        """READDIRPLUS; ids are the directory's own stable cookies, moved up for . and .. ."""
         ino = self._dirs[fh]
         if self.control.owns(ino):
             self.control.readdir(start_id, token)
             return
-        for name, attr, cookie in self.fs.readdir(ino, start_id):
-            if not pyfuse3.readdir_reply(token, name, entry_of(attr), cookie):
+        for place, name in ((1, b"."), (2, b"..")):
+            if start_id < place:
+                # The kernel takes no reference for these two.
+                attr = self.fs.getattr(ino if name == b"." else self.fs.parent_of(ino))
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry_of(attr), place):
+                    return
+        for name, attr, cookie in self.fs.readdir(ino, max(start_id - 2, 0)):
+            if not pyfuse3.readdir_reply(
+                token, pyfuse3.FileNameT(name), entry_of(attr), cookie + 2
+            ):
                 return
             self.fs.hold(attr.ino)
 

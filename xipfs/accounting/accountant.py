@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from xipfs.accounting.charges import Charge, Ledger, PteKind
-from xipfs.accounting.live_file import LiveFile, is_pagecache
+from xipfs.accounting.live_file import LiveFile, resident_pfn
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP, access, maps_what
 from xipfs.mm.bug import KernelBug
@@ -64,6 +64,8 @@ class Accountant:
         self.around_pages = 0
         self._files: dict[int, LiveFile] = {}
         self._mms: dict[int, MmStruct] = {}
+        #: Pages that the real kernel's page cache holds, by inode: what fault-around can map.
+        self._kernel_cached: dict[int, set[int]] = {}
         self._sparse_pfn = fs.memory.alloc_anon()
         self._handlers: dict[type, Callable[..., Charge | None]] = {
             ev.Map: self._map,
@@ -75,6 +77,8 @@ class Accountant:
             ev.Exit: self._exit,
             ev.Fault: self._fault,
             ev.Around: self._around,
+            ev.CacheAdd: self._cache_add,
+            ev.CacheDelete: self._cache_delete,
         }
 
     def consume(self, events: Iterable[ev.Event]) -> list[Charge]:
@@ -183,16 +187,28 @@ class Accountant:
         """
         mm = self._mm(event.mm)
         vma = mm.find_vma(event.address)
-        pages = range(event.first, event.last + 1)
-        cached = [index for index in pages if is_pagecache(self._fs, event.ino, index)]
-        if len(cached) < len(pages):
-            self.unfollowed["fault-around windows over XIP pages"] += 1
         if vma is None or vma.file is None or vma.file.name != event.ino:
             return
-        frames = [(index, self._fs.page(event.ino, index).pfn) for index in cached]
+        kernel_cached = self._kernel_cached.get(event.ino, set())
+        cached = [page for page in range(event.first, event.last + 1) if page in kernel_cached]
+        frames = [(page, resident_pfn(self._fs, event.ino, page)) for page in cached]
         self.around_pages += filemap_map_pages(
-            vma, [(index, pfn) for index, pfn in frames if pfn is not None]
+            vma, [(page, pfn) for page, pfn in frames if pfn is not None]
         )
+        tables = mm.tables
+        if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
+            self.unfollowed["fault-around windows over XIP pages"] += 1
+
+    def _cache_add(self, event: ev.CacheAdd) -> None:
+        pages = range(event.first, event.first + event.pages)
+        self._kernel_cached.setdefault(event.ino, set()).update(pages)
+
+    def _cache_delete(self, event: ev.CacheDelete) -> None:
+        cached = self._kernel_cached.get(event.ino)
+        if cached is not None:
+            cached.difference_update(range(event.first, event.first + event.pages))
+            if not cached:
+                del self._kernel_cached[event.ino]
 
     def _fault(self, event: ev.Fault) -> Charge | None:
         if event.verdict == ev.SIGSEGV:

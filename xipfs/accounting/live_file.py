@@ -72,13 +72,13 @@ class LiveFile:
         return 0
 
 
-def is_pagecache(fs: Filesystem, ino: int, index: int) -> bool:
-    """Return whether the page is a resident page-cache page."""
+def resident_pfn(fs: Filesystem, ino: int, index: int) -> int | None:
+    """Return the frame of a resident page-cache page; None for any other page."""
     try:
         state = fs.page(ino, index)
     except FsError:
-        return False
-    return state.kind is PageKind.PAGECACHE and state.resident
+        return None
+    return state.pfn if state.kind is PageKind.PAGECACHE and state.resident else None
 
 
 def _mmap(vma: Vma) -> int:

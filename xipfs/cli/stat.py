@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Final
 
-from xipfs.cli.client import Json, read_stats
+from xipfs.cli.client import Json, read_stats, result
 from xipfs.errors import UsageError
+from xipfs.fuse.mounts import mount_of
 from xipfs.units import format_size
 
 #: Column heading, counter of ``vmstat``; under 80 columns together.
@@ -25,6 +26,13 @@ COLUMNS: Final = (
     ("demote", "pgdemote_success"),
 )
 
+HOT_COLUMNS: Final = {
+    "pgfault": "pgfault",
+    "xip": "pgfault_xip",
+    "pcache": "pgfault_pagecache",
+    "cow": "pgfault_cow",
+}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
@@ -34,14 +42,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("count", type=int, nargs="?", metavar="COUNT", help="stop after so many")
     parser.add_argument(
+        "--hottest", type=int, metavar="N", help="also list the N pages that faulted most"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object (a line each if repeated)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the statistics."""
+    if args.hottest is not None and (args.hottest < 1 or args.interval is not None):
+        raise UsageError("--hottest N", expected="N above 0, and no INTERVAL")
     if args.interval is None:
-        stats = read_stats(args.directory)
+        if args.hottest is None:
+            stats = read_stats(args.directory)
+        else:
+            stats = result(mount_of(args.directory), "hottest", count=args.hottest)
         print(json.dumps(stats, indent=2) if args.json else as_text(stats))
         return 0
     if args.interval <= 0 or (args.count is not None and args.count < 1):
@@ -94,4 +110,9 @@ def as_text(stats: Json) -> str:
         for process in processes:
             counts = "".join(f"{process[name]:9d}" for _, name in COLUMNS[:6])
             lines.append(f"{process['pid']:>8} {process['comm'][:16]:16}{counts}")
+    if "hottest" in stats:
+        lines += ["", f"{'inode':>10} {'page':>10}" + "".join(f"{h:>9}" for h in HOT_COLUMNS)]
+        for page in stats["hottest"]:
+            counts = "".join(f"{page[name]:9d}" for name in HOT_COLUMNS.values())
+            lines.append(f"{page['ino']:>10} {page['index']:>10}{counts}")
     return "\n".join(lines)

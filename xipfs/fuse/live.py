@@ -8,6 +8,7 @@ own: it may wait for a process's mmap lock, held by a fault that waits for our R
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Final, Protocol
 
@@ -22,17 +23,22 @@ from xipfs.fuse.control import Command, Json
 from xipfs.fuse.migration import Migrator
 from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, session_fd
-from xipfs.fuse.observing import LiveObserver
+from xipfs.fuse.observing import LiveObserver, NoObserver
 from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.migrate.engine import Engine, Move, Tally
 from xipfs.migrate.policies.threshold import Threshold
 from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
 from xipfs.stats.heat import Heat
+from xipfs.trace.events import Event
 from xipfs.units import PAGE_SHIFT, pages_of
+
+log = logging.getLogger(__name__)
 
 #: The ring holds some 200,000 events a CPU; at a million events a second that is 200 ms.
 DRAIN_INTERVAL_S: Final = 0.010
+#: Events accounted in one piece, some 10 ms of work; between pieces requests are served.
+_BATCH_EVENTS: Final = 1000
 KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
 
 
@@ -115,15 +121,28 @@ class Live:
     # Draining and accounting
 
     async def drain(self) -> None:
-        """Charge every fault that happened before this call."""
+        """Charge every fault that happened before this call.
+
+        A defect here must not end the mount: it is logged, observing stops, and every snapshot
+        says so from then on.
+        """
         async with self._draining:
-            events = await trio.to_thread.run_sync(self.observer.drain)
-            charges = self.accountant.consume(events)
-        if charges:
-            self.heat.add(charges)
-            if self.policy is not None and (moves := self.policy.plan(charges)):
-                self._plan += moves
-                self._planned.set()
+            try:
+                events = await trio.to_thread.run_sync(self.observer.drain)
+                for start in range(0, len(events), _BATCH_EVENTS):
+                    self._account(events[start : start + _BATCH_EVENTS])
+                    await trio.lowlevel.checkpoint()
+            except Exception as error:
+                log.exception("accounting failed; faults are not observed any more")
+                failed, self.observer = self.observer, NoObserver(f"stopped by an error: {error!r}")
+                await trio.to_thread.run_sync(failed.close)
+
+    def _account(self, events: list[Event]) -> None:
+        charges = self.accountant.consume(events)
+        self.heat.add(charges)
+        if self.policy is not None and (moves := self.policy.plan(charges)):
+            self._plan += moves
+            self._planned.set()
 
     async def _drain_forever(self) -> None:
         while True:
@@ -143,14 +162,23 @@ class Live:
             self._eviction = trio.Event()
             pages, self._evicted = sorted(set(self._evicted)), []
             for ino, first, count in runs(pages):
-                await self.notifier.invalidate_pages(ino, first, count)
+                try:
+                    await self.notifier.invalidate_pages(ino, first, count)
+                except OSError:
+                    # The kernel keeps the page; its refill will only be charged late.
+                    log.exception("pages %d+%d of inode %d not invalidated", first, count, ino)
 
     async def _carry_out_plans(self) -> None:
         while True:
             await self._planned.wait()
             self._planned = trio.Event()
             moves, self._plan = self._plan, []
-            await self.migrator.move_all(moves)
+            try:
+                await self.migrator.move_all(moves)
+            except Exception:
+                log.exception(
+                    "a plan of %d moves of policy %s failed", len(moves), self.options.policy
+                )
 
     # The control channel
 
@@ -161,7 +189,11 @@ class Live:
 
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
-        return {"pages": self._pages, "migrate": self._migrate}
+        return {"hottest": self._hottest, "pages": self._pages, "migrate": self._migrate}
+
+    async def _hottest(self, request: Json) -> AsyncIterator[Json]:
+        stats = await self.snapshot()
+        yield {"result": stats | {"hottest": self.heat.hottest(int(request["count"]))}}
 
     async def _pages(self, request: Json) -> AsyncIterator[Json]:
         await self.drain()
@@ -181,11 +213,12 @@ class Live:
                 f"pages {first}-{first + count - 1} reach outside the file",
                 expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
             )
-        total = Tally()
-        async for done, tally in self.migrator.migrate(ino, range(first, first + count), to):
-            total = tally
-            yield {"progress": {"pages_done": done, "pages_total": count}}
-        yield {"result": vars(total)}
+        outcome = Tally()
+        pages = range(first, first + count)
+        async for done, total, tally in self.migrator.migrate(ino, pages, to):
+            outcome = tally
+            yield {"progress": {"pages_done": done, "pages_total": total}}
+        yield {"result": vars(outcome)}
 
 
 def runs(pages: list[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -54,13 +54,21 @@ class Migrator:
 
     async def migrate(
         self, ino: int, pages: range, to: PageKind
-    ) -> AsyncIterator[tuple[int, Tally]]:
-        """Move ``pages`` of ``ino`` to ``to``; yields (pages done, total) after each chunk."""
-        total = Tally()
-        for start in range(pages.start, pages.stop, CHUNK_PAGES):
-            chunk = range(start, min(start + CHUNK_PAGES, pages.stop))
-            total += await self._migrate_chunk(ino, chunk, to)
-            yield chunk.stop - pages.start, total
+    ) -> AsyncIterator[tuple[int, int, Tally]]:
+        """Move ``pages`` of ``ino`` to ``to``; yields (pages done, pages in all, tally) by chunk.
+
+        Holes are passed over without looking at each, so a sparse file costs what it holds.
+        """
+        runs = self._engine.pages_with_bytes(ino, pages)
+        count = sum(len(run) for run in runs)
+        done = 0
+        tally = Tally()
+        for run in runs:
+            for start in range(run.start, run.stop, CHUNK_PAGES):
+                chunk = range(start, min(start + CHUNK_PAGES, run.stop))
+                tally += await self._migrate_chunk(ino, chunk, to)
+                done += len(chunk)
+                yield done, count, tally
 
     async def move_all(self, moves: list[Move]) -> Tally:
         """Carry out a policy's plan, each page by the same path."""
@@ -72,7 +80,7 @@ class Migrator:
     async def _migrate_chunk(self, ino: int, chunk: range, to: PageKind) -> Tally:
         wanted = self._engine.needing_move(ino, chunk, to)
         if not wanted:
-            return Tally(already=len(chunk) - self._engine.holes(ino, chunk))
+            return Tally(already=len(chunk))
         window = _Window(ino, wanted[0], wanted[-1])
         self._windows.append(window)
         try:

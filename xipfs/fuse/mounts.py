@@ -63,13 +63,16 @@ def mount_at(directory: Path) -> Mount:
     # Not Path.resolve: it would lstat the mount point and hang on a stuck daemon.
     parent = directory.absolute().parent.resolve()
     wanted = parent / directory.name if directory.name not in ("", "..") else directory.resolve()
-    for mount in reversed(mounts()):
-        if mount.mountpoint == wanted:
-            if mount.fstype != FSTYPE:
-                raise MountError(
-                    f"{directory} is a mount of type {mount.fstype}", expected=f"type {FSTYPE}"
-                )
-            return mount
+    known = {mount.mountpoint: mount for mount in mounts()}
+    if wanted not in known and wanted.is_symlink():
+        wanted = wanted.resolve()
+    if wanted in known:
+        mount = known[wanted]
+        if mount.fstype != FSTYPE:
+            raise MountError(
+                f"{directory} is a mount of type {mount.fstype}", expected=f"type {FSTYPE}"
+            )
+        return mount
     raise MountError(
         f"nothing is mounted at {directory}", expected="the mount point of an xipfs mount"
     )

@@ -182,7 +182,10 @@ def _comm(pid: int) -> str:
 
 
 class NoObserver:
-    """``observe=off``: nothing is seen."""
+    """Nothing is seen: ``observe=off``, or an observer that failed."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
 
     def start(self, mount: Mount) -> None:
         """Nothing is set up."""
@@ -202,8 +205,8 @@ class NoObserver:
         return ""
 
     def figures(self) -> ObserverFigures:
-        """Return zeros and the reason."""
-        return ObserverFigures(mode="off", reason="switched off with observe=off")
+        """Return the reason."""
+        return ObserverFigures(mode="off", reason=self._reason)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -215,7 +218,7 @@ def choose_observer(options: MountOptions) -> LiveObserver:
     Raises ObserverError if tracefs is demanded and not usable.
     """
     if options.observe == "off":
-        return NoObserver()
+        return NoObserver("switched off with observe=off")
     if options.observe == "requests":
         return RequestsObserver(REQUESTS_NOTE)
     unusable = probe().unusable

@@ -54,7 +54,6 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "options": live.options.describe(),
         },
         "processes": snapshot.processes(live.accountant),
-        "hottest": live.heat.hottest(snapshot.HOTTEST),
     }
 
 

@@ -84,9 +84,14 @@ class Engine:
         kinds = ((index, self._fs.page(ino, index).kind) for index in pages)
         return [index for index, kind in kinds if kind not in (PageKind.HOLE, to)]
 
-    def holes(self, ino: int, pages: Iterable[int]) -> int:
-        """Return how many of ``pages`` are holes: they have no bytes, hence nothing to move."""
-        return sum(self._fs.page(ino, index).kind is PageKind.HOLE for index in pages)
+    def pages_with_bytes(self, ino: int, pages: range) -> list[range]:
+        """Return the runs of ``pages`` that are no holes: only these can move."""
+        runs = []
+        for run in self._fs.runs(ino):
+            first, stop = max(run.first, pages.start), min(run.first + run.count, pages.stop)
+            if run.kind is not PageKind.HOLE and first < stop:
+                runs.append(range(first, stop))
+        return runs
 
     def move_pages(self, ino: int, pages: Iterable[int], to: PageKind) -> Tally:
         """Move each of ``pages`` to kind ``to``; a page that is refused stays exactly as it was."""

@@ -15,8 +15,6 @@ from xipfs.migrate.engine import EngineStatistics
 from xipfs.units import PAGE_SIZE
 
 SCHEMA: Final = 1
-#: How many of the hottest pages a snapshot lists.
-HOTTEST: Final = 1024
 
 
 @dataclass(frozen=True)

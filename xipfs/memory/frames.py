@@ -7,9 +7,12 @@ The pfn space, lowest pfn first:
     ... up to a section boundary    a hole
     [nvram_base_pfn, + nvram_pages) the region: no struct page, pfn_valid() is false (rule P2)
 
-A struct page here is one element of two parallel arrays, ``refcount`` and ``mapcount``, indexed by
-pfn. They end where RAM ends, so an XIP frame cannot have one: it costs no memory by construction.
-mapcount is kept as the number of normal PTEs (the kernel stores it minus one).
+A struct page here is one element of three parallel arrays, ``refcount``, ``mapcount`` and
+``page_flags``, indexed by pfn. They end where RAM ends, so an XIP frame cannot have one: it costs
+no memory by construction. mapcount is kept as the number of normal PTEs (the kernel stores it
+minus one). ``ref``, ``map`` and ``flags`` are memoryviews of the same arrays: one element of a
+memoryview is read and written several times faster than one of a numpy array, and the model
+touches single elements only; array-wide work and compiled code use the arrays.
 """
 
 from __future__ import annotations
@@ -25,6 +28,17 @@ from xipfs.units import PAGE_SIZE, PAGES_PER_SECTION, Pfn
 
 #: sizeof(struct page) that rule P4 derives: 2.6 on 32 bits, 2.6/6.12 on 64 bits, 6.12 with memcg.
 STRUCT_PAGE_SIZES: Final = (32, 56, 64)
+
+# page_flags: the kernel's page flags that the model's rules ask for.
+PG_ANON: Final = 1 << 0
+PG_ANON_EXCLUSIVE: Final = 1 << 1
+PG_DIRTY: Final = 1 << 2
+PG_LRU: Final = 1 << 3
+#: A page of a shared-memory file: its rss is counted apart (rule F3).
+PG_SWAPBACKED: Final = 1 << 4
+PG_SWAPCACHE: Final = 1 << 5
+PG_RESERVED: Final = 1 << 6
+PG_REFERENCED: Final = 1 << 7
 
 
 @dataclass(frozen=True)
@@ -106,13 +120,17 @@ class PhysicalMemory:
         # np.zeros maps zero pages lazily: untouched frames cost the host nothing.
         self.refcount: npt.NDArray[np.int32] = np.zeros(with_struct_page, np.int32)
         self.mapcount: npt.NDArray[np.int32] = np.zeros(with_struct_page, np.int32)
+        self.page_flags: npt.NDArray[np.uint8] = np.zeros(with_struct_page, np.uint8)
+        self.ref: Final[memoryview[int]] = memoryview(self.refcount)
+        self.map: Final[memoryview[int]] = memoryview(self.mapcount)
+        self.flags: Final[memoryview[int]] = memoryview(self.page_flags)
         self._bytes: npt.NDArray[np.uint8] = np.zeros((ram_pages, PAGE_SIZE), np.uint8)
         self._ram_free = FreeList(0, ram_pages)
         self._anon_free = FreeList(ram_pages, anon_pages)
 
     def pfn_valid(self, pfn: int) -> bool:
         """Return whether a struct page exists for ``pfn`` (rule P1)."""
-        return 0 <= pfn < self.refcount.size
+        return 0 <= pfn < self.ram_pages + self.anon_pages
 
     def is_nvram(self, pfn: int) -> bool:
         """Return whether ``pfn`` is a frame of the region."""
@@ -128,8 +146,8 @@ class PhysicalMemory:
         pfn = self._ram_free.pop()
         if pfn is None:
             raise OutOfFramesError(f"all {self.ram_pages} page-cache frames are in use")
-        assert self.refcount[pfn] == 0, (pfn, self.refcount[pfn])
-        self.refcount[pfn] = 1
+        assert self.ref[pfn] == 0, (pfn, self.ref[pfn])
+        self.ref[pfn] = 1
         return Pfn(pfn)
 
     def alloc_anon(self) -> Pfn:
@@ -137,21 +155,23 @@ class PhysicalMemory:
         pfn = self._anon_free.pop()
         if pfn is None:
             raise OutOfFramesError(f"all {self.anon_pages} anonymous frames are in use")
-        assert self.refcount[pfn] == 0, (pfn, self.refcount[pfn])
-        self.refcount[pfn] = 1
+        assert self.ref[pfn] == 0, (pfn, self.ref[pfn])
+        self.ref[pfn] = 1
         return Pfn(pfn)
 
     def get_page(self, pfn: int) -> None:
         """Take one more reference (rule P7)."""
-        assert self.refcount[pfn] > 0, (pfn, "get_page of a free frame")
-        self.refcount[pfn] += 1
+        assert self.ref[pfn] > 0, (pfn, "get_page of a free frame")
+        self.ref[pfn] += 1
 
     def put_page(self, pfn: int) -> None:
-        """Drop one reference; the last one frees the frame (rule P7)."""
-        assert self.refcount[pfn] > 0, (pfn, "put_page of a free frame")
-        self.refcount[pfn] -= 1
-        if self.refcount[pfn] == 0:
-            assert self.mapcount[pfn] == 0, (pfn, int(self.mapcount[pfn]))
+        """Drop one reference; the last one frees the frame and clears its flags (rule P7)."""
+        count = self.ref[pfn] - 1
+        assert count >= 0, (pfn, "put_page of a free frame")
+        self.ref[pfn] = count
+        if count == 0:
+            assert self.map[pfn] == 0, (pfn, self.map[pfn])
+            self.flags[pfn] = 0
             (self._ram_free if pfn < self.ram_pages else self._anon_free).push(pfn)
 
     def ram_bytes_of(self, pfn: int) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,245 @@
+"""System calls that change VMAs: mmap, munmap, mprotect, and how VMAs split and merge.
+
+Addresses are bytes, page aligned; a call returns 0 (mmap: the address) or a negative errno. A live
+mount passes the addresses the real kernel chose; without one the model picks a free place that is
+aligned to a page table.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from xipfs.mm import rules
+from xipfs.mm.flags import (
+    VM_ACCESS_FLAGS,
+    VM_LOCKED,
+    VM_MAYEXEC,
+    VM_MAYREAD,
+    VM_MAYSHARE,
+    VM_MAYWRITE,
+    VM_PFNMAP,
+    VM_SHARED,
+    VM_WRITE,
+)
+from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE
+from xipfs.mm.mm_struct import MmStruct, vma_close
+from xipfs.mm.populate import mm_populate
+from xipfs.mm.pte import PTE_CHG_MASK, PTE_DIRTY, PTE_PRESENT, PTE_WRITE
+from xipfs.mm.vma import MappedFile, Vma
+from xipfs.mm.zap import remove_vma, zap_page_range
+from xipfs.units import PAGE_SHIFT
+
+_MAY = VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
+
+
+def calc_vm_flags(prot: int, *, shared: bool, file_writable: bool) -> int:
+    """Return the VM_* flags of a new mapping (do_mmap; rule N1).
+
+    ``prot`` is VM_READ, VM_WRITE, VM_EXEC or-ed. A shared mapping of a file that was opened for
+    reading loses SHARED and MAYWRITE but keeps MAYSHARE, so it is not a COW mapping.
+    """
+    flags = prot & VM_ACCESS_FLAGS | _MAY
+    if shared:
+        flags |= VM_SHARED | VM_MAYSHARE
+        if not file_writable:
+            flags &= ~(VM_MAYWRITE | VM_SHARED)
+    return flags
+
+
+def do_mmap(
+    mm: MmStruct,
+    file: MappedFile | None,
+    pages: int,
+    prot: int,
+    *,
+    pgoff: int = 0,
+    shared: bool = False,
+    file_writable: bool = True,
+    address: int | None = None,
+    populate: bool = False,
+    locked: bool = False,
+    extra_flags: int = 0,
+    tag: object = None,
+) -> int:
+    """Map ``pages`` pages of ``file`` (None: anonymous) from file page ``pgoff``.
+
+    Returns the address or a negative errno. ``address`` replaces what was there (MAP_FIXED).
+    ``extra_flags`` are VM_* flags the filesystem's ->mmap would set (VM_MIXEDMAP). ``populate``
+    and ``locked`` are MAP_POPULATE and MAP_LOCKED; MCL_FUTURE acts through ``mm.def_flags``.
+
+    >>> from xipfs.memory.frames import PhysicalMemory
+    >>> from xipfs.mm import VM_READ, VM_WRITE, Machine, MmStruct
+    >>> mm = MmStruct(Machine(PhysicalMemory(ram_pages=8, nvram_pages=8)))
+    >>> address = do_mmap(mm, None, 4, VM_READ | VM_WRITE)
+    >>> mm.find_vma(address).pages
+    4
+    """
+    if pages <= 0:
+        return -errno.EINVAL
+    if file is not None and shared and prot & VM_WRITE and not file_writable:
+        return -errno.EACCES
+    if address is None:
+        address = mm.unused_area(pages)
+    end = address + (pages << PAGE_SHIFT)
+    flags = calc_vm_flags(prot, shared=shared, file_writable=file_writable or file is None)
+    wants_lock = locked or bool(mm.def_flags & VM_LOCKED)
+    for old in mm.isolate(address, end):
+        remove_vma(old)
+    vma = Vma(mm, address, end, flags | extra_flags, pgoff if file is not None else 0, file)
+    vma.tag = tag
+    if file is None:
+        # Anonymous offsets count from address 0 in the kernel, which lets neighbours merge.
+        vma.pgoff = 0
+    error = call_mmap(vma)
+    if error:
+        return error
+    mm.link(vma)
+    vma.set_page_prot()
+    if wants_lock and may_lock(vma):
+        vma.flags |= VM_LOCKED
+        mm.locked_vm += pages
+    if wants_lock or populate:
+        mm_populate(mm, address, end, ignore_errors=True)
+    return address
+
+
+def call_mmap(vma: Vma) -> int:
+    """Run the file's ->mmap on a VMA that is not linked yet; undo its PTEs if it fails.
+
+    vm_page_prot is then the plain protection: write-notify is decided after ->mmap (rule F9),
+    so what ->mmap inserts into a shared writable VMA is writable at once.
+    """
+    mm = vma.mm
+    if vma.file is None or vma.file.mmap is None:
+        return 0
+    if vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE | VM_SHARED:
+        vma.page_prot |= PTE_WRITE
+    mm.mmap_write_locked = True
+    try:
+        error = vma.file.mmap(vma)
+    finally:
+        mm.mmap_write_locked = False
+    if error:
+        zap_page_range(vma, vma.start, vma.end)
+        vma_pages_start, vma_pages_end = vma.start, vma.end
+        from xipfs.mm.zap import free_pgtables
+
+        free_pgtables(mm, vma_pages_start, vma_pages_end)
+    return error
+
+
+def may_lock(vma: Vma) -> bool:
+    """Whether VM_LOCKED may be set on the VMA (rules K18 to K20)."""
+    return not vma.is_special and not vma.is_dax
+
+
+def do_munmap(mm: MmStruct, start: int, end: int) -> int:
+    """Unmap [start, end); ranges that are not mapped are passed over."""
+    if start >= end:
+        return -errno.EINVAL
+    for vma in mm.isolate(start, end):
+        remove_vma(vma)
+    return 0
+
+
+def can_merge(left: Vma, right: Vma) -> bool:
+    """Whether two VMAs are one to the kernel (can_vma_merge_*; rule K21)."""
+    ops = left.vm_ops
+    return (
+        left.end == right.start
+        and left.flags == right.flags
+        and left.file is right.file
+        and left.tag == right.tag
+        and not left.is_special
+        and (ops is None or ops.close is None)
+        and (left.file is None or right.pgoff == left.pgoff + left.pages)
+        and _anon_vmas_compatible(left, right)
+    )
+
+
+def _anon_vmas_compatible(left: Vma, right: Vma) -> bool:
+    if left.anon_vma == right.anon_vma:
+        return True
+    if left.anon_vma and right.anon_vma:
+        return False
+    return left.chain <= 1 and right.chain <= 1
+
+
+def merge_around(mm: MmStruct, start: int, end: int) -> None:
+    """Merge the VMAs of [start, end) with each other and their neighbours where they are alike."""
+    for vma in mm.overlapping(max(start - 1, 0), end + 1):
+        if mm.find_vma(vma.start) is not vma:
+            continue
+        while True:
+            _, after = mm.neighbours(vma)
+            if after is None or after.start > end or not can_merge(vma, after):
+                break
+            mm.unlink(after)
+            vma.anon_vma = vma.anon_vma or after.anon_vma
+            vma.chain = max(vma.chain, after.chain)
+            mm.adjust(vma, vma.start, after.end, vma.pgoff)
+            vma_close(after)
+
+
+def change_flags(mm: MmStruct, vma: Vma, start: int, end: int, flags: int) -> Vma:
+    """Give [start, end) of ``vma`` new VM flags, splitting it; return the piece (no merging)."""
+    if vma.start < start:
+        vma = mm.split(vma, start)
+    if vma.end > end:
+        mm.split(vma, end)
+    vma.flags = flags
+    vma.set_page_prot()
+    return vma
+
+
+def mprotect(mm: MmStruct, start: int, end: int, prot: int) -> int:
+    """Change the permissions of [start, end) (rules K9, K10, P10). 0, -ENOMEM or -EACCES.
+
+    A hole ends the call with -ENOMEM after the part before it was changed, as on Linux.
+    """
+    at = start
+    for vma in mm.overlapping(start, end):
+        if vma.start > at:
+            return -errno.ENOMEM
+        if prot & VM_WRITE and not vma.flags & VM_MAYWRITE:
+            return -errno.EACCES
+        stop = min(vma.end, end)
+        new = vma.flags & ~VM_ACCESS_FLAGS | prot
+        if new != vma.flags:
+            piece = change_flags(mm, vma, max(vma.start, start), stop, new)
+            change_protection(piece)
+            merge_around(mm, piece.start, piece.end)
+        at = stop
+    return 0 if at >= end else -errno.ENOMEM
+
+
+def change_protection(vma: Vma) -> None:
+    """Rewrite the permission bits of every present PTE; pfn and kind stay (rules K9, P10)."""
+    mm = vma.mm
+    for address, pte in mm.tables.populated(vma.start, vma.end):
+        if not pte & PTE_PRESENT:
+            continue
+        new = pte & PTE_CHG_MASK | PTE_PRESENT | vma.page_prot & PTE_WRITE
+        if not new & PTE_WRITE and can_change_pte_writable(vma, address, new):
+            new |= PTE_WRITE
+        if new != pte:
+            mm.tables.set(address, new)
+
+
+def can_change_pte_writable(vma: Vma, address: int, pte: int) -> bool:
+    """Whether mprotect may spare the next write its fault (rule K9)."""
+    machine = vma.mm.machine
+    if not vma.flags & VM_WRITE:
+        return False
+    if vma.flags & VM_SHARED:
+        return bool(vma.write_notified and pte & PTE_DIRTY)
+    if not machine.rules.kernel.mprotect_upgrades_anon:
+        return False
+    page = machine.vm_normal_page(vma, address, pte)
+    exclusive = PG_ANON | PG_ANON_EXCLUSIVE
+    return page >= 0 and machine.memory.flags[page] & exclusive == exclusive
+
+
+def is_linear(vma: Vma) -> bool:
+    """Whether the VMA's raw PTEs must follow vm_pgoff (rules N6, T5)."""
+    return bool(vma.flags & VM_PFNMAP) and rules.is_cow_mapping(vma.flags)

@@ -1,0 +1,171 @@
+"""Rows of trace records, in time order, to events: the dispatch by kind and thread.
+
+What a fault is made of is in ``faults``, what a system call changes in ``syscalls``, who a thread is
+in ``processes``.  Here are the order between them (whatever a thread does next closes its fault) and
+the question when a fault is complete though its thread has done nothing since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from xipfs.trace import events, records
+from xipfs.trace.faults import Faults
+from xipfs.trace.pids import Adoption
+from xipfs.trace.processes import Processes, Thread
+from xipfs.trace.syscalls import SystemCalls
+from xipfs.trace.vmas import Vma
+
+Row = Sequence[int]
+#: A thread that is running and has recorded nothing for this long has left its last fault: between
+#: two records of a fault without I/O lie microseconds.
+SETTLE_NS: Final = 2_000_000
+
+
+def _text(low: int, high: int) -> str:
+    """Return the comm that two arguments hold."""
+    raw = low.to_bytes(8, "little") + high.to_bytes(8, "little")
+    return raw.split(b"\0", 1)[0].decode(errors="replace")
+
+
+class Grammar:
+    """Feeds rows to the machines; faults and changes go to ``processes.output``."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        adoptions: Callable[[int], Adoption],
+        fault_around_pages: int = 16,
+    ) -> None:
+        self._processes = processes
+        self._threads = processes.threads
+        self._emit = processes.output.emit
+        self._unfollowed = processes.unfollowed
+        self._calls = SystemCalls(processes)
+        self._adoptions = adoptions
+        self.faults = Faults(processes, self._calls, fault_around_pages)
+        self._handlers: dict[int, Callable[[Thread, Row], None]] = {
+            records.MA_WRITE: self._ma_write,
+            records.NEWTASK: self._newtask,
+            records.PREPARE_EXEC: self._prepare_exec,
+            records.EXEC: self._exec,
+            records.EXIT: self._exit,
+            records.RENAME: self._rename,
+            records.SIGNAL: self._signal,
+            records.SYS_ENTER: self._sys_enter,
+            records.SYS_EXIT: self._sys_exit,
+        }
+
+    def feed(self, rows: Iterable[Row]) -> None:
+        """Process rows (see ``records``) in time order."""
+        threads, handlers, faults = self._threads, self._handlers, self.faults
+        for row in rows:
+            kind = row[1] & 0xFFFFFFFF
+            if kind > records.MAP_PAGES and kind not in handlers:
+                self._unthreaded(kind, row)
+                continue
+            thread = threads.get(row[1] >> 32) or self._unknown(row, kind)
+            if thread is None:
+                continue
+            if kind <= records.PF_KERNEL:
+                faults.trap(thread, row[0], row[2], row[3], kind == records.PF_KERNEL)
+            elif kind == records.MAP_PAGES:
+                faults.map_pages(thread, row[0], row[3], row[4], row[5])
+            elif kind == records.FAULT:
+                faults.fault(thread, row[0], row[3], row[4])
+            else:
+                handlers[kind](thread, row)
+
+    def settle(self, now_ns: int, in_system_call: Callable[[int], bool | None]) -> None:
+        """Report the open faults that are complete, though nothing closed them yet.
+
+        ``in_system_call`` answers for a thread as ``proc.in_system_call`` does.  A fault whose page
+        this thread has just added to the page cache waits for I/O and makes another record.
+        """
+        for thread in list(self._threads.values()):
+            if not thread.pf_open or thread.pf_ino < 0 or thread.pf_reported:
+                continue
+            answer = in_system_call(thread.tid)
+            if thread.pf_kernel:
+                # A system call is where it is in either case.
+                answer = None
+            waits = thread.pf_added and not thread.pf_retries
+            old = now_ns - thread.pf_last_ns > SETTLE_NS
+            if answer or (answer is None and old and not waits):
+                self.faults.report(thread)
+
+    def _unknown(self, row: Row, kind: int) -> Thread | None:
+        traced = kind not in (records.FAULT, records.MAP_PAGES)
+        thread = self._processes.unknown(row[0], row[1] >> 32, traced)
+        if thread is None and not traced:
+            self._unfollowed["fault of a thread that has exited"] += 1
+        return thread
+
+    def _unthreaded(self, kind: int, row: Row) -> None:
+        """Handle what may come from any thread, the daemon's own among them."""
+        time_ns = row[0]
+        if kind == records.CACHE_ADD:
+            ino, index, pages = row[3], row[4], 1 << row[5]
+            thread = self._threads.get(row[1] >> 32)
+            if thread is not None:
+                self.faults.added(thread, time_ns, ino, index, pages)
+            self._emit(time_ns, events.CacheAdd(time_ns, ino, index, pages))
+        elif kind == records.CACHE_DELETE:
+            self._emit(time_ns, events.CacheDelete(time_ns, row[3], row[4], 1 << row[5]))
+        elif kind == records.LOST:
+            for thread in self._threads.values():
+                self.faults.close(thread)
+            self._emit(time_ns, events.Lost(time_ns, row[2]))
+        elif kind == records.ADOPT:
+            self._processes.adopt(self._adoptions(row[2]))
+        else:
+            raise AssertionError(f"row of unknown kind {kind}")
+
+    # -- the life of address spaces ----------------------------------------------------------------
+
+    def _ma_write(self, thread: Thread, row: Row) -> None:
+        if not thread.exec_window:
+            return
+        start, end = row[2], row[3] + 1
+        self._calls.remove(row[0], thread.space, start, end)
+        if row[4]:
+            thread.space.vmas.insert(Vma(start, end, prot_known=False))
+
+    def _newtask(self, thread: Thread, row: Row) -> None:
+        self.faults.close(thread)
+        self._processes.fork(row[0], thread, row[2], row[3], _text(row[4], row[5]))
+
+    def _prepare_exec(self, thread: Thread, row: Row) -> None:
+        self.faults.close(thread)
+        leader = self._threads.get(thread.pid)
+        if leader is not None:
+            self.faults.close(leader)
+        self._processes.prepare_exec(row[0], thread)
+
+    def _exec(self, thread: Thread, row: Row) -> None:
+        self.faults.close(thread)
+        self._processes.exec_done(row[0], thread, row[3])
+
+    def _exit(self, thread: Thread, row: Row) -> None:
+        self.faults.close(thread)
+        self._processes.exit(row[0], thread)
+
+    def _rename(self, thread: Thread, row: Row) -> None:
+        if thread.tid == thread.pid:
+            self._processes.comms[thread.pid] = _text(row[3], row[4])
+
+    def _signal(self, thread: Thread, row: Row) -> None:
+        if row[3] == thread.tid:
+            self.faults.signal(thread, row[0], row[2])
+
+    def _sys_enter(self, thread: Thread, row: Row) -> None:
+        self.faults.close(thread)
+        self._calls.enter(thread, row[2], tuple(row[3:]))
+
+    def _sys_exit(self, thread: Thread, row: Row) -> None:
+        self.faults.close(thread)
+        self._calls.leave(row[0], thread, row[2], row[3])
+        if thread.buffered:
+            self.faults.replay(thread)
+        self._calls.finish(thread)

@@ -1,0 +1,210 @@
+"""The facade: start observing a mount, say who uses it, and take what happened since.
+
+``drain`` may read /proc/PID/maps, which waits for the process's mmap lock, which a page fault that
+waits for this mount's READ may hold.  So it is called from a worker thread, never from the one that
+serves requests; ``add_pids`` waits for the kernel and is called the same way.  Both take turns on one
+lock where they share state; the reader of ``statistics`` waits for neither.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+
+from xipfs.trace import compiled, proc, session
+from xipfs.trace.events import Event
+from xipfs.trace.grammar import Grammar
+from xipfs.trace.pids import Adoption, PidFilter
+from xipfs.trace.processes import Output, Processes
+from xipfs.trace.records import ADOPT, COLUMNS
+from xipfs.trace.ring import Decoder, Plan, PlainDecoder, RingReader, Rows
+from xipfs.units import PAGE_SIZE
+
+_FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
+_FAULT_AROUND_DEFAULT_PAGES: Final = 16
+#: Rows turned into Python integers in one go: bounds memory, whatever the backlog.
+_FEED_ROWS: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ObserverStatistics:
+    """What was seen so far."""
+
+    mode: str
+    """``tracefs``."""
+    events: int
+    """Trace records read."""
+    lost: int
+    """Trace records that were overwritten before they were read."""
+    unfollowed: dict[str, int]
+    """What happened that the shadow address spaces do not follow, by name."""
+    faults: int
+    """Faults on the mount's pages, as the kernel took them."""
+    major: int
+    minor: int
+    pid_writes: int
+    """Writes to the kernel's pid filter, each about 36 ms."""
+    missing: dict[str, str]
+    """Events this kernel lacks, and what is lost without them."""
+
+
+def fault_around_pages() -> int:
+    """Return how many pages the kernel's fault-around spans; the default where debugfs is locked."""
+    try:
+        return int(_FAULT_AROUND.read_text()) // PAGE_SIZE
+    except (OSError, ValueError):
+        return _FAULT_AROUND_DEFAULT_PAGES
+
+
+class Observer:
+    """Watches the mount's users from creation to ``close``.
+
+    ``pids``' threads, their parents and all their later children are followed; a process that gets
+    at the mount another way (a passed descriptor) is seen by its page-cache events, told as
+    ``UNTRACED`` faults, and added.
+    """
+
+    def __init__(self, st_dev: int, tracing: Path = session.TRACING) -> None:
+        """Observe the files whose stat(2) has device number ``st_dev``.
+
+        Raises ObserverError, having undone everything, where tracefs cannot be used.
+        """
+        dev = proc.kernel_dev(st_dev)
+        self._lock = threading.Lock()
+        self._session = session.Session(dev, tracing)
+        self._readers: list[RingReader] = []
+        self._filter: PidFilter | None = None
+        try:
+            plan = Plan(self._session.available.events, self._session.page)
+            self._readers = [
+                RingReader(instance.path, plan.page.size) for instance in self._session.instances
+            ]
+            self._filter = PidFilter(self._session.by_pid.path, dev, self._adopted)
+        except BaseException:
+            self.close()
+            raise
+        self._output = Output()
+        self._processes = Processes(
+            self._output, proc.identify, lambda pid: proc.read_maps(pid, dev)
+        )
+        self._grammar = Grammar(self._processes, self._take_adoption, fault_around_pages())
+        self._adoption_rows: deque[tuple[int, int]] = deque()
+        self._adoptions: dict[int, Adoption] = {}
+        self._held: Rows = np.zeros((0, COLUMNS), np.uint64)
+        self._events = 0
+        self._decoder: Decoder = PlainDecoder(plan)
+        self._compiler = compiled.start_compiling(plan, self._use)
+
+    @classmethod
+    def start(cls, st_dev: int) -> Self:
+        """Remove what dead daemons left, then observe the mount with device number ``st_dev``."""
+        session.clean_orphans()
+        return cls(st_dev)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def add_pids(self, pids: Iterable[int], timeout_s: float | None = 5.0) -> None:
+        """Return once nothing that the processes of ``pids`` do can be missed.
+
+        Any thread id will do.  Costs a fraction of a millisecond when they are followed already,
+        else 31-52 ms, shared with all callers that wait meanwhile.  Raises ObserverError after
+        ``timeout_s``.
+        """
+        assert self._filter is not None
+        self._filter.add(pids, timeout_s)
+
+    def drain(self, until_ns: int | None = None) -> list[Event]:
+        """Return what happened until ``until_ns`` (default: now) and was not returned before.
+
+        In the order in which it took effect.  A fault that is still inside the kernel comes with a
+        later call, once.
+        """
+        with self._lock:
+            now_ns = time.monotonic_ns()
+            cut_ns = now_ns if until_ns is None else min(until_ns, now_ns)
+            rows = self._read(cut_ns)
+            for start in range(0, len(rows), _FEED_ROWS):
+                self._grammar.feed(rows[start : start + _FEED_ROWS].tolist())
+            self._grammar.settle(cut_ns, proc.in_system_call)
+            self._processes.forget_dead(cut_ns)
+            if self._processes.newcomers:
+                newcomers, self._processes.newcomers = self._processes.newcomers, []
+                self.add_pids(newcomers, timeout_s=0)
+            return self._output.take()
+
+    def statistics(self) -> ObserverStatistics:
+        """Return the counts so far; losses are the kernel's own figures of this moment."""
+        faults = self._grammar.faults
+        assert self._filter is not None
+        return ObserverStatistics(
+            mode="tracefs",
+            events=self._events,
+            lost=self._session.lost(),
+            unfollowed=dict(self._processes.unfollowed),
+            faults=faults.total,
+            major=faults.major,
+            minor=faults.minor,
+            pid_writes=self._filter.writes,
+            missing=dict(self._session.available.missing),
+        )
+
+    def comm(self, pid: int) -> str:
+        """Return the name of process ``pid``, or an empty string when it is not followed."""
+        return self._processes.comms.get(pid, "")
+
+    def close(self) -> None:
+        """Stop, and remove both tracefs instances.  Events not drained yet are gone."""
+        with self._lock:
+            if self._filter is not None:
+                self._filter.close()
+            for reader in self._readers:
+                reader.close()
+            self._session.close()
+
+    def wait_until_compiled(self) -> None:
+        """Return when the fast decoder is in use, or will not be."""
+        if self._compiler is not None:
+            self._compiler.join()
+
+    def _use(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def _adopted(self, adoption: Adoption) -> None:
+        number = id(adoption)
+        self._adoptions[number] = adoption
+        self._adoption_rows.append((adoption.time_ns, number))
+
+    def _take_adoption(self, number: int) -> Adoption:
+        return self._adoptions.pop(number)
+
+    def _read(self, cut_ns: int) -> Rows:
+        """Return the rows up to ``cut_ns``, sorted by time; keep the later ones."""
+        batches = [self._held]
+        for reader in reversed(self._readers):
+            batches += reader.read(self._decoder, cut_ns)
+        self._events += sum(len(batch) for batch in batches[1:])
+        while self._adoption_rows:
+            time_ns, number = self._adoption_rows.popleft()
+            batches.append(np.array([[time_ns, ADOPT, number, 0, 0, 0, 0, 0]], np.uint64))
+        rows = np.concatenate(batches)
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        count = int(np.searchsorted(rows[:, 0], np.uint64(cut_ns), side="right"))
+        self._held = rows[count:].copy()
+        return rows[:count]

@@ -1,0 +1,123 @@
+"""What /proc says about processes that the events have not told.
+
+A process may end between any two reads: every function here answers None or an empty result for a
+process that is gone, and raises nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xipfs.units import PAGE_SHIFT
+
+_PROC: Final = Path("/proc")
+_MAPS_RE: Final = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) ([r-])([w-])([x-])([sp]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)",
+    re.MULTILINE,
+)
+
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+PROT_EXEC: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MapsLine:
+    """One line of /proc/PID/maps: addresses and ``pgoff`` as the kernel's VMA has them."""
+
+    start: int
+    end: int
+    prot: int
+    shared: bool
+    pgoff: int
+    ino: int
+
+
+def kernel_dev(st_dev: int) -> int:
+    """Return ``st_dev`` of stat(2) as tracepoints print dev_t: major << 20 | minor."""
+    return os.major(st_dev) << 20 | os.minor(st_dev)
+
+
+def parse_maps(text: str, dev: int) -> list[MapsLine]:
+    """Return the mappings of files on kernel device ``dev`` in ``text`` (a maps file)."""
+    tag = f" {dev >> 20:02x}:{dev & 0xFFFFF:02x} "
+    found = []
+    for line in text.splitlines():
+        if tag not in line:
+            continue
+        match = _MAPS_RE.match(line)
+        if match is None or (int(match[8], 16) << 20 | int(match[9], 16)) != dev:
+            continue
+        prot = sum(
+            bit
+            for bit, letter in zip(
+                (PROT_READ, PROT_WRITE, PROT_EXEC), (match[3], match[4], match[5]), strict=True
+            )
+            if letter != "-"
+        )
+        found.append(
+            MapsLine(
+                start=int(match[1], 16),
+                end=int(match[2], 16),
+                prot=prot,
+                shared=match[6] == "s",
+                pgoff=int(match[7], 16) >> PAGE_SHIFT,
+                ino=int(match[10]),
+            )
+        )
+    return found
+
+
+def read_maps(pid: int, dev: int) -> list[MapsLine] | None:
+    """Return the mappings process ``pid`` has of files on ``dev``; None when it is gone."""
+    try:
+        return parse_maps((_PROC / str(pid) / "maps").read_text(errors="replace"), dev)
+    except OSError:
+        return None
+
+
+def tids_of(pid: int) -> set[int]:
+    """Return the thread ids of the process that thread or process ``pid`` belongs to."""
+    try:
+        return {int(name) for name in os.listdir(_PROC / str(pid) / "task")}
+    except OSError:
+        return set()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose thread this is: process id, parent's process id, name."""
+
+    tgid: int
+    ppid: int
+    comm: str
+
+
+def identify(tid: int) -> Identity | None:
+    """Return who thread ``tid`` is; None when it is gone."""
+    try:
+        text = (_PROC / str(tid) / "status").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return Identity(int(fields["Tgid"]), int(fields["PPid"]), fields["Name"].strip())
+
+
+def in_system_call(tid: int) -> bool | None:
+    """Tell whether thread ``tid`` waits inside a system call.
+
+    False: it waits in the kernel outside one, which is where a page fault waits.  None: it runs, or
+    is ready to, so /proc cannot tell user from kernel mode.  A thread that is gone is in none: True,
+    since whatever it did is over.
+    """
+    try:
+        text = (_PROC / str(tid) / "syscall").read_text()
+    except OSError:
+        return True
+    if text.startswith("running"):
+        return None
+    return not text.startswith("-1")

@@ -1,0 +1,335 @@
+"""Threads, the address spaces they share, and how fork, exec and exit change both.
+
+A thread id says whose record it is; the address space is what faults fall into.  clone with CLONE_VM
+shares it, without copies it, exec leaves it for a new one, and it ends with its last thread.  Address
+spaces are numbered by us, so a recycled pid never meets the mappings of the one before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from xipfs.trace import events
+from xipfs.trace.pids import Adoption
+from xipfs.trace.proc import Identity, MapsLine
+from xipfs.trace.vmas import Vma, VmaMap
+
+CLONE_VM: Final = 0x100
+CLONE_THREAD: Final = 0x10000
+#: How long a thread that exited is remembered: the end of its address space still makes records.
+GRAVE_NS: Final = 2_000_000_000
+
+
+class Space:
+    """One address space: its number, the process it shows as, its mappings, its live threads."""
+
+    __slots__ = ("id", "pid", "tids", "vmas")
+
+    def __init__(self, number: int, pid: int) -> None:
+        self.id = number
+        self.pid = pid
+        self.tids: set[int] = set()
+        self.vmas = VmaMap()
+
+
+class Thread:
+    """One thread and the fault or system call it is in; ``grammar`` owns the fields ``pf_*``."""
+
+    __slots__ = (
+        "awaits_exit",
+        "buffered",
+        "call",
+        "call_args",
+        "dead_ns",
+        "exec_window",
+        "pf_added",
+        "pf_address",
+        "pf_arounds",
+        "pf_error",
+        "pf_faults",
+        "pf_index",
+        "pf_ino",
+        "pf_kernel",
+        "pf_last_ns",
+        "pf_mapped_last",
+        "pf_open",
+        "pf_origin",
+        "pf_reported",
+        "pf_retries",
+        "pf_signal",
+        "pf_time_ns",
+        "pf_vma",
+        "pid",
+        "populate_next",
+        "space",
+        "tid",
+        "traced",
+    )
+
+    def __init__(self, tid: int, pid: int, space: Space) -> None:
+        self.tid = tid
+        self.pid = pid
+        self.space = space
+        self.traced = True
+        self.dead_ns = 0
+        self.exec_window = self.awaits_exit = False
+        self.call = -1
+        self.call_args: tuple[int, ...] = ()
+        self.populate_next = 0
+        self.buffered: list[tuple[int, int, int, int, int]] = []
+        self.pf_open = False
+        self.pf_time_ns = self.pf_last_ns = 0
+        self.pf_address = self.pf_error = 0
+        self.pf_kernel = False
+        self.pf_origin = events.TRAP
+        self.pf_vma: Vma | None = None
+        self.pf_ino = -1
+        self.pf_index = 0
+        self.pf_faults = self.pf_retries = self.pf_signal = 0
+        self.pf_added = self.pf_mapped_last = self.pf_reported = False
+        self.pf_arounds: list[tuple[int, int]] = []
+
+
+class Output:
+    """Collects events with the time they took effect; ``take`` returns them in that order."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[int, int, events.Event]] = []
+
+    def emit(self, time_ns: int, event: events.Event) -> None:
+        """Add ``event``; among equal times the order of the calls stays."""
+        self._items.append((time_ns, len(self._items), event))
+
+    def take(self) -> list[events.Event]:
+        """Return and forget all events."""
+        self._items.sort(key=lambda item: item[:2])
+        taken = [item[2] for item in self._items]
+        self._items.clear()
+        return taken
+
+
+class Processes:
+    """All threads whose records are read.
+
+    ``look`` answers who a thread is and ``maps`` what its process maps of the mount, both from /proc
+    and both None when it is gone; a test passes its own.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        look: Callable[[int], Identity | None],
+        maps: Callable[[int], list[MapsLine] | None],
+    ) -> None:
+        self.output = output
+        self.unfollowed: Counter[str] = Counter()
+        self.threads: dict[int, Thread] = {}
+        self.comms: dict[int, str] = {}
+        #: Threads seen at the mount that the pid filter does not have yet.
+        self.newcomers: list[int] = []
+        self._dead: dict[int, Thread] = {}
+        self._look = look
+        self._maps = maps
+        self._next_space = 1
+
+    def new_space(self, pid: int) -> Space:
+        """Return an empty address space with a number of its own."""
+        space = Space(self._next_space, pid)
+        self._next_space += 1
+        return space
+
+    def tell(self, time_ns: int, space: Space, vma: Vma) -> None:
+        """Emit ``vma``'s Map unless the consumer has it; inode and offset are known."""
+        if vma.told:
+            return
+        assert vma.ino is not None
+        assert vma.pgoff is not None
+        vma.told = True
+        self.output.emit(
+            time_ns,
+            events.Map(
+                time_ns,
+                space.id,
+                space.pid,
+                vma.start,
+                vma.end,
+                vma.ino,
+                vma.pgoff,
+                vma.prot,
+                vma.shared,
+                vma.prot_known,
+            ),
+        )
+
+    # -- who is it ---------------------------------------------------------------------------------
+
+    def unknown(self, time_ns: int, tid: int, traced: bool) -> Thread | None:
+        """Return the thread of a record whose birth and adoption were not seen.
+
+        None for one that has exited, whose last records belong to no program.
+        """
+        dead = self._dead.get(tid)
+        if dead is not None:
+            return None
+        identity = self._look(tid)
+        if identity is None:
+            self.unfollowed["a thread that ended before it was known"] += 1
+            identity = Identity(tid, 0, "")
+        thread = self._join(identity, tid)
+        thread.traced = traced
+        if not traced:
+            self.newcomers.append(tid)
+        if len(thread.space.tids) == 1:
+            self.read_maps(time_ns, thread.space)
+        return thread
+
+    def adopt(self, adoption: Adoption) -> None:
+        """Take in a process that was running when the filter got it."""
+        identity = adoption.identity
+        for tid in adoption.tids:
+            thread = self.threads.get(tid)
+            if thread is None or thread.pid != identity.tgid:
+                thread = self._join(identity, tid)
+            thread.traced = True
+        if adoption.tids:
+            self._merge_maps(self.threads[min(adoption.tids)].space, adoption.maps)
+
+    def _join(self, identity: Identity, tid: int) -> Thread:
+        """Create thread ``tid``, in its process's address space where one is known."""
+        leader = self.threads.get(identity.tgid)
+        if leader is None:
+            leader = next((t for t in self.threads.values() if t.pid == identity.tgid), None)
+        space = leader.space if leader is not None else self.new_space(identity.tgid)
+        if identity.comm:
+            self.comms[identity.tgid] = identity.comm
+        return self._enter(Thread(tid, identity.tgid, space))
+
+    def _enter(self, thread: Thread) -> Thread:
+        self._dead.pop(thread.tid, None)
+        self.threads[thread.tid] = thread
+        thread.space.tids.add(thread.tid)
+        return thread
+
+    def read_maps(self, time_ns: int, space: Space) -> bool:
+        """Add what /proc says now to ``space``; False when the process is gone."""
+        lines = self._maps(space.pid)
+        if lines is None:
+            return False
+        self._merge_maps(space, lines)
+        return True
+
+    def _merge_maps(self, space: Space, lines: Iterable[MapsLine]) -> None:
+        """Add mappings read from /proc where the shadow has none or an unknown one.
+
+        The reading is a little older or newer than the records around it, so what the records said
+        stands.
+        """
+        for line in lines:
+            held = space.vmas.isolate(line.start, line.end)
+            if any(vma.ino is not None for vma in held):
+                continue
+            space.vmas.carve(line.start, line.end)
+            space.vmas.insert(
+                Vma(
+                    line.start,
+                    line.end,
+                    ino=line.ino,
+                    pgoff=line.pgoff,
+                    prot=line.prot,
+                    shared=line.shared,
+                )
+            )
+
+    # -- fork, exec, exit --------------------------------------------------------------------------
+
+    def fork(self, time_ns: int, parent: Thread, child_tid: int, flags: int, comm: str) -> None:
+        """task_newtask: ``parent`` made thread or process ``child_tid``."""
+        stale = self.threads.get(child_tid)
+        if stale is not None:
+            self.unfollowed["an exit that was not seen"] += 1
+            self.exit(time_ns, stale)
+        pid = parent.pid if flags & CLONE_THREAD else child_tid
+        if flags & CLONE_VM:
+            space = parent.space
+        else:
+            space = self._copy(time_ns, parent, child_tid)
+        self._enter(Thread(child_tid, pid, space))
+        if not flags & CLONE_THREAD:
+            self.comms[child_tid] = comm
+
+    def _copy(self, time_ns: int, parent: Thread, child_pid: int) -> Space:
+        source, space = parent.space, self.new_space(child_pid)
+        dontfork = []
+        told = False
+        for vma in source.vmas:
+            told |= vma.told
+            if vma.dontfork:
+                if vma.told:
+                    dontfork.append((vma.start, vma.end))
+                continue
+            space.vmas.insert(vma.piece(vma.start, vma.end))
+        if told:
+            self.output.emit(
+                time_ns,
+                events.Fork(time_ns, source.id, space.id, source.pid, child_pid, tuple(dontfork)),
+            )
+        return space
+
+    def prepare_exec(self, time_ns: int, thread: Thread) -> None:
+        """sched_prepare_exec: from here on the process runs in a new address space.
+
+        The kernel now kills the process's other threads, gives the caller the leader's id, and maps
+        the new program; all that comes next under the leader's id, after the leader's own exit.
+        """
+        leader = thread.pid
+        self._leave(time_ns, thread)
+        if thread.tid != leader:
+            del self.threads[thread.tid]
+            old = self.threads.get(leader)
+            if old is not None:
+                self._leave(time_ns, old)
+        heir = Thread(leader, leader, self.new_space(leader))
+        heir.exec_window = True
+        heir.awaits_exit = thread.tid != leader
+        self._enter(heir)
+
+    def exec_done(self, time_ns: int, thread: Thread, old_tid: int) -> None:
+        """sched_process_exec: the new program is mapped."""
+        if thread.exec_window:
+            thread.exec_window = False
+            return
+        # This kernel has no sched_prepare_exec: what exec mapped is only in /proc.
+        self._leave(time_ns, thread)
+        if old_tid != thread.tid and old_tid in self.threads:
+            self._leave(time_ns, self.threads.pop(old_tid))
+        thread = self._enter(Thread(thread.tid, thread.pid, self.new_space(thread.pid)))
+        if not self.read_maps(time_ns, thread.space):
+            self.unfollowed["exec of a process gone before /proc was read"] += 1
+
+    def exit(self, time_ns: int, thread: Thread) -> None:
+        """sched_process_exit: the thread runs no user code any more."""
+        if thread.awaits_exit:
+            # The leader that another thread's exec replaces; the id goes on with the new program.
+            thread.awaits_exit = False
+            return
+        self._leave(time_ns, thread)
+        del self.threads[thread.tid]
+        thread.dead_ns = time_ns
+        self._dead[thread.tid] = thread
+
+    def _leave(self, time_ns: int, thread: Thread) -> None:
+        space = thread.space
+        space.tids.discard(thread.tid)
+        if not space.tids:
+            if any(vma.told for vma in space.vmas):
+                self.output.emit(time_ns, events.Exit(time_ns, space.id))
+            space.vmas = VmaMap()
+
+    def forget_dead(self, now_ns: int) -> None:
+        """Drop threads that exited long enough ago, and names nobody bears."""
+        for tid in [t for t, dead in self._dead.items() if now_ns - dead.dead_ns > GRAVE_NS]:
+            dead = self._dead.pop(tid)
+            if dead.pid not in self.threads:
+                self.comms.pop(dead.pid, None)

@@ -1,0 +1,183 @@
+"""The tracepoints that are read, and the row of eight integers that each record becomes.
+
+A row is ``[time_ns, kind | tid << 32, arg0 .. arg5]``, all unsigned 64-bit: one shape for every
+event, so that decoding is one loop, rows of several rings sort by their first column, and a batch is
+one array.  ``TABLE`` is the only place that says which field of which tracepoint is which argument.
+
+Two instances are used (shadow page tables, recommended design 1 and 2).  *G* sees every process and
+is filtered by the mount's device: what the page cache and the fault handlers do with the mount's
+files.  *P* sees the traced processes only: their page faults and the life of their address spaces.
+A thread's records of both are ordered by the clock, since each is stamped as it fires.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+ARGS: Final = 6
+COLUMNS: Final = 2 + ARGS
+
+# Kinds. The first four are the hot ones; the numbers are free to change.
+PF_USER: Final = 1
+PF_KERNEL: Final = 2
+FAULT: Final = 3
+MAP_PAGES: Final = 4
+CACHE_ADD: Final = 5
+CACHE_DELETE: Final = 6
+MA_WRITE: Final = 7
+NEWTASK: Final = 8
+PREPARE_EXEC: Final = 9
+EXEC: Final = 10
+EXIT: Final = 11
+RENAME: Final = 12
+SIGNAL: Final = 13
+SYS_ENTER: Final = 14
+SYS_EXIT: Final = 15
+#: Not tracepoints. Records were overwritten before they were read; arg0 is how many, at least.
+LOST: Final = 16
+#: Processes that the pid filter took in; arg0 is the number of the adoption.
+ADOPT: Final = 17
+
+#: The system calls that change a mapping or fault pages in; argument 0 of their rows.
+SYSTEM_CALLS: Final = (
+    "mmap",
+    "munmap",
+    "mremap",
+    "mprotect",
+    "pkey_mprotect",
+    "madvise",
+    "process_madvise",
+    "remap_file_pages",
+    "mlock",
+    "mlock2",
+    "mlockall",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tracepoint:
+    """One event to enable: its row's kind and arguments, and where and how it is enabled.
+
+    ``fields`` fill the arguments in order; a field of 16 bytes (a comm) takes two.  ``constant`` is
+    put before them (the system call's place in ``SYSTEM_CALLS``).  Without a ``required`` event
+    faults cannot be accounted at all; without another one, something is lost, named in ``serves``.
+    """
+
+    name: str
+    kind: int
+    fields: tuple[str, ...]
+    by_device: bool = False
+    required: bool = False
+    filter: str = ""
+    constant: int | None = None
+    serves: str = ""
+
+
+_CALL_FIELDS: Final = {
+    "mmap": ("addr", "len", "flags", "off", "prot"),
+    "munmap": ("addr", "len"),
+    "mremap": ("addr", "old_len", "new_len", "flags"),
+    "mprotect": ("start", "len", "prot"),
+    "pkey_mprotect": ("start", "len", "prot"),
+    "madvise": ("start", "len_in", "behavior"),
+    "process_madvise": ("behavior",),
+    "remap_file_pages": ("start", "size"),
+    "mlock": ("start", "len"),
+    "mlock2": ("start", "len"),
+    "mlockall": (),
+}
+
+
+def _system_calls() -> tuple[Tracepoint, ...]:
+    points = []
+    for number, call in enumerate(SYSTEM_CALLS):
+        serves = f"what {call} does to mappings"
+        needed = call in ("mmap", "munmap")
+        points.append(
+            Tracepoint(
+                f"syscalls/sys_enter_{call}",
+                SYS_ENTER,
+                _CALL_FIELDS[call],
+                constant=number,
+                required=needed,
+                serves=serves,
+            )
+        )
+        points.append(
+            Tracepoint(
+                f"syscalls/sys_exit_{call}",
+                SYS_EXIT,
+                ("ret",),
+                constant=number,
+                required=needed,
+                serves=serves,
+            )
+        )
+    return tuple(points)
+
+
+TABLE: Final = (
+    Tracepoint("exceptions/page_fault_user", PF_USER, ("address", "error_code"), required=True),
+    Tracepoint(
+        "exceptions/page_fault_kernel",
+        PF_KERNEL,
+        ("address", "error_code"),
+        serves="the addresses of faults that the kernel takes for a program",
+    ),
+    Tracepoint(
+        "filemap/mm_filemap_fault",
+        FAULT,
+        ("s_dev", "i_ino", "index"),
+        by_device=True,
+        required=True,
+    ),
+    Tracepoint(
+        "filemap/mm_filemap_map_pages",
+        MAP_PAGES,
+        ("s_dev", "i_ino", "index", "last_index"),
+        by_device=True,
+        required=True,
+    ),
+    Tracepoint(
+        "filemap/mm_filemap_add_to_page_cache",
+        CACHE_ADD,
+        ("s_dev", "i_ino", "index", "order"),
+        by_device=True,
+        required=True,
+    ),
+    Tracepoint(
+        "filemap/mm_filemap_delete_from_page_cache",
+        CACHE_DELETE,
+        ("s_dev", "i_ino", "index", "order"),
+        by_device=True,
+        required=True,
+    ),
+    Tracepoint(
+        "maple_tree/ma_write",
+        MA_WRITE,
+        ("index", "last", "val"),
+        # Trees kept aside during a store are indexed by small numbers, not by addresses.
+        filter="last>=65536",
+        serves="the mappings that exec makes, for processes gone before /proc is read",
+    ),
+    Tracepoint("task/task_newtask", NEWTASK, ("pid", "clone_flags", "comm"), required=True),
+    Tracepoint(
+        "sched/sched_prepare_exec",
+        PREPARE_EXEC,
+        ("pid",),
+        serves="the mappings that exec makes, for processes gone before /proc is read",
+    ),
+    Tracepoint("sched/sched_process_exec", EXEC, ("pid", "old_pid"), required=True),
+    Tracepoint("sched/sched_process_exit", EXIT, ("pid",), required=True),
+    Tracepoint("task/task_rename", RENAME, ("pid", "newcomm"), serves="names of programs"),
+    Tracepoint(
+        "signal/signal_generate",
+        SIGNAL,
+        ("sig", "pid"),
+        # A positive code: the kernel's own doing, not kill(2) or raise(3).
+        filter="code>0&&(sig==7||sig==11)",
+        serves="telling a fault that ended in SIGBUS or SIGSEGV",
+    ),
+    *_system_calls(),
+)

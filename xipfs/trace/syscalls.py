@@ -1,0 +1,221 @@
+"""What each memory system call does to the shadow of the caller's address space.
+
+Effects are applied at the call's exit record, where its result is known; faults that other threads
+take while a call runs are ordered by their own records and may fall on either side of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from xipfs.trace import events
+from xipfs.trace.proc import PROT_WRITE
+from xipfs.trace.processes import Processes, Space, Thread
+from xipfs.trace.records import SYSTEM_CALLS
+from xipfs.trace.vmas import Vma
+from xipfs.units import PAGE_MASK, PAGE_SIZE
+
+_ERROR_MIN: Final = (1 << 64) - 4095
+_MAP_TYPE: Final = 0x0F
+_MAP_PRIVATE: Final = 0x02
+_MAP_ANONYMOUS: Final = 0x20
+_MAP_POPULATE: Final = 0x8000
+_MREMAP_DONTUNMAP: Final = 4
+_MADV_REMOVE: Final = 9
+_MADV_DONTFORK: Final = 10
+_MADV_DOFORK: Final = 11
+_MADV_PAGEOUT: Final = 21
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
+#: DONTNEED, DONTNEED_LOCKED, GUARD_INSTALL: each takes the PTEs away and leaves the mapping.
+_MADV_ZAP: Final = frozenset({4, 24, 102})
+#: Advice that changes no PTE of a file mapping and no mapping's shape.
+_MADV_HARMLESS: Final = frozenset({0, 1, 2, 3, 8, 12, 13, 14, 15, 16, 17, 18, 19, 20, 25, 103})
+
+
+def _page_up(size: int) -> int:
+    return (size + PAGE_SIZE - 1) & PAGE_MASK
+
+
+class SystemCalls:
+    """Applies completed system calls to the callers' address spaces."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._output = processes.output
+        self._unfollowed = processes.unfollowed
+        self._effects: dict[int, Callable[[int, Thread, int], None]] = {
+            SYSTEM_CALLS.index(name): effect
+            for name, effect in {
+                "mmap": self._mmap,
+                "munmap": self._munmap,
+                "mremap": self._mremap,
+                "mprotect": self._mprotect,
+                "pkey_mprotect": self._mprotect,
+                "madvise": self._madvise,
+                "process_madvise": self._process_madvise,
+                "remap_file_pages": self._remap_file_pages,
+            }.items()
+        }
+
+    def enter(self, thread: Thread, number: int, arguments: tuple[int, ...]) -> None:
+        """Note that ``thread`` entered system call ``number`` (an index of SYSTEM_CALLS)."""
+        thread.call = number
+        thread.call_args = arguments
+        # Faults inside the call walk its range upwards from here; mmap's is known at its exit.
+        thread.populate_next = arguments[0] & PAGE_MASK
+        if SYSTEM_CALLS[number] == "mmap":
+            thread.populate_next = -1
+
+    def populates(self, thread: Thread) -> bool:
+        """Tell whether the call that ``thread`` is in may fault pages of its range in."""
+        if thread.call < 0:
+            return False
+        name = SYSTEM_CALLS[thread.call]
+        if name == "madvise":
+            return thread.call_args[2] in (_MADV_POPULATE_READ, _MADV_POPULATE_WRITE)
+        return name in ("mmap", "mlock", "mlock2", "mlockall", "mremap", "mprotect")
+
+    def populates_by_writing(self, thread: Thread, prot: int, shared: bool) -> bool:
+        """Tell whether the call faults pages of such a mapping in for writing.
+
+        populate_vma_page_range writes to private writable mappings, to break COW beforehand.
+        """
+        if thread.call >= 0 and SYSTEM_CALLS[thread.call] == "madvise":
+            return thread.call_args[2] == _MADV_POPULATE_WRITE
+        return prot & PROT_WRITE != 0 and not shared
+
+    def address_unknown(self, thread: Thread) -> bool:
+        """Tell whether only the call's exit will say where its pages are: an mmap."""
+        return thread.call >= 0 and thread.populate_next < 0
+
+    def leave(self, time_ns: int, thread: Thread, number: int, result: int) -> None:
+        """Apply system call ``number``, which returned ``result`` (unsigned; errors above 2^64-4096)."""
+        if thread.call != number:
+            if number in self._effects:
+                self._unfollowed["a system call seen only at its end"] += 1
+            return
+        effect = self._effects.get(number)
+        if effect is not None:
+            effect(time_ns, thread, result)
+
+    def finish(self, thread: Thread) -> None:
+        """The call is over, and so are the faults it took."""
+        thread.call = -1
+
+    def remove(self, time_ns: int, space: Space, start: int, end: int) -> list[Vma]:
+        """Take ``[start, end)`` out of ``space``; tell the consumer if it knew any of it."""
+        gone = space.vmas.carve(start, end)
+        if any(vma.told for vma in gone):
+            self._output.emit(time_ns, events.Unmap(time_ns, space.id, start, end))
+        return gone
+
+    def _mmap(self, time_ns: int, thread: Thread, result: int) -> None:
+        _, length, flags, offset, prot = thread.call_args[:5]
+        if result >= _ERROR_MIN:
+            return
+        end = result + _page_up(length)
+        self.remove(time_ns, thread.space, result, end)
+        if not flags & _MAP_ANONYMOUS:
+            shared = flags & _MAP_TYPE != _MAP_PRIVATE
+            thread.space.vmas.insert(
+                Vma(result, end, pgoff=offset // PAGE_SIZE, prot=prot & 7, shared=shared)
+            )
+        thread.populate_next = result
+
+    def _munmap(self, time_ns: int, thread: Thread, result: int) -> None:
+        address, length = thread.call_args[:2]
+        if result == 0:
+            self.remove(time_ns, thread.space, address, address + _page_up(length))
+
+    def _mremap(self, time_ns: int, thread: Thread, result: int) -> None:
+        address, old_length, new_length, flags = thread.call_args[:4]
+        if result >= _ERROR_MIN:
+            return
+        space = thread.space
+        old_length, new_length = _page_up(old_length), _page_up(new_length)
+        old_end, new_end = address + old_length, result + new_length
+        if old_length == 0:
+            self._duplicate(time_ns, space, address, result, new_end)
+            return
+        if new_length < old_length:
+            self.remove(time_ns, space, address + new_length, old_end)
+            old_end = address + new_length
+        if result == address and new_end == old_end:
+            return
+        keep_old = bool(flags & _MREMAP_DONTUNMAP)
+        moved = space.vmas.carve(address, old_end)
+        self.remove(time_ns, space, old_end if result == address else result, new_end)
+        for vma in moved:
+            start, end = vma.start, vma.end
+            new_start = result + (start - address)
+            grown = new_end if end == old_end else new_start + (end - start)
+            copy = vma.piece(start, end)
+            copy.start, copy.end = new_start, grown
+            space.vmas.insert(copy)
+            if keep_old:
+                space.vmas.insert(vma)
+            if vma.told:
+                self._output.emit(
+                    time_ns,
+                    events.Move(time_ns, space.id, start, end, new_start, grown, keep_old),
+                )
+
+    def _duplicate(self, time_ns: int, space: Space, source: int, start: int, end: int) -> None:
+        """mremap with old length 0: a second mapping of a shared one, empty so far."""
+        self.remove(time_ns, space, start, end)
+        vma = space.vmas.find(source)
+        if vma is not None:
+            pgoff = None if vma.pgoff is None else vma.index_at(source)
+            space.vmas.insert(
+                Vma(start, end, ino=vma.ino, pgoff=pgoff, prot=vma.prot, shared=vma.shared)
+            )
+
+    def _mprotect(self, time_ns: int, thread: Thread, result: int) -> None:
+        start, length, prot = thread.call_args[:3]
+        pieces = thread.space.vmas.isolate(start, start + _page_up(length))
+        if result != 0:
+            # It holds up to the first hole or refusal, which we cannot place.
+            if any(vma.told for vma in pieces):
+                self._unfollowed["mprotect that failed half way"] += 1
+            return
+        for vma in pieces:
+            vma.prot = prot & 7
+            vma.prot_known = True
+            if vma.told:
+                self._output.emit(
+                    time_ns,
+                    events.Protect(time_ns, thread.space.id, vma.start, vma.end, vma.prot),
+                )
+
+    def _madvise(self, time_ns: int, thread: Thread, result: int) -> None:
+        start, length, advice = thread.call_args[:3]
+        advice &= 0xFFFFFFFF
+        pieces = thread.space.vmas.isolate(start, start + _page_up(length))
+        if advice in _MADV_ZAP:
+            # ENOMEM means a hole; all that is mapped was dropped none the less.
+            if result in (0, (1 << 64) - 12):
+                self._zap(time_ns, thread.space, pieces)
+        elif advice in (_MADV_DONTFORK, _MADV_DOFORK):
+            for vma in pieces if result == 0 else ():
+                vma.dontfork = advice == _MADV_DONTFORK
+        elif advice in (_MADV_POPULATE_WRITE, _MADV_PAGEOUT, _MADV_REMOVE):
+            if any(vma.told for vma in pieces):
+                name = {_MADV_PAGEOUT: "PAGEOUT", _MADV_REMOVE: "REMOVE"}
+                self._unfollowed[f"MADV_{name.get(advice, 'POPULATE_WRITE')}"] += 1
+        elif advice not in _MADV_HARMLESS and advice != _MADV_POPULATE_READ and result == 0:
+            self._unfollowed[f"madvise advice {advice}"] += 1
+
+    def _zap(self, time_ns: int, space: Space, pieces: list[Vma]) -> None:
+        for vma in pieces:
+            if vma.told:
+                self._output.emit(time_ns, events.Zap(time_ns, space.id, vma.start, vma.end))
+
+    def _process_madvise(self, time_ns: int, thread: Thread, result: int) -> None:
+        if result < _ERROR_MIN:
+            self._unfollowed["process_madvise"] += 1
+
+    def _remap_file_pages(self, time_ns: int, thread: Thread, result: int) -> None:
+        if result == 0:
+            self._unfollowed["remap_file_pages"] += 1

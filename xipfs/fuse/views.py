@@ -24,7 +24,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
     return {
         "schema": snapshot.SCHEMA,
         "version": __version__,
-        "vmstat": snapshot.vmstat(live.fs, live.accountant, engine),
+        "vmstat": snapshot.vmstat(live.fs, live.accountant, engine.totals()),
         "kernel": {
             "faults": figures.faults,
             "major": figures.major,

@@ -59,6 +59,10 @@ class EngineStatistics:
     pgdemote_success: int
     fail_reasons: dict[str, int]
 
+    def totals(self) -> dict[str, int]:
+        """Return the counters that go into ``vmstat``."""
+        return {name: count for name, count in vars(self).items() if name != "fail_reasons"}
+
 
 class Engine:
     """Moves pages of one filesystem and counts."""

@@ -6,12 +6,12 @@ moment. ``vmstat`` is the modelled machine's, ``kernel`` what the real one did.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from xipfs.accounting.accountant import Accountant
 from xipfs.fs.filesystem import Filesystem
-from xipfs.migrate.engine import EngineStatistics
 from xipfs.units import PAGE_SIZE
 
 SCHEMA: Final = 1
@@ -32,16 +32,16 @@ class ObserverFigures:
     missing: dict[str, str] | None = None
 
 
-def vmstat(fs: Filesystem, accountant: Accountant, engine: EngineStatistics) -> dict[str, int]:
-    """Return the modelled machine's counters, named as in /proc/vmstat where it has them."""
+def vmstat(fs: Filesystem, accountant: Accountant, migration: Mapping[str, int]) -> dict[str, int]:
+    """Return the modelled machine's counters, named as in /proc/vmstat where it has them.
+
+    ``migration`` are the engine's totals, which come between faults and pages.
+    """
     machine = accountant.machine.statistics()
     cache = fs.cache_statistics()
     return {
         **vars(accountant.ledger.total),
-        "pgmigrate_success": engine.pgmigrate_success,
-        "pgmigrate_fail": engine.pgmigrate_fail,
-        "pgpromote_success": engine.pgpromote_success,
-        "pgdemote_success": engine.pgdemote_success,
+        **migration,
         "pgevict": cache.evictions,
         "pgwriteback": cache.written_home,
         "nr_xip_pages": fs.nr_xip_pages,

@@ -107,6 +107,7 @@ async def _run(
             gid=os.getegid(),
             now_ns=SystemClock().realtime_ns(),
             snapshot=live.snapshot,
+            questions=live.questions(),
             commands=live.commands(),
             nursery=nursery,
         )

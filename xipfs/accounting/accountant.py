@@ -197,7 +197,7 @@ class Accountant:
         )
         tables = mm.tables
         if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
-            self.unfollowed["fault-around windows over XIP pages"] += 1
+            self.unfollowed["fault-around windows over XIP or evicted pages"] += 1
 
     def _cache_add(self, event: ev.CacheAdd) -> None:
         pages = range(event.first, event.first + event.pages)

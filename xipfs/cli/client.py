@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from xipfs.errors import EXIT_FAILURE, MountError, XipfsError
-from xipfs.fuse.mounts import Mount, mount_of
+from xipfs.fuse.mounts import Mount
 
 Json = dict[str, Any]
 
@@ -38,11 +37,11 @@ def _open(mount: Mount, name: str, flags: int) -> int:
         ) from None
 
 
-def read_stats(directory: Path) -> Json:
-    """Return a fresh snapshot of the mount that ``directory`` is on."""
-    with open(_open(mount_of(directory), "stats.json", os.O_RDONLY), "rb") as file:
-        stats: Json = json.load(file)
-    return stats
+def ask(mount: Mount, name: str) -> Json:
+    """Return the answer in the control file ``name``, fresh: ``stats.json`` or a question."""
+    with open(_open(mount, name, os.O_RDONLY), "rb") as file:
+        answer: Json = json.load(file)
+    return answer
 
 
 def request(mount: Mount, op: str, **arguments: Any) -> Iterator[Json]:
@@ -59,12 +58,3 @@ def request(mount: Mount, op: str, **arguments: Any) -> Iterator[Json]:
                 yield answer
     if pending:
         raise MountError(f"the daemon's answer to {op!r} broke off", remedy="see the daemon's log")
-
-
-def result(mount: Mount, op: str, **arguments: Any) -> Json:
-    """Run one request and return its result."""
-    for answer in request(mount, op, **arguments):
-        if "result" in answer:
-            outcome: Json = answer["result"]
-            return outcome
-    raise MountError(f"the daemon gave no answer to {op!r}", remedy="see the daemon's log")

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from xipfs.cli.client import Json, result
+from xipfs.cli.client import Json, ask
 from xipfs.errors import UsageError
 from xipfs.fuse.mounts import Mount, mount_of
 
@@ -31,7 +31,7 @@ def file_of_mount(path: Path) -> tuple[Mount, int]:
 def run(args: argparse.Namespace) -> int:
     """Print the map."""
     mount, ino = file_of_mount(args.file)
-    answer = result(mount, "pages", ino=ino)
+    answer = ask(mount, f"pages.{ino}.json")
     if args.json:
         print(json.dumps({"file": str(args.file), **answer}, indent=2))
         return 0

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from xipfs.cli.client import Json, read_stats, result
+from xipfs.cli.client import Json, ask
 from xipfs.errors import UsageError
 from xipfs.fuse.mounts import mount_of
 from xipfs.units import format_size
@@ -54,20 +54,19 @@ def run(args: argparse.Namespace) -> int:
     if args.hottest is not None and (args.hottest < 1 or args.interval is not None):
         raise UsageError("--hottest N", expected="N above 0, and no INTERVAL")
     if args.interval is None:
-        if args.hottest is None:
-            stats = read_stats(args.directory)
-        else:
-            stats = result(mount_of(args.directory), "hottest", count=args.hottest)
+        name = "stats.json" if args.hottest is None else f"hottest.{args.hottest}.json"
+        stats = ask(mount_of(args.directory), name)
         print(json.dumps(stats, indent=2) if args.json else as_text(stats))
         return 0
     if args.interval <= 0 or (args.count is not None and args.count < 1):
         raise UsageError("INTERVAL and COUNT", expected="numbers above 0")
     rounds = itertools.count() if args.count is None else range(args.count)
+    mount = mount_of(args.directory)
     before: Json | None = None
     for number in rounds:
         if number:
             time.sleep(args.interval)
-        stats = read_stats(args.directory)
+        stats = ask(mount, "stats.json")
         if args.json:
             print(json.dumps(stats), flush=True)
         else:

@@ -4,8 +4,11 @@
 the kernel caches nothing of them:
 
 - ``stats.json``: one consistent snapshot, taken when the file is opened.
-- ``control``: write one JSON object ``{"op": NAME, ...}``, then read JSON lines until the end of
-  file; the last has ``"result"`` or ``"error"``, those before it ``"progress"``.
+- ``pages.INO.json``, ``hottest.N.json``: questions with a number in their name, answered the same
+  way (and so on a read-only mount too).
+- ``control``, for what changes something: write one JSON object ``{"op": NAME, ...}``, then read
+  JSON lines until the end of file; the last has ``"result"`` or ``"error"``, those before it
+  ``"progress"``.
 
 Files instead of a socket: whoever can see the mount can reach them, from any mount namespace, and
 permissions are the kernel's (owner only). A request runs in its own task; closing the file
@@ -17,6 +20,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,16 +39,16 @@ DIR_INO: Final = 1 << 62
 STATS_INO: Final = DIR_INO + 1
 COMMAND_INO: Final = DIR_INO + 2
 _FILES: Final = {b"stats.json": STATS_INO, b"control": COMMAND_INO}
-_MODES: Final = {
-    DIR_INO: stat.S_IFDIR | 0o500,
-    STATS_INO: stat.S_IFREG | 0o400,
-    COMMAND_INO: stat.S_IFREG | 0o600,
-}
+#: A question's inode number is this, its place in the list of questions, and its number.
+_QUESTION_SHIFT: Final = 52
+_QUESTION_RE: Final = re.compile(rb"([a-z]+)\.([1-9][0-9]{0,14})\.json")
 MAX_REQUEST_BYTES: Final = 128 << 10
 
 Json = dict[str, Any]
 #: Runs one request; yields progress objects and, last, the result.
 Command = Callable[[Json], AsyncIterator[Json]]
+#: Answers the question that has this number in its name.
+Question = Callable[[int], Awaitable[Json]]
 
 
 @dataclass
@@ -144,6 +148,7 @@ class ControlTree:
         gid: int,
         now_ns: int,
         snapshot: Callable[[], Awaitable[Json]],
+        questions: Mapping[str, Question],
         commands: Mapping[str, Command],
         nursery: trio.Nursery,
     ) -> None:
@@ -151,12 +156,13 @@ class ControlTree:
         self._gid = gid
         self._now_ns = now_ns
         self._snapshot = snapshot
+        self._questions = list(questions.items())
         self._commands = commands
         self._nursery = nursery
 
     def owns(self, ino: int) -> bool:
         """Return whether ``ino`` is a control inode."""
-        return ino in _MODES
+        return ino >= DIR_INO
 
     def lookup(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes | None:
         """Return the entry if the name is a control file's, None if the image must be asked."""
@@ -164,16 +170,21 @@ class ControlTree:
             return self.getattr(DIR_INO)
         if parent != DIR_INO:
             return None
-        if name not in _FILES:
-            raise FsError(errno.ENOENT)
-        return self.getattr(_FILES[name])
+        if name in _FILES:
+            return self.getattr(_FILES[name])
+        match = _QUESTION_RE.fullmatch(name)
+        for place, (question, _) in enumerate(self._questions, 1):
+            if match and match[1] == question.encode() and int(match[2]) < 1 << _QUESTION_SHIFT:
+                return self.getattr(DIR_INO | place << _QUESTION_SHIFT | int(match[2]))
+        raise FsError(errno.ENOENT)
 
     def getattr(self, ino: int) -> pyfuse3.EntryAttributes:
         """Return the attributes; never cached."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(ino)
         entry.entry_timeout = entry.attr_timeout = 0
-        entry.st_mode = pyfuse3.ModeT(_MODES[ino])
+        mode = stat.S_IFDIR | 0o500 if ino == DIR_INO else stat.S_IFREG | 0o400
+        entry.st_mode = pyfuse3.ModeT(mode | 0o200 if ino == COMMAND_INO else mode)
         entry.st_nlink = 2 if ino == DIR_INO else 1
         entry.st_uid, entry.st_gid = self._uid, self._gid
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._now_ns
@@ -190,8 +201,15 @@ class ControlTree:
     async def open(self, ino: int) -> ControlHandle:
         """Open a control file; ``stats.json`` takes its snapshot here."""
         if ino == STATS_INO:
-            data = json.dumps(await self._snapshot(), indent=2).encode() + b"\n"
-            return Snapshot(data)
+            return _snapshot_of(await self._snapshot())
         if ino == COMMAND_INO:
             return Conversation(self._commands, self._nursery)
-        raise FsError(errno.EISDIR)
+        place = (ino ^ DIR_INO) >> _QUESTION_SHIFT
+        if place == 0:
+            raise FsError(errno.EISDIR)
+        _, answer = self._questions[place - 1]
+        return _snapshot_of(await answer(ino & (1 << _QUESTION_SHIFT) - 1))
+
+
+def _snapshot_of(answer: Json) -> Snapshot:
+    return Snapshot(json.dumps(answer, indent=2).encode() + b"\n")

@@ -19,7 +19,7 @@ from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
-from xipfs.fuse.control import Command, Json
+from xipfs.fuse.control import Command, Json, Question
 from xipfs.fuse.migration import Migrator
 from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, session_fd
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 #: The ring holds some 200,000 events a CPU; at a million events a second that is 200 ms.
 DRAIN_INTERVAL_S: Final = 0.010
+IDLE_INTERVAL_S: Final = 0.080
 #: Events accounted in one piece, some 10 ms of work; between pieces requests are served.
 _BATCH_EVENTS: Final = 1000
 KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
@@ -120,8 +121,8 @@ class Live:
 
     # Draining and accounting
 
-    async def drain(self) -> None:
-        """Charge every fault that happened before this call.
+    async def drain(self) -> int:
+        """Charge every fault that happened before this call; return how many events there were.
 
         A defect here must not end the mount: it is logged, observing stops, and every snapshot
         says so from then on.
@@ -136,6 +137,8 @@ class Live:
                 log.exception("accounting failed; faults are not observed any more")
                 failed, self.observer = self.observer, NoObserver(f"stopped by an error: {error!r}")
                 await trio.to_thread.run_sync(failed.close)
+                return 0
+            return len(events)
 
     def _account(self, events: list[Event]) -> None:
         charges = self.accountant.consume(events)
@@ -145,9 +148,12 @@ class Live:
             self._planned.set()
 
     async def _drain_forever(self) -> None:
+        """Drain often while there is something, seldom while there is not."""
+        interval_s = DRAIN_INTERVAL_S
         while True:
-            await self.drain()
-            await trio.sleep(DRAIN_INTERVAL_S)
+            drained = await self.drain()
+            interval_s = DRAIN_INTERVAL_S if drained else min(interval_s * 2, IDLE_INTERVAL_S)
+            await trio.sleep(interval_s)
 
     # Eviction: the model's frame is gone, so the kernel's page must go too, or its next touch
     # would make no fault and the refill could not be charged.
@@ -187,17 +193,21 @@ class Live:
         await self.drain()
         return live_snapshot(self)
 
+    def questions(self) -> Mapping[str, Question]:
+        """Return what ``.xipfs/NAME.NUMBER.json`` answers."""
+        return {"hottest": self._hottest, "pages": self._pages}
+
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
-        return {"hottest": self._hottest, "pages": self._pages, "migrate": self._migrate}
+        return {"migrate": self._migrate}
 
-    async def _hottest(self, request: Json) -> AsyncIterator[Json]:
+    async def _hottest(self, count: int) -> Json:
         stats = await self.snapshot()
-        yield {"result": stats | {"hottest": self.heat.hottest(int(request["count"]))}}
+        return stats | {"hottest": self.heat.hottest(count)}
 
-    async def _pages(self, request: Json) -> AsyncIterator[Json]:
+    async def _pages(self, ino: int) -> Json:
         await self.drain()
-        yield {"result": file_pages(self.fs, int(request["ino"]))}
+        return file_pages(self.fs, ino)
 
     async def _migrate(self, request: Json) -> AsyncIterator[Json]:
         ino, to = int(request["ino"]), KINDS.get(request["to"])

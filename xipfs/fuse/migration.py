@@ -39,7 +39,7 @@ class Migrator:
     """Moves pages of one mount; used from the trio thread."""
 
     def __init__(
-        self, engine: Engine, notifier: Notifier, drain: Callable[[], Awaitable[None]]
+        self, engine: Engine, notifier: Notifier, drain: Callable[[], Awaitable[int]]
     ) -> None:
         self._engine = engine
         self._notifier = notifier

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -33,6 +34,8 @@ def run_verb(verb: str, prog: str, argv: Sequence[str]) -> int:
     summary = VERBS[verb]
     parser = argparse.ArgumentParser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
     module.configure(parser)
+    # What cleans up after Ctrl-C cleans up after a plain kill too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = module.run(parser.parse_args(argv))
         sys.stdout.flush()

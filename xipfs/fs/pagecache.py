@@ -53,8 +53,8 @@ class CachedPage:
 class PageCache:
     """All resident pages of all files.
 
-    ``on_unmap`` must zap every PTE of the page; ``on_evict`` tells that its frame is gone, ``on_cut``
-    that a file lost its pages from an index on.
+    ``on_unmap`` must zap every PTE of the page; ``on_evict`` tells that its frame is gone,
+    ``on_cut`` that a file lost its pages from an index on.
     """
 
     def __init__(self, memory: PhysicalMemory, medium: Medium) -> None:

@@ -1,0 +1,140 @@
+"""tools/bench: figures appear, in a table of under 80 columns and as JSON; nothing is left behind.
+
+No times are asserted: they are the machine's. The arithmetic is, on samples written out here.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.support.measure import compare
+from benchmarks.support.table import as_table
+from conftest import needs
+
+BENCH = Path(__file__).resolve().parents[1] / "tools" / "bench"
+
+SAMPLES = {
+    "peer": [{"us_per_page": 10.0}, {"us_per_page": 40.0}, {"us_per_page": 20.0}],
+    "ours": [
+        {"us_per_page": 30.0, "major_faults": 7},
+        {"us_per_page": 80.0, "major_faults": 9},
+        {"us_per_page": 80.0, "major_faults": 8},
+    ],
+}
+
+
+def compared() -> dict[str, Any]:
+    return compare(
+        "touching",
+        SAMPLES,
+        metric="us_per_page",
+        baseline="peer",
+        command="touch it",
+        also=("major_faults",),
+    )
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # 30/10, 80/40, 80/20: the median is 3, where the medians' own ratio would be 80/20 = 4.
+    ours = compared()["candidates"]["ours"]
+    assert (ours["median"], ours["low"], ours["high"]) == (80.0, 30.0, 80.0)
+    assert ours["ratio"] == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert ours["also"] == {"major_faults": {"median": 8.0, "low": 7.0, "high": 9.0}}
+    assert compared()["candidates"]["peer"]["also"] == {}
+
+
+def test_a_round_that_one_candidate_lacks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ours has 2 rounds, expected 3"):
+        compare(
+            "touching",
+            SAMPLES | {"ours": SAMPLES["ours"][:2]},
+            metric="us_per_page",
+            baseline="peer",
+            command="touch it",
+        )
+
+
+def test_the_table() -> None:
+    assert as_table(compared()).splitlines() == [
+        "touching",
+        "us per page                 median       low      high                   x peer",
+        "peer                            20        10        40                     1.00",
+        "ours                            80        30        80         3.00 (2.00-4.00)",
+        "  ours: major faults 8",
+        "$ touch it",
+    ]
+
+
+def leftovers() -> list[str]:
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [
+        *(line for line in mounts if "/xipfs-bench-" in line),
+        *(str(path) for path in Path("/dev/shm").glob("xipfs-bench-*")),
+    ]
+
+
+@needs("root", "fuse", "tracefs")
+def test_a_quick_run_of_all_gives_figures(tmp_path: Path) -> None:
+    kept = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCH), "--quick", "--rounds", "1", "--json", str(kept)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) < 80
+
+    report = json.loads(kept.read_text())
+    assert report["schema"] == 1
+    assert report["rounds"] == 1
+    assert report["host"]["kernel"]
+    assert {"fs", "observe"} <= set(report["benchmarks"])
+    fs = report["benchmarks"]["fs"]["comparisons"]
+    assert [comparison["metric"] for comparison in fs] == [
+        "cold_us_per_page",
+        "warm_us_per_page",
+        "cold_us_per_page",
+        "warm_us_per_page",
+        "us_per_write",
+    ]
+    # 8 MiB without read-ahead: one major fault for each of its 2048 pages, whoever serves it.
+    assert {
+        name: row["also"]["cold_major_faults"]["median"]
+        for name, row in fs[0]["candidates"].items()
+    } == {"bindfs": 2048, "xipfs off": 2048, "xipfs tracefs": 2048}
+    (loop,) = report["benchmarks"]["observe"]["comparisons"]
+    # 64 windows, once to warm them and 20 times over.
+    assert loop["candidates"]["observe=tracefs"]["also"]["faults_made"]["median"] == 1344
+    for comparison in [*fs, loop]:
+        assert comparison["title"] in " ".join(done.stdout.split())
+        for row in comparison["candidates"].values():
+            assert 0 < row["low"] <= row["median"] <= row["high"]
+            assert row["ratio"]["median"] > 0
+    assert leftovers() == []
+
+
+@needs("root", "fuse", "tracefs")
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    kept = tmp_path / "figures.json"
+    bench = subprocess.Popen(
+        [sys.executable, str(BENCH), "observe", "--json", str(kept)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not any("/mnt-xipfs " in line for line in leftovers()):
+        assert bench.poll() is None, bench.communicate()
+        assert time.monotonic() < deadline, "nothing was mounted"
+        time.sleep(0.02)
+    bench.send_signal(signal.SIGINT)
+    said, error = bench.communicate(timeout=60)
+    assert bench.returncode == 130
+    assert said == ""
+    assert error == "bench: interrupted; everything is unmounted and removed\n"
+    assert leftovers() == []
+    assert not kept.exists()

@@ -1,0 +1,1 @@
+"""What the benchmarks share: processes and mounts that end, rounds, statistics, tables."""

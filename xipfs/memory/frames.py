@@ -17,6 +17,7 @@ touches single elements only; array-wide work and compiled code use the arrays.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,18 +64,21 @@ class FrameStatistics:
 
 
 class FreeList:
-    """Free pfns of [start, start + count): a bump pointer, then a stack of what came back."""
+    """Free numbers of [start, start + count): a bump pointer, then a stack of what came back.
+
+    The stack is an ``array``, which compiled code can read where it lies.
+    """
 
     def __init__(self, start: int, count: int) -> None:
         self._next = start
         self._end = start + count
-        self._returned: list[int] = []
+        self._returned: array[int] = array("q")
 
     def __len__(self) -> int:
         return self._end - self._next + len(self._returned)
 
     def pop(self) -> int | None:
-        """Return a free pfn, or None if there is none."""
+        """Return a free number, or None if there is none."""
         if self._returned:
             return self._returned.pop()
         if self._next == self._end:
@@ -82,9 +86,32 @@ class FreeList:
         self._next += 1
         return self._next - 1
 
-    def push(self, pfn: int) -> None:
-        """Take ``pfn`` back."""
-        self._returned.append(pfn)
+    def push(self, number: int) -> None:
+        """Take ``number`` back."""
+        self._returned.append(number)
+
+    def extend(self, count: int) -> None:
+        """Add ``count`` numbers after the last one."""
+        self._end += count
+
+    def lend(self) -> tuple[npt.NDArray[np.int64], int, int]:
+        """Return what ``pop`` would: the stack (its end first), then from ``next`` up to ``end``.
+
+        The array is a view: nothing may be popped or pushed here while it lives. ``settle`` tells
+        afterwards how much was taken.
+        """
+        stack: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        if self._returned:
+            stack = np.frombuffer(self._returned, np.int64)
+        return stack, self._next, self._end
+
+    def settle(self, depth: int, next_number: int) -> None:
+        """Make what was lent and taken final: ``depth`` is what is left of the stack."""
+        assert 0 <= depth <= len(self._returned), (depth, len(self._returned))
+        assert self._next <= next_number <= self._end, (self._next, next_number, self._end)
+        assert depth == 0 or next_number == self._next, "the stack is used up first"
+        del self._returned[depth:]
+        self._next = next_number
 
 
 class PhysicalMemory:
@@ -121,9 +148,9 @@ class PhysicalMemory:
         self.refcount: npt.NDArray[np.int32] = np.zeros(with_struct_page, np.int32)
         self.mapcount: npt.NDArray[np.int32] = np.zeros(with_struct_page, np.int32)
         self.page_flags: npt.NDArray[np.uint8] = np.zeros(with_struct_page, np.uint8)
-        self.ref: Final[memoryview[int]] = memoryview(self.refcount)
-        self.map: Final[memoryview[int]] = memoryview(self.mapcount)
-        self.flags: Final[memoryview[int]] = memoryview(self.page_flags)
+        self.ref: Final[memoryview[int]] = self.refcount.data
+        self.map: Final[memoryview[int]] = self.mapcount.data
+        self.flags: Final[memoryview[int]] = self.page_flags.data
         self._bytes: npt.NDArray[np.uint8] = np.zeros((ram_pages, PAGE_SIZE), np.uint8)
         self._ram_free = FreeList(0, ram_pages)
         self._anon_free = FreeList(ram_pages, anon_pages)

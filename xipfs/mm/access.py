@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from xipfs.memory.frames import PG_ANON
+from xipfs.mm import rules
 from xipfs.mm.bug import InvariantError
 from xipfs.mm.fault import handle_mm_fault
 from xipfs.mm.flags import (
     FAULT_FLAG_WRITE,
-    VM_ACCESS_FLAGS,
     VM_FAULT_ERROR,
     VM_FAULT_MAJOR,
     VM_FAULT_OOM,
-    VM_WRITE,
 )
-from xipfs.memory.frames import PG_ANON
 from xipfs.mm.mm_struct import MmStruct
-from xipfs.mm.pte import PTE_DIRTY, PTE_PRESENT, PTE_WRITE, PTE_YOUNG
+from xipfs.mm.pte import PTE_PRESENT, pte_after_access, pte_permits
 from xipfs.units import PAGE_MASK
 
 SEGV_MAPERR: Final = 1
@@ -59,18 +58,17 @@ def access(mm: MmStruct, address: int, *, write: bool) -> Access:
     >>> mm.anon_rss, access(mm, 0, write=False).signal
     (1, 'SIGSEGV')
     """
-    needed = PTE_PRESENT | PTE_WRITE if write else PTE_PRESENT
     page_address = address & PAGE_MASK
     faults = major = 0
     while True:
         vma = mm.find_vma(address)
         if vma is None:
             return Access("SIGSEGV", SEGV_MAPERR, faults, major, 0)
-        if not vma.flags & (VM_WRITE if write else VM_ACCESS_FLAGS):
+        if not rules.vma_permits(vma.flags, write):
             return Access("SIGSEGV", SEGV_ACCERR, faults, major, mm.tables.get(page_address))
         pte = mm.tables.get(page_address)
-        if pte & needed == needed:
-            used = pte | PTE_YOUNG | (PTE_DIRTY if write else 0)
+        if pte_permits(pte, write):
+            used = pte_after_access(pte, write)
             if used != pte:
                 mm.tables.set(page_address, used)
             return Access("", 0, faults, major, used)

@@ -14,6 +14,7 @@ from xipfs.memory.frames import PG_RESERVED, PhysicalMemory
 from xipfs.mm import rules as rule_functions
 from xipfs.mm.rules import Rules
 from xipfs.mm.swap import Swap
+from xipfs.mm.table_pool import TablePool
 from xipfs.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Machine:
         self.ksm = ksm
         self.quirks = quirks
         self.mms: list[MmStruct] = []
+        self.table_pool = TablePool()
         #: Whose system call runs; matters for the quirk of rule F16a only.
         self.current: MmStruct | None = None
         #: pfn to references held by neither a PTE nor a cache: pins, pipe buffers.

@@ -24,7 +24,7 @@ class MmStruct:
     def __init__(self, machine: Machine, name: object = None) -> None:
         self.machine = machine
         self.name = name
-        self.tables = PageTables()
+        self.tables = PageTables(machine.table_pool)
         self.rss = [0, 0, 0]
         self.swapents = 0
         self.raw_ptes = 0

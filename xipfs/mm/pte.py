@@ -2,8 +2,8 @@
 
 A PTE is one unsigned 64-bit integer: flag bits below bit 12, the pfn (or the swap offset) above.
 0 is an empty entry. Eight bytes a PTE, in leaves of 512 entries that exist only where something
-was mapped, is what keeps ten million modelled PTEs in 80 MB; a leaf is an ``array('Q')``, so that
-compiled code can use the same memory through numpy's buffer view.
+was mapped, is what keeps ten million modelled PTEs in 80 MB. The tables' memory is the machine's
+``TablePool``, where compiled code walks them too.
 
     bit 0 present   1 write   2 young   3 dirty   4 special   5 devmap   6 swap   7 swap exclusive
 
@@ -13,10 +13,10 @@ pte_present() answers there); the VMA's permissions are what refuses the access.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from typing import Final
 
+from xipfs.mm.table_pool import PTRS_PER_TABLE, TablePool
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
 
 PTE_PRESENT: Final = 1 << 0
@@ -32,9 +32,11 @@ PTE_PFN_SHIFT: Final = 12
 #: Bits that mprotect leaves alone (rule P10); the rest comes from the VMA's new protection.
 PTE_CHG_MASK: Final = ~(PTE_WRITE | PTE_PRESENT)
 
-PTRS_PER_PTE: Final = 512
-LEAF_SHIFT: Final = PAGE_SHIFT + 9
-_LEAF_BYTES: Final = PTRS_PER_PTE * 8
+PTRS_PER_PTE: Final = PTRS_PER_TABLE
+_TABLE_SHIFT: Final = 9
+_SLOT_MASK: Final = PTRS_PER_PTE - 1
+LEAF_SHIFT: Final = PAGE_SHIFT + _TABLE_SHIFT
+MIDDLE_SHIFT: Final = LEAF_SHIFT + _TABLE_SHIFT
 
 
 def mk_pte(pfn: int, prot: int) -> int:
@@ -67,25 +69,54 @@ def describe_pte(pte: int) -> str:
     return f"pfn {pte_pfn(pte)} {text}"
 
 
+def pte_permits(pte: int, write: bool) -> bool:
+    """Whether an access passes without a fault, as far as the PTE decides."""
+    needed = PTE_PRESENT | PTE_WRITE if write else PTE_PRESENT
+    return pte & needed == needed
+
+
+def pte_after_access(pte: int, write: bool) -> int:
+    """Return a PTE as the hardware leaves it after an access that it permits."""
+    return pte | PTE_YOUNG | PTE_DIRTY if write else pte | PTE_YOUNG
+
+
 class PageTables:
-    """One address space's PTEs: a dictionary of leaves by ``address >> LEAF_SHIFT``."""
+    """One address space's PTEs: leaves, middle tables over them, and a dictionary of those.
 
-    __slots__ = ("leaves",)
+    A leaf spans 2 MiB of addresses, a middle table 1 GiB; ``middles`` finds a middle table by
+    ``address >> MIDDLE_SHIFT``. Tables are named by the index of their first entry in the
+    ``pool``; a middle table's entries are such names, or 0. Leaves exist only where something was
+    mapped. ``leaf_count`` is their number.
+    """
 
-    def __init__(self) -> None:
-        self.leaves: dict[int, array[int]] = {}
+    __slots__ = ("leaf_count", "middles", "pool")
+
+    def __init__(self, pool: TablePool | None = None) -> None:
+        self.pool = TablePool() if pool is None else pool
+        self.middles: dict[int, int] = {}
+        self.leaf_count = 0
 
     def get(self, address: int) -> int:
         """Return the PTE at ``address`` (0 if empty)."""
-        leaf = self.leaves.get(address >> LEAF_SHIFT)
-        return 0 if leaf is None else leaf[address >> PAGE_SHIFT & PTRS_PER_PTE - 1]
+        middle = self.middles.get(address >> MIDDLE_SHIFT)
+        if middle is None:
+            return 0
+        entries = self.pool.entries
+        leaf = entries[middle + (address >> LEAF_SHIFT & _SLOT_MASK)]
+        return entries[leaf + (address >> PAGE_SHIFT & _SLOT_MASK)]
 
     def set(self, address: int, pte: int) -> None:
-        """Store ``pte`` at ``address``, making the leaf if there is none."""
-        leaf = self.leaves.get(address >> LEAF_SHIFT)
-        if leaf is None:
-            leaf = self.leaves[address >> LEAF_SHIFT] = array("Q", bytes(_LEAF_BYTES))
-        leaf[address >> PAGE_SHIFT & PTRS_PER_PTE - 1] = pte
+        """Store ``pte`` at ``address``, making the tables if there are none."""
+        pool = self.pool
+        middle = self.middles.get(address >> MIDDLE_SHIFT)
+        if middle is None:
+            middle = self.middles[address >> MIDDLE_SHIFT] = pool.take()
+        leaf = pool.entries[middle + (address >> LEAF_SHIFT & _SLOT_MASK)]
+        if not leaf:
+            leaf = pool.take()
+            pool.entries[middle + (address >> LEAF_SHIFT & _SLOT_MASK)] = leaf
+            self.leaf_count += 1
+        pool.entries[leaf + (address >> PAGE_SHIFT & _SLOT_MASK)] = pte
 
     def populated(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (address, pte) of the non-empty entries of [start, end), in address order.
@@ -94,31 +125,57 @@ class PageTables:
         in the range, not of the range.
         """
         for key in self._keys(start, end):
-            leaf = self.leaves.get(key)
-            if leaf is None:
+            leaf = self._leaf(key)
+            if not leaf:
                 continue
             base = key << LEAF_SHIFT
             first = max(start - base, 0) >> PAGE_SHIFT
             last = min(end - base, PTRS_PER_PTE << PAGE_SHIFT) >> PAGE_SHIFT
             for slot in range(first, last):
-                pte = leaf[slot]
+                # The pool may have grown since the last turn, so its entries are asked for again.
+                pte = self.pool.entries[leaf + slot]
                 if pte:
                     yield base + (slot << PAGE_SHIFT), pte
 
+    def _leaf(self, key: int) -> int:
+        middle = self.middles.get(key >> _TABLE_SHIFT)
+        return 0 if middle is None else self.pool.entries[middle + (key & _SLOT_MASK)]
+
     def _keys(self, start: int, end: int) -> list[int]:
+        """Return ``address >> LEAF_SHIFT`` of the leaves that meet [start, end), in order."""
         first, last = start >> LEAF_SHIFT, (end - PAGE_SIZE) >> LEAF_SHIFT
-        if last - first < len(self.leaves):
-            return [key for key in range(first, last + 1) if key in self.leaves]
-        return sorted(key for key in self.leaves if first <= key <= last)
+        low, high = first >> _TABLE_SHIFT, last >> _TABLE_SHIFT
+        if high - low < len(self.middles):
+            regions = [region for region in range(low, high + 1) if region in self.middles]
+        else:
+            regions = sorted(region for region in self.middles if low <= region <= high)
+        found = []
+        for region in regions:
+            base = region << _TABLE_SHIFT
+            keys = range(max(first, base), min(last, base | _SLOT_MASK) + 1)
+            found += [key for key in keys if self._leaf(key)]
+        return found
 
     def free(self, floor: int, ceiling: int) -> None:
         """Drop the leaves that lie wholly in [floor, ceiling); they must be empty (T9)."""
         first = (floor + (1 << LEAF_SHIFT) - 1) >> LEAF_SHIFT
+        entries = self.pool.entries
+        touched = set()
         for key in self._keys(first << LEAF_SHIFT, ceiling):
             if key + 1 << LEAF_SHIFT <= ceiling:
-                assert not any(self.leaves[key]), (key, "freed page table is not empty")
-                del self.leaves[key]
+                leaf = self._leaf(key)
+                left = any(entries[leaf : leaf + PTRS_PER_PTE])
+                assert not left, (key, "freed page table is not empty")
+                entries[self.middles[key >> _TABLE_SHIFT] + (key & _SLOT_MASK)] = 0
+                self.pool.give_back(leaf)
+                self.leaf_count -= 1
+                touched.add(key >> _TABLE_SHIFT)
+        for region in touched:
+            middle = self.middles[region]
+            if not any(entries[middle : middle + PTRS_PER_PTE]):
+                del self.middles[region]
+                self.pool.give_back(middle)
 
     def table_pages(self) -> int:
         """Return how many page-table pages (leaves of 4096 bytes) exist."""
-        return len(self.leaves)
+        return self.leaf_count

@@ -18,6 +18,7 @@ from typing import Final, Literal
 
 from xipfs.errors import UsageError
 from xipfs.mm.flags import (
+    VM_ACCESS_FLAGS,
     VM_INSERTPAGE,
     VM_MAYSHARE,
     VM_MAYWRITE,
@@ -253,6 +254,11 @@ def rule_set_names() -> list[str]:
 RAW: Final = 0
 NORMAL: Final = 1
 BAD: Final = 2
+
+
+def vma_permits(vm_flags: int, write: bool) -> bool:
+    """Whether the VMA allows the access at all; else it is a SIGSEGV (access_error)."""
+    return bool(vm_flags & (VM_WRITE if write else VM_ACCESS_FLAGS))
 
 
 def is_cow_mapping(vm_flags: int) -> bool:

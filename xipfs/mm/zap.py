@@ -115,5 +115,5 @@ def exit_mmap(mm: MmStruct) -> None:
     for vma in list(mm):
         remove_vma(vma)
     mm.machine.mms.remove(mm)
-    left = (mm.rss, mm.raw_ptes, mm.swapents, mm.locked_vm, mm.tables.leaves)
-    assert left == ([0, 0, 0], 0, 0, 0, {}), (mm.name, left)
+    left = (mm.rss, mm.raw_ptes, mm.swapents, mm.locked_vm, mm.tables.table_pages())
+    assert left == ([0, 0, 0], 0, 0, 0, 0), (mm.name, left)

@@ -65,6 +65,15 @@ def parse_page_range(text: str) -> range:
     return range(first, last + 1)
 
 
+def parse_page_ranges(text: str) -> list[range]:
+    """Return the pages of a comma-separated list of ranges, as ``parse_page_range`` takes them.
+
+    >>> parse_page_ranges("0,3-5")
+    [range(0, 1), range(3, 6)]
+    """
+    return [parse_page_range(word) for word in text.split(",")]
+
+
 def format_size(size_bytes: int) -> str:
     """Return ``size_bytes`` with the largest 1024-based unit that leaves a number of 1 or more.
 

@@ -13,24 +13,26 @@ from rich.progress import Progress
 from xipfs.cli.client import Json, request
 from xipfs.cli.pages import file_of_mount
 from xipfs.errors import EXIT_FAILURE, MountError
-from xipfs.units import parse_page_range
+from xipfs.units import parse_page_ranges
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
     parser.add_argument("file", type=Path, metavar="FILE", help="a regular file on the mount")
     parser.add_argument("--to", choices=("pagecache", "xip"), required=True, help="the new kind")
-    parser.add_argument("--pages", metavar="A-B", help="only these pages (default: all)")
+    parser.add_argument(
+        "--pages", metavar="A-B,...", help="only these pages, as in 0-15,20 (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="the outcome as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Move the pages; exit code 1 if any was refused."""
-    pages = None if args.pages is None else parse_page_range(args.pages)
+    ranges = None if args.pages is None else parse_page_ranges(args.pages)
     mount, ino = file_of_mount(args.file)
     arguments: Json = {"ino": ino, "to": args.to}
-    if pages is not None:
-        arguments |= {"first": pages.start, "count": len(pages)}
+    if ranges is not None:
+        arguments["ranges"] = [[pages.start, len(pages)] for pages in ranges]
     outcome: Json | None = None
     with Progress(
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()

@@ -216,16 +216,15 @@ class Live:
         if self.fs.read_only:
             raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
         end = pages_of(self.fs.getattr(ino).size_bytes)
-        first = int(request.get("first", 0))
-        count = int(request.get("count", end - first))
-        if first < 0 or count < 0 or first + count > end:
-            raise UsageError(
-                f"pages {first}-{first + count - 1} reach outside the file",
-                expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
-            )
+        ranges = [range(int(a), int(a) + int(n)) for a, n in request.get("ranges", [[0, end]])]
+        for pages in ranges:
+            if pages.start < 0 or pages.stop > end:
+                raise UsageError(
+                    f"pages {pages.start}-{pages.stop - 1} reach outside the file",
+                    expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
+                )
         outcome = Tally()
-        pages = range(first, first + count)
-        async for done, total, tally in self.migrator.migrate(ino, pages, to):
+        async for done, total, tally in self.migrator.migrate(ino, ranges, to):
             outcome = tally
             yield {"progress": {"pages_done": done, "pages_total": total}}
         yield {"result": vars(outcome)}

@@ -53,13 +53,13 @@ class Migrator:
                 window.touched = True
 
     async def migrate(
-        self, ino: int, pages: range, to: PageKind
+        self, ino: int, ranges: list[range], to: PageKind
     ) -> AsyncIterator[tuple[int, int, Tally]]:
-        """Move ``pages`` of ``ino`` to ``to``; yields (pages done, pages in all, tally) by chunk.
+        """Move pages of ``ino`` to ``to``; yields (pages done, pages in all, tally) by chunk.
 
         Holes are passed over without looking at each, so a sparse file costs what it holds.
         """
-        runs = self._engine.pages_with_bytes(ino, pages)
+        runs = [run for pages in ranges for run in self._engine.pages_with_bytes(ino, pages)]
         count = sum(len(run) for run in runs)
         done = 0
         tally = Tally()

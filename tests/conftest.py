@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
 import pytest
+from live import ROOT, Mounts, mounts_below
 
 LEVELS = 7
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _missing(need: str) -> str | None:
@@ -26,11 +26,10 @@ def _missing(need: str) -> str | None:
     raise ValueError(f"unknown need {need!r}")
 
 
-def needs(*what: str) -> Callable[[_F], _F]:
-    """Skip the test, saying why, where one of root, fuse, tracefs is not there."""
+def needs(*what: str) -> pytest.MarkDecorator:
+    """Skip the test, saying why, where one of root, fuse, tracefs is not there: a decorator."""
     reasons = [reason for need in what if (reason := _missing(need)) is not None]
-    mark = pytest.mark.skipif(bool(reasons), reason=f"needs {', '.join(what)}: {reasons}")
-    return lambda test: mark(test)
+    return pytest.mark.skipif(bool(reasons), reason=f"needs {', '.join(what)}: {reasons}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,3 +90,31 @@ def _no_unexpected_log(
         if record.levelno >= logging.WARNING
     ]
     assert not unexpected, f"unexpected log lines: {unexpected}"
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[Mounts]:
+    """Makes mounts for one test and ends them."""
+    with mounts_below(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounts]:
+    """Makes mounts for the tests of one module, which keep to files of their own."""
+    with mounts_below(tmp_path_factory.mktemp("shared")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def touch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled tools/touch.c."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    program = tmp_path_factory.mktemp("touch") / "touch"
+    source = ROOT / "tools" / "touch.c"
+    subprocess.run(
+        [compiler, "-O1", "-pthread", "-o", str(program), str(source)], check=True, timeout=60
+    )
+    return program

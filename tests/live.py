@@ -1,0 +1,262 @@
+"""A real mount for a test: made through the command, watched from beside, and always ended.
+
+A defect can leave a program inside a page fault that nobody answers; such a program cannot be
+interrupted, and if it is pytest itself, no timeout of pytest's helps. So every mount has a watchdog
+process of its own that aborts the mount's connection when the test takes too long: the fault then
+ends in SIGBUS, the call in ENOTCONN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from xipfs.clock import SystemClock
+from xipfs.fs.build import make_empty
+from xipfs.fuse.mounts import Mount, mount_at, mounts, serving_pid
+from xipfs.trace.session import clean_orphans
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What is tested is this tree, also where another copy is installed.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "LC_ALL": "C.UTF-8"}
+COMMAND = [sys.executable, "-m", "xipfs"]
+INSTANCES = Path("/sys/kernel/tracing/instances")
+PAGE = 4096
+WATCHDOG_S = 100
+_LOG_LINE = re.compile(r"\S+ \S+ xipfs\[\d+\] INFO ")
+
+Json = dict[str, Any]
+
+
+def xipfs(
+    *words: str | Path, check: bool = True, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run the command; with ``check`` a failure fails the test and shows what it said."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, (words, done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def new_image(path: Path, *, size_bytes: int = 16 << 20, pagecache: bool = False) -> Path:
+    """Make an empty image."""
+    clock = SystemClock()
+    make_empty(path, size_bytes=size_bytes, label="test", pagecache=pagecache, clock=clock)
+    return path
+
+
+def wait_until(what: str, happened: Any, timeout_s: float = 10) -> None:
+    """Poll ``happened()``; fail the test if it does not become true."""
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
+
+
+def is_mounted(directory: Path) -> bool:
+    return any(mount.mountpoint == directory for mount in mounts())
+
+
+class LiveMount:
+    """One mount of ``image`` at ``directory``; ``close`` ends it whatever state it is in."""
+
+    def __init__(self, image: Path, directory: Path, options: Sequence[str] = ()) -> None:
+        self.image = image
+        self.directory = directory
+        self.log = directory.with_name(directory.name + ".log")
+        #: Patterns of log records above INFO that the test provokes.
+        self.expected_log: list[str] = []
+        self.killed = False
+        directory.mkdir(exist_ok=True)
+        words = [word for option in options for word in ("-o", option)]
+        xipfs("mount", image, directory, "--log", self.log, *words)
+        self.mount: Mount = mount_at(directory)
+        pid = serving_pid(self.mount)
+        assert pid is not None, "nobody serves the mount"
+        self.pid: int = pid
+        self._pidfd = os.pidfd_open(pid)
+        self._watchdog = subprocess.Popen(
+            ["sh", "-c", f"sleep {WATCHDOG_S}; echo 1 > {self._abort_file}"],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    @property
+    def _abort_file(self) -> Path:
+        return Path(f"/sys/fs/fuse/connections/{self.mount.minor}/abort")
+
+    def __truediv__(self, name: str) -> Path:
+        return self.directory / name
+
+    # What a test asks
+
+    def stats(self) -> Json:
+        """Return ``xipfs stat --json``."""
+        answer: Json = json.loads(xipfs("stat", "--json", self.directory).stdout)
+        return answer
+
+    def cat_stats(self) -> Json:
+        """Return ``.xipfs/stats.json``; much faster than starting the command."""
+        answer: Json = json.loads((self.directory / ".xipfs" / "stats.json").read_bytes())
+        return answer
+
+    def vmstat(self) -> dict[str, int]:
+        """Return the model's counters."""
+        counters: dict[str, int] = self.cat_stats()["vmstat"]
+        return counters
+
+    def pages(self, name: str) -> list[tuple[str, int, int, int | None, int | None]]:
+        """Return (letter, first, count, refcount, mapcount) of the file's runs."""
+        ino = (self.directory / name).stat().st_ino
+        answer = json.loads((self.directory / ".xipfs" / f"pages.{ino}.json").read_bytes())
+        return [
+            (run["letter"], run["first"], run["count"], run["refcount"], run["mapcount"])
+            for run in answer["runs"]
+        ]
+
+    def letters(self, name: str) -> str:
+        """Return the file's map, one letter a page."""
+        return "".join(letter * count for letter, _, count, _, _ in self.pages(name))
+
+    def migrate(self, name: str, to: str, pages: str | None = None) -> Json:
+        """Run ``xipfs migrate``; returns its outcome, refused pages included."""
+        words = ["--pages", pages] if pages else []
+        done = xipfs("migrate", self.directory / name, "--to", to, "--json", *words, check=False)
+        assert done.stdout, done.stderr
+        answer: Json = json.loads(done.stdout)
+        return answer
+
+    # The end
+
+    def running(self) -> bool:
+        """Return whether the daemon lives; one that nobody has reaped yet does not."""
+        return not select.select([self._pidfd], [], [], 0)[0]
+
+    def umount(self) -> None:
+        """Unmount as a user does; the daemon must be gone when the command returns."""
+        xipfs("umount", self.directory)
+        assert not self.running(), "umount returned before the daemon ended"
+        assert not is_mounted(self.directory)
+
+    def kill(self) -> None:
+        """End the daemon as a crash does; what it mounted stays, dead."""
+        self.killed = True
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        wait_until("the killed daemon's end", lambda: not self.running())
+
+    def _force(self) -> None:
+        """End a mount that does not end by itself."""
+        with contextlib.suppress(OSError):
+            self._abort_file.write_text("1")
+        if self.running():
+            self.kill()
+        while is_mounted(self.directory):
+            subprocess.run(["umount", "-l", str(self.directory)], check=True, timeout=20)
+
+    def close(self) -> None:
+        """End the mount; fail the test if it was stuck, left something or logged a surprise."""
+        stuck = ""
+        try:
+            if is_mounted(self.directory):
+                done = xipfs("umount", self.directory, check=False, timeout=30)
+                stuck = done.stderr
+        except subprocess.TimeoutExpired as error:
+            stuck = str(error)
+        finally:
+            outlived = self.running()
+            cleans_up = not self.killed
+            self._force()
+            os.close(self._pidfd)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._watchdog.pid, signal.SIGKILL)
+            self._watchdog.wait()
+        left = [path.name for path in INSTANCES.glob(f"xipfs-{self.pid}-*")]
+        clean_orphans()
+        assert not stuck, f"the mount did not end by itself: {stuck}"
+        assert not outlived, "the daemon outlived its mount"
+        assert not (left and cleans_up), f"tracefs instances left: {left}"
+        surprises = self.unexpected_log_lines()
+        assert not surprises, "unexpected lines in the daemon's log:\n" + "\n".join(surprises)
+
+    def unexpected_log_lines(self) -> list[str]:
+        """Return the log's lines that are neither INFO nor, with their traceback, expected."""
+        unexpected = []
+        expected_record = False
+        for line in self.log.read_text().splitlines():
+            if re.match(r"\S+ \S+ xipfs\[\d+\] ", line):
+                expected_record = bool(_LOG_LINE.match(line)) or any(
+                    re.search(pattern, line) for pattern in self.expected_log
+                )
+            if not expected_record:
+                unexpected.append(line)
+        return unexpected
+
+
+class Mounts:
+    """Makes images and mounts below one directory and ends them all."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._made: list[LiveMount] = []
+        self._serial = 0
+
+    def image(self, *, size_bytes: int = 16 << 20, pagecache: bool = False) -> Path:
+        """Return a new, empty image."""
+        self._serial += 1
+        path = self.directory / f"{self._serial}.img"
+        return new_image(path, size_bytes=size_bytes, pagecache=pagecache)
+
+    def mount(self, image: Path | None = None, *options: str) -> LiveMount:
+        """Mount ``image`` (default: a new one), faults not observed unless an option says so."""
+        if not any(option.startswith("observe=") for option in options):
+            options = (*options, "observe=off")
+        self._serial += 1
+        directory = self.directory / f"mnt{self._serial}"
+        made = LiveMount(image or self.image(), directory, options)
+        self._made.append(made)
+        return made
+
+    def remount(self, mount: LiveMount, *options: str) -> LiveMount:
+        """Unmount and mount again: nothing that only memory held can survive."""
+        mount.umount()
+        return self.mount(mount.image, *options)
+
+    def close(self) -> None:
+        """End every mount, each also when another one fails."""
+        errors: list[BaseException] = []
+        while self._made:
+            try:
+                self._made.pop().close()
+            except (AssertionError, OSError, subprocess.SubprocessError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+@contextlib.contextmanager
+def mounts_below(directory: Path) -> Iterator[Mounts]:
+    """Yield a maker of mounts and end them all."""
+    made = Mounts(directory)
+    try:
+        yield made
+    finally:
+        made.close()

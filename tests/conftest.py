@@ -10,6 +10,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
 import pytest
 from live import ROOT, Mounts, mounts_below
 

@@ -67,12 +67,21 @@ def clean_orphans(tracing: Path = TRACING) -> list[str]:
     removed = []
     for path in (tracing / "instances").iterdir():
         match = _NAME_RE.fullmatch(path.name)
-        if match and not Path("/proc", match[1]).is_dir():
+        if match and not _lives(match[1]):
             # Another daemon may be cleaning at the same time.
             with contextlib.suppress(OSError):
                 path.rmdir()
                 removed.append(path.name)
     return removed
+
+
+def _lives(pid: str) -> bool:
+    """Return whether the process runs; a killed one that nobody has reaped yet does not."""
+    try:
+        state = Path("/proc", pid, "stat").read_bytes().rpartition(b") ")[2][:1]
+    except OSError:
+        return False
+    return state not in b"ZX"
 
 
 class Instance:

@@ -70,13 +70,18 @@ def run(context: Context) -> dict[str, Any]:
             mounts.xipfs, context, image, options=[f"observe={observer}"]
         )
     for readahead_kib in (0, DEFAULT_READAHEAD_KIB):
-        _random_mmap(context, program, filesystems, readahead_kib)
+        size = f"{sizes.mapped_bytes // _MIB} MiB"
+        _random_mmap(context, program, filesystems, size, readahead_kib)
     _durable_writes(context, program, filesystems, sizes.writes)
     return context.results()
 
 
 def _random_mmap(
-    context: Context, program: Path, filesystems: Mapping[str, Mount], readahead_kib: int
+    context: Context,
+    program: Path,
+    filesystems: Mapping[str, Mount],
+    size: str,
+    readahead_kib: int,
 ) -> None:
     """Touch each page once, cold, then again, warm; one comparison for each."""
     checksums: dict[int, int] = {}
@@ -101,11 +106,10 @@ def _random_mmap(
         f"random mmap, read-ahead {readahead_kib} KiB",
         {name: functools.partial(sample, mount) for name, mount in filesystems.items()},
     )
-    size_mib = (QUICK if context.quick else Sizes()).mapped_bytes // _MIB
     for when in ("cold", "warm"):
         context.comparisons.append(
             compare(
-                f"{when} random mmap: each page of {size_mib} MiB touched once, "
+                f"{when} random mmap: each page of {size} touched once, "
                 f"read-ahead {readahead_kib} KiB",
                 samples,
                 metric=f"{when}_us_per_page",

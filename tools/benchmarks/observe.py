@@ -78,7 +78,7 @@ def _sample(
 ) -> Sample:
     """Run the loop once on a new mount."""
     with mounts.xipfs(context, image, 0, [f"observe={observer}"]) as mounted:
-        loop = [program, "loop", mounted.directory / LOOPED, str(WINDOW_PAGES)]
+        loop: list[str | Path] = [program, "loop", mounted.directory / LOOPED, str(WINDOW_PAGES)]
         run_command([*loop, "1"])  # what this leaves in the page cache stays there
         before = mounted.xipfs_stats()
         cpu_before_s = cpu_seconds(mounted.pid)
@@ -89,8 +89,8 @@ def _sample(
         cpu_s = cpu_seconds(mounted.pid) - cpu_before_s
     told = json.loads(said)
     touches = told["touches"]
-    if told["loop"]["majflt"]:
-        raise BenchError(f"{told['loop']['majflt']} of the loop's faults were not warm")
+    if told["loop"]["majflt"] or told["loop"]["minflt"] < touches:
+        raise BenchError(f"{told['loop']}; expected {touches} touches with a minor fault each")
     sample = {
         "ns_per_fault": told["loop"]["ns"] / touches,
         "daemon_cpu_us_per_fault": cpu_s * 1e6 / touches,

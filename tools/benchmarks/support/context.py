@@ -79,5 +79,9 @@ def working_context(
     """Make the scratch directory for the time of one benchmark."""
     if not TMPFS.is_dir():
         raise BenchError(f"{TMPFS} is missing; expected the tmpfs that Linux systems mount there")
-    with tempfile.TemporaryDirectory(prefix="xipfs-bench-", dir=TMPFS) as work:
-        yield Context(rounds, quick, Path(work), interrupts, progress)
+    work = Path(tempfile.mkdtemp(prefix="xipfs-bench-", dir=TMPFS))
+    try:
+        yield Context(rounds, quick, work, interrupts, progress)
+    finally:
+        with interrupts.deferred():
+            shutil.rmtree(work)

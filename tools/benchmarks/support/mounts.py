@@ -86,21 +86,23 @@ def _mount_point(context: Context, name: str) -> Path:
 @contextlib.contextmanager
 def _serving(context: Context, command: Sequence[str], directory: Path) -> Iterator[Mounted]:
     """Run a daemon in the foreground, wait for its mount, and end both after the block."""
-    with context.interrupts.deferred(), open(directory.with_suffix(".log"), "ab") as log:
-        daemon = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # The terminal's interrupt is for us; the daemon ends by its unmount.
-            start_new_session=True,
-        )
+    daemon = None
     try:
+        with context.interrupts.deferred(), open(directory.with_suffix(".log"), "ab") as log:
+            daemon = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # The terminal's interrupt is for us; the daemon ends by its unmount.
+                start_new_session=True,
+            )
         _wait_for_mount(daemon, directory)
         yield Mounted(directory, daemon.pid)
     finally:
         with context.interrupts.deferred():
-            _end(daemon, directory)
+            if daemon is not None:
+                _end(daemon, directory)
 
 
 def _wait_for_mount(daemon: subprocess.Popen[bytes], directory: Path) -> None:
@@ -127,17 +129,20 @@ def _end(daemon: subprocess.Popen[bytes], directory: Path) -> None:
         subprocess.run(["umount", str(directory)], capture_output=True, check=False)
     try:
         daemon.wait(_PATIENCE_S)
-        return
     except subprocess.TimeoutExpired:
-        pass
-    if device is not None:
-        with contextlib.suppress(OSError):
-            minor = device.partition(":")[2]
-            Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
-    subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
-    daemon.kill()
-    daemon.wait()
-    raise BenchError(f"{daemon.args!r} did not end within {_PATIENCE_S:g} s; its mount was aborted")
+        if device is not None:
+            with contextlib.suppress(OSError):
+                minor = device.partition(":")[2]
+                Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
+        daemon.kill()
+        daemon.wait()
+        raise BenchError(
+            f"{daemon.args!r} did not end within {_PATIENCE_S:g} s; its mount was aborted"
+        ) from None
+    finally:
+        # A daemon that was ended while it mounted, or by force, leaves the mount to us.
+        if device_of(directory) is not None:
+            subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
 
 
 def device_of(directory: Path) -> str | None:

@@ -92,7 +92,12 @@ def describe_host() -> dict[str, Any]:
         "python": platform.python_version(),
         "pyfuse3": importlib.metadata.version("pyfuse3"),
         "bindfs": run(["bindfs", "-V"]).strip().removeprefix("bindfs "),
-        "commit": run(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
-        if (ROOT / ".git").exists()
-        else "unknown",
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    try:
+        return run(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
+    except BenchError:
+        return "unknown"  # no git here, or not a clone

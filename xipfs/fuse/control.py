@@ -110,7 +110,7 @@ class Conversation:
                 yield answer
         except XipfsError as error:
             yield {"error": str(error), "errno": error.errno, "exit_code": error.exit_code}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             yield {"error": f"malformed request: {error!r}", "errno": errno.EINVAL, "exit_code": 2}
         except Exception as error:
             log.exception("control request failed")

@@ -1,0 +1,240 @@
+"""Migration on a live mount: every reader sees the same bytes, nothing but the kind moves."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import needs
+from live import PAGE, LiveMount, Mounts, xipfs
+
+pytestmark = [needs("root", "fuse")]
+
+NOISE = random.Random(41).randbytes(41 * PAGE)
+
+
+@pytest.fixture(scope="module")
+def mnt(shared: Mounts) -> LiveMount:
+    return shared.mount()
+
+
+def test_there_and_back_under_an_open_mapping(mnt: LiveMount) -> None:
+    path = mnt / "both-ways"
+    path.write_bytes(NOISE)
+    before = os.stat(path)
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as private,
+    ):
+        assert mapped[:] == NOISE
+        private[5 * PAGE] = 0
+        copied = private[:]
+        for kind, letter in (("pagecache", "P"), ("xip", "X"), ("pagecache", "P"), ("xip", "X")):
+            assert mnt.migrate("both-ways", kind) == {
+                "file": str(path),
+                "to": kind,
+                "moved": 41,
+                "already": 0,
+                "failed": {},
+            }
+            assert mnt.letters("both-ways") == letter * 41
+            assert mapped[:] == NOISE
+            assert private[:] == copied, "a private copy is the process's own"
+            assert path.read_bytes() == NOISE
+    after = os.stat(path)
+    assert (after.st_size, after.st_mtime_ns, after.st_ctime_ns, after.st_blocks) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ctime_ns,
+        before.st_blocks,
+    )
+
+
+def test_dirty_bytes_of_a_shared_mapping_come_along(live: Mounts) -> None:
+    mount = live.mount()
+    (mount / "file").write_bytes(NOISE)
+    expected = bytearray(NOISE)
+    with open(mount / "file", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        for turn, kind in enumerate(["pagecache", "xip", "pagecache", "xip"]):
+            for page in range(41):
+                mapped[page * PAGE + turn] = expected[page * PAGE + turn] = turn + page
+            assert mount.migrate("file", kind)["moved"] == 41
+            assert mapped[:] == expected
+            with open(mount / "file", "rb", buffering=0) as reader:
+                assert reader.read() == expected
+    after = live.remount(mount, "ro")
+    assert (after / "file").read_bytes() == expected
+
+
+def test_a_part_and_what_is_there_already(mnt: LiveMount) -> None:
+    (mnt / "part").write_bytes(NOISE[: 8 * PAGE])
+    counts = [
+        (mnt.migrate("part", kind, pages)["moved"], mnt.letters("part"))
+        for kind, pages in (
+            ("pagecache", "2-3"),
+            ("pagecache", "2-5"),
+            ("xip", "0-3"),
+            ("pagecache", "7"),
+        )
+    ]
+    assert counts == [(2, "XXPPXXXX"), (2, "XXPPPPXX"), (2, "XXXXPPXX"), (1, "XXXXPPXP")]
+    again = mnt.migrate("part", "pagecache", "4-5")
+    assert (again["moved"], again["already"]) == (0, 2)
+
+
+def test_holes_stay_holes(mnt: LiveMount) -> None:
+    with open(mnt / "holes", "wb") as file:
+        file.truncate(1 << 40)
+        file.seek(5 * PAGE)
+        file.write(NOISE[:PAGE])
+    outcome = mnt.migrate("holes", "pagecache")
+    assert (outcome["moved"], outcome["already"], outcome["failed"]) == (1, 0, {})
+    assert mnt.pages("holes") == [
+        (".", 0, 5, None, None),
+        ("P", 5, 1, 1, 0),
+        (".", 6, (1 << 28) - 6, None, None),
+    ]
+
+
+def test_the_counters_of_vmstat(live: Mounts) -> None:
+    mount = live.mount()
+    (mount / "file").write_bytes(NOISE)
+    mount.migrate("file", "pagecache", "0-12")
+    mount.migrate("file", "xip", "0-4")
+    vmstat = mount.vmstat()
+    names = ("pgmigrate_success", "pgmigrate_fail", "pgpromote_success", "pgdemote_success")
+    assert [vmstat[name] for name in names] == [18, 0, 13, 5]
+    assert (vmstat["nr_xip_pages"], vmstat["nr_pagecache_pages"]) == (41 - 8, 8)
+    assert vmstat["nr_resident_pages"] == 8
+
+
+def test_more_pages_than_ram(live: Mounts) -> None:
+    mount = live.mount(None, "ram=64K")
+    (mount / "file").write_bytes(NOISE)
+    outcome = mount.migrate("file", "pagecache")
+    assert (outcome["moved"], outcome["failed"]) == (41, {})
+    assert mount.letters("file") == "p" * 25 + "P" * 16
+    assert (mount / "file").read_bytes() == NOISE
+    after = live.remount(mount, "ro", "ram=64K")
+    assert (after / "file").read_bytes() == NOISE
+    assert after.letters("file").replace("P", "p") == "p" * 41
+
+
+def test_migration_while_others_read_and_write(live: Mounts) -> None:
+    """One process writes through a mapping, one reads, while the file goes to and fro."""
+    mount = live.mount()
+    (mount / "busy").write_bytes(bytes(41 * PAGE))
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(mount / "busy")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    stop = threading.Event()
+    torn: list[int] = []
+
+    def read() -> None:
+        with open(mount / "busy", "rb", buffering=0) as file:
+            while not stop.is_set():
+                data = os.pread(file.fileno(), 41 * PAGE, 0)
+                torn.extend(page for page in range(41) if data[page * PAGE + 8] not in (0, page))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        for turn in range(6):
+            outcome = mount.migrate("busy", "xip" if turn % 2 else "pagecache")
+            assert outcome["failed"] == {}
+            assert outcome["moved"] == 41
+    finally:
+        stop.set()
+        reader.join()
+        said, _ = writer.communicate(b"stop\n", timeout=30)
+    assert torn == []
+    rounds = int(said)
+    assert rounds > 0
+    expected = b"".join(
+        rounds.to_bytes(8, "little") + bytes([page]) + bytes(PAGE - 9) for page in range(41)
+    )
+    assert (mount / "busy").read_bytes() == expected
+    after = live.remount(mount, "ro")
+    assert (after / "busy").read_bytes() == expected
+
+
+#: Stores the number of the round at the start of each page; prints the last whole round.
+_WRITER = """
+import mmap, select, sys
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+print("ready", flush=True)
+rounds = 0
+while not select.select([sys.stdin], [], [], 0)[0]:
+    rounds += 1
+    for page in range(41):
+        mapped[page * 4096 : page * 4096 + 8] = rounds.to_bytes(8, "little")
+        mapped[page * 4096 + 8] = page
+    for page in range(41):
+        assert mapped[page * 4096 : page * 4096 + 8] == rounds.to_bytes(8, "little"), page
+mapped.close()
+print(rounds)
+"""
+
+
+def test_what_cannot_be_migrated(mnt: LiveMount, live: Mounts) -> None:
+    (mnt / "four").write_bytes(NOISE[: 4 * PAGE])
+    (mnt / "none").write_bytes(b"")
+
+    def refused(*words: str) -> tuple[int, str]:
+        done = xipfs("migrate", *words, check=False)
+        assert done.stdout == ""
+        return done.returncode, done.stderr
+
+    four = str(mnt / "four")
+    code, said = refused(four, "--to", "pagecache", "--pages", "2-4")
+    assert (code, said) == (
+        2,
+        "xipfs migrate: pages 2-4 reach outside the file; expected pages 0-3\n",
+    )
+    assert refused(four, "--to", "tape")[0] == 2
+    code, said = refused(four, "--to", "xip", "--pages", "3-1")
+    assert code == 2
+    assert "runs backwards" in said
+    code, said = refused(str(mnt.directory), "--to", "xip")
+    assert code == 2
+    assert "is not a regular file" in said
+    code, said = refused(str(mnt.image), "--to", "xip")
+    assert code == 1
+    assert "is not on an xipfs mount" in said
+    code, said = refused(str(mnt / "absent"), "--to", "xip")
+    assert code == 1
+    assert "No such file" in said
+    code, said = refused(str(mnt / ".xipfs" / "stats.json"), "--to", "xip")
+    assert code != 0
+    assert mnt.migrate("none", "xip")["moved"] == 0
+    assert mnt.letters("four") == "XXXX"
+
+
+def test_a_read_only_mount_migrates_nothing(live: Mounts) -> None:
+    mount = live.mount()
+    (mount / "file").write_bytes(NOISE)
+    mount = live.remount(mount, "ro")
+    done = xipfs("migrate", mount / "file", "--to", "pagecache", check=False)
+    assert done.returncode == 1
+    assert "read-only" in done.stderr.lower()
+    assert mount.letters("file") == "X" * 41
+
+
+def test_by_default_no_policy_moves_anything(live: Mounts) -> None:
+    mount = live.mount(None, "observe=requests,readahead=0")
+    assert mount.stats()["migration"]["policy"] == "off"
+    (mount / "file").write_bytes(NOISE)
+    for _ in range(5):
+        assert (mount / "file").read_bytes() == NOISE
+    assert mount.letters("file") == "X" * 41

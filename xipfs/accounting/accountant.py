@@ -29,6 +29,7 @@ from xipfs.mm.fork import dup_mmap
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
+from xipfs.mm.mremap import move_mapping
 from xipfs.mm.rules import Rules
 from xipfs.mm.zap import exit_mmap, unmap_mapping_range, zap_page_range
 from xipfs.trace import events as ev
@@ -150,8 +151,6 @@ class Accountant:
         mprotect(mm, event.start, event.end, prot)
 
     def _move(self, event: ev.Move) -> None:
-        from xipfs.mm.mremap import move_mapping
-
         move_mapping(
             self._mm(event.mm),
             event.start,

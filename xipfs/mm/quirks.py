@@ -3,7 +3,7 @@
     x86-pat-fork-enomem     fork fails once page 0 of a private PFNMAP VMA was copied
     cramfs-last-block-zero  a full last block of a cramfs file reads as zeros from the page cache
     um-stale-host-mapping   a child without the mapping (MADV_DONTFORK) can still read the page
-    um-mremap-grow-enomem   growing a mapping of vm_insert_page() pages by mremap fails
+    um-mremap-grow-enomem   growing a special VMA in place fails if its vm_ops have no close
     cow-through-current     rule F16a: a raw page is copied through the current task's addresses
 
 The first four are named in the headers of recordings; the last is read from the kernel's source.
@@ -19,6 +19,7 @@ from xipfs.mm.pte import PTE_PRESENT
 
 if TYPE_CHECKING:
     from xipfs.mm.mm_struct import MmStruct
+    from xipfs.mm.vma import Vma
 
 PAT_FORK: Final = "x86-pat-fork-enomem"
 CRAMFS_LAST_BLOCK: Final = "cramfs-last-block-zero"
@@ -44,3 +45,16 @@ def fork_fails(mm: MmStruct) -> bool:
             if pte & PTE_PRESENT and machine.vm_normal_page(vma, vma.start, pte) >= 0:
                 return True
     return False
+
+
+def expand_fails(vma: Vma) -> bool:
+    """6.1 grows a VMA in place by merging it with its own extension if it has no ->close.
+
+    VM_SPECIAL VMAs, so MIXED ones too (rule K21), do not merge, and mremap gives up instead of
+    moving. Whether there is room to grow in place is up to the layout, which is why only one of
+    the recorded machines shows it. This is our reading of mremap() and vma_merge(); the recording
+    does not name a cause.
+    """
+    if MREMAP_GROW not in vma.mm.machine.quirks or not vma.is_special:
+        return False
+    return vma.vm_ops is None or vma.vm_ops.close is None

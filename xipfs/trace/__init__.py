@@ -2,5 +2,5 @@
 
 The path: ``session`` (tracefs instances) -> ``ring`` (binary sub-buffers to rows of integers) ->
 ``grammar`` with ``processes``, ``syscalls`` and ``vmas`` (rows to the records of ``events``) ->
-``observer`` (the facade the daemon holds).  Nothing here knows what xipfs charges for a fault.
+``observer`` (the facade the daemon holds). Nothing here knows what xipfs charges for a fault.
 """

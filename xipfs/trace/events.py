@@ -1,16 +1,17 @@
 """What leaves this part: the mount's faults and the life of the mappings they fall into.
 
-Named tuples, since a busy mount makes a hundred thousand a second.  Addresses are bytes and multiples
-of the page size except a Fault's; ``end`` is the first byte after; ``first``/``last``/``index`` count
-pages within the file, ``last`` included.  ``time_ns`` is CLOCK_MONOTONIC.
+Named tuples, since a busy mount makes a hundred thousand a second. Addresses are bytes and
+multiples of the page size except a Fault's; ``end`` is the first byte after;
+``first``/``last``/``index`` count pages within the file, ``last`` included. ``time_ns`` is
+CLOCK_MONOTONIC.
 
 ``mm`` names one address space for its whole life: threads (CLONE_VM) share it, fork and exec make a
 new one, and no number is used again, so a recycled pid cannot be taken for the process before it.
 
-A list of events is in the order in which they took effect.  A fault takes effect when its last record
-was written, not when the trap came, so its ``time_ns`` can lie before that of the event it follows.
-A mapping is told (``Map``) right before the first fault that falls into it: until then it holds no PTE
-and nothing can be said about it; one that is never touched is never told.
+A list of events is in the order in which they took effect. A fault takes effect when its last
+record was written, not when the trap came, so its ``time_ns`` can lie before that of the event it
+follows. A mapping is told (``Map``) right before the first fault that falls into it: until then it
+holds no PTE and nothing can be said about it; one that is never touched is never told.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Protect(NamedTuple):
 class Move(NamedTuple):
     """mremap: the mapping's part ``[start, end)`` is now ``[new_start, new_end)``, with its PTEs.
 
-    The new range may be longer (its rest holds no PTE) and may start where the old one does.  With
+    The new range may be longer (its rest holds no PTE) and may start where the old one does. With
     ``keep_old`` (MREMAP_DONTUNMAP) the old range stays mapped, without PTEs.
     """
 
@@ -124,7 +125,7 @@ class Fault(NamedTuple):
     address: int
     """The faulting address in bytes; where ``origin`` is not TRAP, the page's."""
     ino: int
-    index: int
+    index: int  # type: ignore[assignment]  # the kernel's name for it; hides tuple.index
     write: bool
     execute: bool
     user: bool
@@ -140,8 +141,8 @@ class Fault(NamedTuple):
 class Around(NamedTuple):
     """The kernel tried to map cached pages ``first..last`` of ``ino``, for the fault told before.
 
-    It maps those that are cached, uptodate, unlocked and not yet mapped; page ``first`` would lie at
-    ``address``.
+    It maps those that are cached, uptodate, unlocked and not yet mapped; page ``first`` would lie
+    at ``address``.
     """
 
     time_ns: int

@@ -10,10 +10,10 @@ The records of one fault on a file page (fact 3 as measured; mm/memory.c do_faul
     inside MAP_POPULATE etc. the same without PF
 
 ``PF`` comes once per fault however often the kernel retries, so it opens a fault, and the thread's
-next PF, system call, fork, exec or exit closes it.  A ``map`` may map the page or be a probe that
-maps only neighbours; a ``fault`` after it tells which.  The fault belongs to the mount when one of
-its filemap records does (they are filtered by device) or when its address lies in a mapping known to
-be of the mount.
+next PF, system call, fork, exec or exit closes it. A ``map`` may map the page or be a probe that
+maps only neighbours; a ``fault`` after it tells which. The fault belongs to the mount when one of
+its filemap records does (they are filtered by device) or when its address lies in a mapping known
+to be of the mount.
 
 The kernel calls a fault major when the page was not cached at first look, which shows as an ``add``
 of that page by the same thread, or when it was retried once more after a retry (FAULT_FLAG_TRIED,
@@ -255,7 +255,7 @@ class Faults:
         if vma is None:
             if self._mapped_at(thread, ino, first) is not None:
                 return False
-            self._processes.read_maps(time_ns, thread.space)
+            self._processes.read_maps(thread.space)
             vma = thread.space.vmas.find(address)
             if vma is None:
                 if self._mapped_at(thread, ino, first) is not None:
@@ -321,7 +321,7 @@ class Faults:
         page = first if index is None else index
         if found is None:
             found = self._mapped_at(thread, ino, page)
-        if found is None and self._processes.read_maps(time_ns, thread.space):
+        if found is None and self._processes.read_maps(thread.space):
             found = self._mapped_at(thread, ino, page)
         if found is None:
             self._unfollowed["fault in a mapping that is not known"] += 1

@@ -1,7 +1,7 @@
 """Where each field of a tracepoint lies, read from the running kernel.
 
 A tracepoint's binary layout is the kernel build's own business; the only honest source is its
-``events/SYSTEM/NAME/format`` file.  Nothing here asks for the kernel's version: an event is usable
+``events/SYSTEM/NAME/format`` file. Nothing here asks for the kernel's version: an event is usable
 when it exists and has the fields that are read from it, and otherwise the reason is kept.
 """
 

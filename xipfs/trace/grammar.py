@@ -1,8 +1,8 @@
 """Rows of trace records, in time order, to events: the dispatch by kind and thread.
 
-What a fault is made of is in ``faults``, what a system call changes in ``syscalls``, who a thread is
-in ``processes``.  Here are the order between them (whatever a thread does next closes its fault) and
-the question when a fault is complete though its thread has done nothing since.
+What a fault is made of is in ``faults``, what a system call changes in ``syscalls``, who a thread
+is in ``processes``. Here are the order between them (whatever a thread does next closes its fault)
+and the question when a fault is complete though its thread has done nothing since.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Grammar:
     def settle(self, now_ns: int, in_system_call: Callable[[int], bool | None]) -> None:
         """Report the open faults that are complete, though nothing closed them yet.
 
-        ``in_system_call`` answers for a thread as ``proc.in_system_call`` does.  A fault whose page
+        ``in_system_call`` answers for a thread as ``proc.in_system_call`` does. A fault whose page
         this thread has just added to the page cache waits for I/O and makes another record.
         """
         for thread in list(self._threads.values()):
@@ -97,7 +97,7 @@ class Grammar:
 
     def _unknown(self, row: Row, kind: int) -> Thread | None:
         traced = kind not in (records.FAULT, records.MAP_PAGES)
-        thread = self._processes.unknown(row[0], row[1] >> 32, traced)
+        thread = self._processes.unknown(row[1] >> 32, traced)
         if thread is None and not traced:
             self._unfollowed["fault of a thread that has exited"] += 1
         return thread

@@ -1,9 +1,9 @@
 """The facade: start observing a mount, say who uses it, and take what happened since.
 
 ``drain`` may read /proc/PID/maps, which waits for the process's mmap lock, which a page fault that
-waits for this mount's READ may hold.  So it is called from a worker thread, never from the one that
-serves requests; ``add_pids`` waits for the kernel and is called the same way.  Both take turns on one
-lock where they share state; the reader of ``statistics`` waits for neither.
+waits for this mount's READ may hold. So it is called from a worker thread, never from the one that
+serves requests; ``add_pids`` waits for the kernel and is called the same way. Both take turns on
+one lock where they share state; the reader of ``statistics`` waits for neither.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xipfs.trace.grammar import Grammar
 from xipfs.trace.pids import Adoption, PidFilter
 from xipfs.trace.processes import Output, Processes
 from xipfs.trace.records import ADOPT, COLUMNS
-from xipfs.trace.ring import Decoder, Plan, PlainDecoder, RingReader, Rows
+from xipfs.trace.ring import Decoder, PlainDecoder, Plan, RingReader, Rows
 from xipfs.units import PAGE_SIZE
 
 _FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
@@ -57,7 +57,7 @@ class ObserverStatistics:
 
 
 def fault_around_pages() -> int:
-    """Return how many pages the kernel's fault-around spans; the default where debugfs is locked."""
+    """Return how many pages the kernel's fault-around spans; 16 where debugfs is locked."""
     try:
         return int(_FAULT_AROUND.read_text()) // PAGE_SIZE
     except (OSError, ValueError):
@@ -123,8 +123,8 @@ class Observer:
     def add_pids(self, pids: Iterable[int], timeout_s: float | None = 5.0) -> None:
         """Return once nothing that the processes of ``pids`` do can be missed.
 
-        Any thread id will do.  Costs a fraction of a millisecond when they are followed already,
-        else 31-52 ms, shared with all callers that wait meanwhile.  Raises ObserverError after
+        Any thread id will do. Costs a fraction of a millisecond when they are followed already,
+        else 31-52 ms, shared with all callers that wait meanwhile. Raises ObserverError after
         ``timeout_s``.
         """
         assert self._filter is not None
@@ -133,7 +133,7 @@ class Observer:
     def drain(self, until_ns: int | None = None) -> list[Event]:
         """Return what happened until ``until_ns`` (default: now) and was not returned before.
 
-        In the order in which it took effect.  A fault that is still inside the kernel comes with a
+        In the order in which it took effect. A fault that is still inside the kernel comes with a
         later call, once.
         """
         with self._lock:
@@ -170,7 +170,7 @@ class Observer:
         return self._processes.comms.get(pid, "")
 
     def close(self) -> None:
-        """Stop, and remove both tracefs instances.  Events not drained yet are gone."""
+        """Stop, and remove both tracefs instances. Events not drained yet are gone."""
         with self._lock:
             if self._filter is not None:
                 self._filter.close()

@@ -1,7 +1,7 @@
 """Which threads the pid-filtered instance sees, and the one writer of that list.
 
-``set_event_pid`` filters by thread.  Appending to it takes effect at once but returns only after a
-grace period, 31-52 ms, however many pids one write carries (fact 7).  So one thread owns the file,
+``set_event_pid`` filters by thread. Appending to it takes effect at once but returns only after a
+grace period, 31-52 ms, however many pids one write carries (fact 7). So one thread owns the file,
 takes all requests that came meanwhile in one write, and callers wait for the write that has theirs.
 The kernel keeps the list true by itself (``options/event-fork`` adds children and threads, the end
 of a task removes it), which makes the file the answer to "is this thread covered?": a read costs a
@@ -25,7 +25,8 @@ from typing import Final
 from xipfs.errors import ObserverError
 from xipfs.trace.proc import Identity, MapsLine, identify, read_maps, tids_of
 
-#: Processes that are never traced: init adopts every orphan, and kthreadd forks the kernel's threads.
+#: Processes that are never traced: init adopts every orphan, and kthreadd forks the kernel's
+#: threads.
 _NEVER: Final = frozenset({0, 1, 2})
 
 
@@ -50,10 +51,10 @@ class _Request:
 
 
 class PidFilter:
-    """Owns ``set_event_pid`` of one instance.  ``add`` may be called from any thread."""
+    """Owns ``set_event_pid`` of one instance. ``add`` may be called from any thread."""
 
     def __init__(self, instance: Path, dev: int, adopted: Callable[[Adoption], None]) -> None:
-        """Start the writer.  ``adopted`` is called from it for each process taken in."""
+        """Start the writer. ``adopted`` is called from it for each process taken in."""
         self._path = instance / "set_event_pid"
         self._dev = dev
         self._adopted = adopted
@@ -65,8 +66,8 @@ class PidFilter:
     def add(self, pids: Iterable[int], timeout_s: float | None) -> None:
         """Return once every thread of the processes of ``pids``, and their parents, are covered.
 
-        Costs no write when the kernel's list has them already.  ``timeout_s`` 0 asks and does not
-        wait.  Raises ObserverError after ``timeout_s``, or when tracefs refuses.
+        Costs no write when the kernel's list has them already. ``timeout_s`` 0 asks and does not
+        wait. Raises ObserverError after ``timeout_s``, or when tracefs refuses.
         """
         request = _Request(set(pids))
         if not self._thread.is_alive():

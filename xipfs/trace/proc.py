@@ -110,8 +110,8 @@ def identify(tid: int) -> Identity | None:
 def in_system_call(tid: int) -> bool | None:
     """Tell whether thread ``tid`` waits inside a system call.
 
-    False: it waits in the kernel outside one, which is where a page fault waits.  None: it runs, or
-    is ready to, so /proc cannot tell user from kernel mode.  A thread that is gone is in none: True,
+    False: it waits in the kernel outside one, which is where a page fault waits. None: it runs, or
+    is ready to, so /proc cannot tell user from kernel mode. A thread that is gone is in none: True,
     since whatever it did is over.
     """
     try:

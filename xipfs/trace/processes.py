@@ -1,8 +1,8 @@
 """Threads, the address spaces they share, and how fork, exec and exit change both.
 
-A thread id says whose record it is; the address space is what faults fall into.  clone with CLONE_VM
-shares it, without copies it, exec leaves it for a new one, and it ends with its last thread.  Address
-spaces are numbered by us, so a recycled pid never meets the mappings of the one before.
+A thread id says whose record it is; the address space is what faults fall into. clone with CLONE_VM
+shares it, without copies it, exec leaves it for a new one, and it ends with its last thread.
+Address spaces are numbered by us, so a recycled pid never meets the mappings of the one before.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Output:
 class Processes:
     """All threads whose records are read.
 
-    ``look`` answers who a thread is and ``maps`` what its process maps of the mount, both from /proc
-    and both None when it is gone; a test passes its own.
+    ``look`` answers who a thread is and ``maps`` what its process maps of the mount, both from
+    /proc and both None when it is gone; a test passes its own.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Processes:
 
     # -- who is it ---------------------------------------------------------------------------------
 
-    def unknown(self, time_ns: int, tid: int, traced: bool) -> Thread | None:
+    def unknown(self, tid: int, traced: bool) -> Thread | None:
         """Return the thread of a record whose birth and adoption were not seen.
 
         None for one that has exited, whose last records belong to no program.
@@ -182,7 +182,7 @@ class Processes:
         if not traced:
             self.newcomers.append(tid)
         if len(thread.space.tids) == 1:
-            self.read_maps(time_ns, thread.space)
+            self.read_maps(thread.space)
         return thread
 
     def adopt(self, adoption: Adoption) -> None:
@@ -212,7 +212,7 @@ class Processes:
         thread.space.tids.add(thread.tid)
         return thread
 
-    def read_maps(self, time_ns: int, space: Space) -> bool:
+    def read_maps(self, space: Space) -> bool:
         """Add what /proc says now to ``space``; False when the process is gone."""
         lines = self._maps(space.pid)
         if lines is None:
@@ -305,7 +305,7 @@ class Processes:
         if old_tid != thread.tid and old_tid in self.threads:
             self._leave(time_ns, self.threads.pop(old_tid))
         thread = self._enter(Thread(thread.tid, thread.pid, self.new_space(thread.pid)))
-        if not self.read_maps(time_ns, thread.space):
+        if not self.read_maps(thread.space):
             self.unfollowed["exec of a process gone before /proc was read"] += 1
 
     def exit(self, time_ns: int, thread: Thread) -> None:

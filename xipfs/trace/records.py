@@ -1,12 +1,13 @@
 """The tracepoints that are read, and the row of eight integers that each record becomes.
 
 A row is ``[time_ns, kind | tid << 32, arg0 .. arg5]``, all unsigned 64-bit: one shape for every
-event, so that decoding is one loop, rows of several rings sort by their first column, and a batch is
-one array.  ``TABLE`` is the only place that says which field of which tracepoint is which argument.
+event, so that decoding is one loop, rows of several rings sort by their first column, and a batch
+is one array. ``TABLE`` is the only place that says which field of which tracepoint is which
+argument.
 
-Two instances are used (shadow page tables, recommended design 1 and 2).  *G* sees every process and
+Two instances are used. *G* sees every process and
 is filtered by the mount's device: what the page cache and the fault handlers do with the mount's
-files.  *P* sees the traced processes only: their page faults and the life of their address spaces.
+files. *P* sees the traced processes only: their page faults and the life of their address spaces.
 A thread's records of both are ordered by the clock, since each is stamped as it fires.
 """
 
@@ -59,8 +60,8 @@ SYSTEM_CALLS: Final = (
 class Tracepoint:
     """One event to enable: its row's kind and arguments, and where and how it is enabled.
 
-    ``fields`` fill the arguments in order; a field of 16 bytes (a comm) takes two.  ``constant`` is
-    put before them (the system call's place in ``SYSTEM_CALLS``).  Without a ``required`` event
+    ``fields`` fill the arguments in order; a field of 16 bytes (a comm) takes two. ``constant`` is
+    put before them (the system call's place in ``SYSTEM_CALLS``). Without a ``required`` event
     faults cannot be accounted at all; without another one, something is lost, named in ``serves``.
     """
 

@@ -1,12 +1,14 @@
 """Binary ring sub-buffers to rows of integers.
 
-The layout is that of the kernel's kernel/trace/ring_buffer.c: a sub-buffer is a 64-bit time stamp, a
-commit word (bytes of records; bit 31: records before this page were overwritten, bit 30: how many is
-stored behind the records) and records.  A record's first 32 bits are a type or length (5 bits) and the
-nanoseconds since the record before (27 bits).  A padding record moves no time (rb_update_read_stamp).
+The layout is that of the kernel's kernel/trace/ring_buffer.c: a sub-buffer is a 64-bit time stamp,
+a commit word (bytes of records; bit 31: records before this page were overwritten, bit 30: how many
+is stored behind the records) and records. A record's first 32 bits are a type or length (5 bits)
+and the nanoseconds since the record before (27 bits). A padding record moves no time
+(rb_update_read_stamp).
 
-Two decoders of one meaning: ``PlainDecoder`` here, with struct, and ``compiled.py`` for speed.  Each is
-the other's test.  Text was never an option: ``trace_pipe`` tops out below 0.7 million lines a second.
+Two decoders of one meaning: ``PlainDecoder`` here, with struct, and ``compiled.py`` for speed. Each
+is the other's test. Text was never an option: ``trace_pipe`` tops out below 0.7 million lines a
+second.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Plan:
     """Which record types are decoded, and from which bytes each argument comes.
 
     ``kinds[type]`` is the kind or 0; ``sources[type]`` has shape (ARGS, 2): byte offset and size of
-    each argument, size 0 where there is none.  ``constants[type]`` is argument 0 where size is 0.
+    each argument, size 0 where there is none. ``constants[type]`` is argument 0 where size is 0.
     """
 
     def __init__(self, events: list[tuple[Tracepoint, EventFormat]], page: PageFormat) -> None:
@@ -96,8 +98,6 @@ class _Unpacker:
         slots = [slot for _, _, slot in sorted(wanted)]
         self.order = [slots.index(slot) for _, _, slot in wanted]
         self.tail = [0] * (ARGS - len(self.head) - len(wanted))
-        if not wanted and not self.head:
-            self.tail = [0] * ARGS
 
     def arguments(self, page: memoryview, record: int) -> list[int]:
         """Return the ARGS arguments of the record that starts at byte ``record`` of ``page``."""
@@ -120,7 +120,7 @@ class PlainDecoder:
         """Return the rows of ``pages``, shape (n, bytes of a sub-buffer), in order."""
         rows: list[list[int]] = []
         for page in pages:
-            self._decode_page(memoryview(np.ascontiguousarray(page)), rows)
+            self._decode_page(np.ascontiguousarray(page).data, rows)
         return np.array(rows, np.uint64).reshape(-1, COLUMNS)
 
     def _decode_page(self, page: memoryview, rows: list[list[int]]) -> None:

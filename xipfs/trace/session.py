@@ -1,13 +1,13 @@
 """Two tracefs instances of our own, set up for one mount and removed again.
 
-An instance has its own buffers, filters and pid list and disturbs no other tracer (fact 5).  *G* is
-filtered by device and sees every process, *P* by thread and sees the mount's users; ``records`` says
-which event is in which.  Their names carry the daemon's pid, so that what a killed daemon left can be
-told from what a living one uses.
+An instance has its own buffers, filters and pid list and disturbs no other tracer (fact 5). *G* is
+filtered by device and sees every process, *P* by thread and sees the mount's users; ``records``
+says which event is in which. Their names carry the daemon's pid, so that what a killed daemon left
+can be told from what a living one uses.
 
-The clock is CLOCK_MONOTONIC (``mono``) in both, so that time stamps compare with each other and with
-``time.monotonic_ns()``; 8 MiB a CPU drained every 20 ms lost nothing under two processes that faulted
-flat out (fact 6).
+The clock is CLOCK_MONOTONIC (``mono``) in both, so that time stamps compare with each other and
+with ``time.monotonic_ns()``; 8 MiB a CPU drained every 20 ms lost nothing under two processes that
+faulted flat out (fact 6).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class SystemCalls:
         return thread.call >= 0 and thread.populate_next < 0
 
     def leave(self, time_ns: int, thread: Thread, number: int, result: int) -> None:
-        """Apply system call ``number``, which returned ``result`` (unsigned; errors above 2^64-4096)."""
+        """Apply system call ``number``, which returned ``result`` (an unsigned word)."""
         if thread.call != number:
             if number in self._effects:
                 self._unfollowed["a system call seen only at its end"] += 1
@@ -212,10 +212,10 @@ class SystemCalls:
             if vma.told:
                 self._output.emit(time_ns, events.Zap(time_ns, space.id, vma.start, vma.end))
 
-    def _process_madvise(self, time_ns: int, thread: Thread, result: int) -> None:
+    def _process_madvise(self, _time_ns: int, _thread: Thread, result: int) -> None:
         if result < _ERROR_MIN:
             self._unfollowed["process_madvise"] += 1
 
-    def _remap_file_pages(self, time_ns: int, thread: Thread, result: int) -> None:
+    def _remap_file_pages(self, _time_ns: int, _thread: Thread, result: int) -> None:
         if result == 0:
             self._unfollowed["remap_file_pages"] += 1

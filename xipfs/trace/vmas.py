@@ -1,10 +1,10 @@
 """The shadow of one address space: which ranges map, or may map, a file of the mount.
 
-A mapping made by mmap is known by its range and file offset before it is known whose file it maps: the
-descriptor's number says nothing once the program has gone on.  So every file mapping enters as a
-*candidate* and gets its inode from the first fault in it, whose page-cache event names inode and page:
-until then it has no PTE, hence nothing is lost by not knowing.  exec's mappings make no system call;
-their ranges come from the maple tree's events, and even the offset from the first fault.
+A mapping made by mmap is known by its range and file offset before it is known whose file it maps:
+the descriptor's number says nothing once the program has gone on. So every file mapping enters as a
+*candidate* and gets its inode from the first fault in it, whose page-cache event names inode and
+page: until then it has no PTE, hence nothing is lost by not knowing. exec's mappings make no system
+call; their ranges come from the maple tree's events, and even the offset from the first fault.
 
 Neighbouring mappings that the kernel merges stay apart here; the pages they map are the same.
 """

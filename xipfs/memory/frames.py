@@ -17,6 +17,7 @@ touches single elements only; array-wide work and compiled code use the arrays.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from dataclasses import dataclass
 from typing import Final
@@ -151,9 +152,13 @@ class PhysicalMemory:
         self.ref: Final[memoryview[int]] = self.refcount.data
         self.map: Final[memoryview[int]] = self.mapcount.data
         self.flags: Final[memoryview[int]] = self.page_flags.data
-        self._bytes: npt.NDArray[np.uint8] = np.zeros((ram_pages, PAGE_SIZE), np.uint8)
-        self._ram_free = FreeList(0, ram_pages)
-        self._anon_free = FreeList(ram_pages, anon_pages)
+        self.ram_free = FreeList(0, ram_pages)
+        self.anon_free = FreeList(ram_pages, anon_pages)
+
+    @functools.cached_property
+    def _bytes(self) -> npt.NDArray[np.uint8]:
+        # Made when first asked for: a model alone may have more modelled RAM than the host has.
+        return np.zeros((self.ram_pages, PAGE_SIZE), np.uint8)
 
     def pfn_valid(self, pfn: int) -> bool:
         """Return whether a struct page exists for ``pfn`` (rule P1)."""
@@ -170,7 +175,7 @@ class PhysicalMemory:
 
     def alloc_ram(self) -> Pfn:
         """Take a page-cache frame, refcount 1 (the cache's own); its old bytes are still in it."""
-        pfn = self._ram_free.pop()
+        pfn = self.ram_free.pop()
         if pfn is None:
             raise OutOfFramesError(f"all {self.ram_pages} page-cache frames are in use")
         assert self.ref[pfn] == 0, (pfn, self.ref[pfn])
@@ -179,7 +184,7 @@ class PhysicalMemory:
 
     def alloc_anon(self) -> Pfn:
         """Take a frame for an anonymous page, refcount 1."""
-        pfn = self._anon_free.pop()
+        pfn = self.anon_free.pop()
         if pfn is None:
             raise OutOfFramesError(f"all {self.anon_pages} anonymous frames are in use")
         assert self.ref[pfn] == 0, (pfn, self.ref[pfn])
@@ -199,7 +204,7 @@ class PhysicalMemory:
         if count == 0:
             assert self.map[pfn] == 0, (pfn, self.map[pfn])
             self.flags[pfn] = 0
-            (self._ram_free if pfn < self.ram_pages else self._anon_free).push(pfn)
+            (self.ram_free if pfn < self.ram_pages else self.anon_free).push(pfn)
 
     def ram_bytes_of(self, pfn: int) -> npt.NDArray[np.uint8]:
         """Return a writable view of a page-cache frame's bytes: uint8[4096]."""
@@ -211,8 +216,8 @@ class PhysicalMemory:
         """Return the pfn space's figures now."""
         return FrameStatistics(
             ram_pages=self.ram_pages,
-            ram_free_pages=len(self._ram_free),
-            anon_used_pages=self.anon_pages - len(self._anon_free),
+            ram_free_pages=len(self.ram_free),
+            anon_used_pages=self.anon_pages - len(self.anon_free),
             nvram_pages=self.nvram_pages,
             struct_page_bytes=self.struct_page_bytes,
         )

@@ -31,6 +31,7 @@ from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
 from xipfs.stats.heat import Heat
 from xipfs.trace.events import Event
+from xipfs.trace.grammar import SETTLE_NS
 from xipfs.units import PAGE_SHIFT, pages_of
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 #: The ring holds some 200,000 events a CPU; at a million events a second that is 200 ms.
 DRAIN_INTERVAL_S: Final = 0.010
 IDLE_INTERVAL_S: Final = 0.080
+#: A fault whose last record is older than this is over, plus a margin for our own clock reading.
+_SETTLE_S: Final = SETTLE_NS / 1e9 + 0.001
 #: Events accounted in one piece, some 10 ms of work; between pieces requests are served.
 _BATCH_EVENTS: Final = 1000
 KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
@@ -79,7 +82,7 @@ class Live:
         """Begin the background work."""
         self.mount = mount
         self.notifier = Notifier(session_fd())
-        self.migrator = Migrator(self.engine, self.notifier, self.drain)
+        self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
         nursery.start_soon(self._drain_forever)
         nursery.start_soon(self._invalidate_evicted)
         if self.policy is not None:
@@ -122,7 +125,7 @@ class Live:
     # Draining and accounting
 
     async def drain(self) -> int:
-        """Charge every fault that happened before this call; return how many events there were.
+        """Charge the faults that are known to be over; return how many events there were.
 
         A defect here must not end the mount: it is logged, observing stops, and every snapshot
         says so from then on.
@@ -139,6 +142,14 @@ class Live:
                 await trio.to_thread.run_sync(failed.close)
                 return 0
             return len(events)
+
+    async def drain_settled(self) -> int:
+        """Charge every fault that was over before this call; return how many events there were.
+
+        Of a thread that runs on, only the age of its last record tells that no more will follow.
+        """
+        await trio.sleep(_SETTLE_S)
+        return await self.drain()
 
     def _account(self, events: list[Event]) -> None:
         charges = self.accountant.consume(events)
@@ -190,7 +201,7 @@ class Live:
 
     async def snapshot(self) -> Json:
         """Return the mount's figures, everything before this call included."""
-        await self.drain()
+        await self.drain_settled()
         return live_snapshot(self)
 
     def questions(self) -> Mapping[str, Question]:
@@ -206,7 +217,7 @@ class Live:
         return stats | {"hottest": self.heat.hottest(count)}
 
     async def _pages(self, ino: int) -> Json:
-        await self.drain()
+        await self.drain_settled()
         return file_pages(self.fs, ino)
 
     async def _migrate(self, request: Json) -> AsyncIterator[Json]:

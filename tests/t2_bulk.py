@@ -22,14 +22,14 @@ from xipfs.mm.bug import KernelBug
 from xipfs.mm.bulk import BulkStatistics, bulk_access, numba_is_installed
 from xipfs.mm.flags import VM_MIXEDMAP, VM_READ, VM_WRITE
 from xipfs.mm.fork import dup_mmap
-from xipfs.mm.insert import vmf_insert_pfn
+from xipfs.mm.insert import vmf_insert_mixed, vmf_insert_pfn
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
 from xipfs.mm.placed import ABSENT, Placement
-from xipfs.mm.pte import describe_pte
+from xipfs.mm.pte import PTE_WRITE, describe_pte, mk_pte
 from xipfs.mm.rules import Rules, rule_set_names
-from xipfs.mm.vma import MappedFile, Vma, VmOperations
+from xipfs.mm.vma import MappedFile, Vma, Vmf, VmOperations
 from xipfs.mm.zap import exit_mmap
 from xipfs.units import PAGE_SHIFT
 
@@ -59,6 +59,7 @@ class Twin:
         )
         self.files.append(MappedFile("driver", handlers, mmap=self._mixed))
         self.mms = [MmStruct(self.machine, 0)]
+        self.held: list[int] = []
 
     @staticmethod
     def _mixed(vma: Vma) -> int:
@@ -158,7 +159,7 @@ def random_step(dice: random.Random, shape: Twin) -> tuple[str, Callable[[Twin],
         return "new process", lambda twin: twin.mms.append(MmStruct(twin.machine, "new"))
     who = dice.randrange(len(shape.mms))
     vmas = list(shape.mms[who])
-    kind = dice.choice(("map", "map", "fork", "unmap", "protect", "evict", "evict", "exit"))
+    kind = dice.choice(("map", "map", "fork", "unmap", "protect", "evict", "evict", "exit", "hold"))
     if kind == "fork" and len(shape.mms) < 4:
         return f"fork {who}", lambda twin: twin.mms.append(fork(twin.mms[who]))
     if kind == "exit" and len(shape.mms) > 2:
@@ -171,6 +172,9 @@ def random_step(dice: random.Random, shape: Twin) -> tuple[str, Callable[[Twin],
             return f"unmap {start:#x}", lambda twin: do_munmap(twin.mms[who], start, end)
         prot = dice.choice((VM_READ, 0) + (VM_READ | VM_WRITE,) * 5)
         return f"protect {prot}", lambda twin: mprotect(twin.mms[who], start, end, prot)
+    if kind == "hold":
+        number = dice.randrange(1 << 16)
+        return "hold or release", lambda twin: hold_or_release(twin, who, number)
     if kind == "evict":
         index, name = dice.randrange(FILE_PAGES), dice.randrange(2)
         return f"evict {index} of {name}", lambda twin: evict(twin, name, index)
@@ -201,6 +205,22 @@ def evict(twin: Twin, name: int, index: int) -> None:
     pfn = twin.placement.frames[name * FILE_PAGES + index]
     if pfn != ABSENT and twin.machine.memory.pfn_valid(pfn):
         file.evict(index)  # type: ignore[attr-defined]
+
+
+def hold_or_release(twin: Twin, who: int, number: int) -> None:
+    """Take a reference to one of the frames that a process maps, or give all of them back."""
+    machine = twin.machine
+    if number % 3 == 0:
+        for pfn in twin.held:
+            machine.release(pfn)
+        twin.held.clear()
+        return
+    mm = twin.mms[who]
+    ptes = [pte for vma in mm for _, pte in mm.tables.populated(vma.start, vma.end)]
+    pfns = [pte >> 12 for pte in ptes if machine.memory.pfn_valid(pte >> 12)]
+    for pfn in pfns[number % 7 :: 7]:
+        machine.hold(pfn)
+        twin.held.append(pfn)
 
 
 def or_bug(do: Callable[[], BulkStatistics]) -> tuple[BulkStatistics | None, str]:
@@ -376,6 +396,106 @@ def test_the_loop_and_not_the_slow_path_does_the_work() -> None:
     exit_mmap(twin.mms.pop())
     assert twin.machine.table_pool.used_bytes() == 0
     assert twin.machine.memory.statistics().anon_used_pages == 1  # the zero page
+
+
+def test_handlers_of_other_files_are_called_each_time() -> None:
+    twin = Twin(Rules.parse("6.1"))
+    memory = twin.machine.memory
+    called: list[int] = []
+
+    def notice(vmf: Vmf) -> int:
+        called.append(vmf.pgoff)
+        return 0
+
+    handlers = VmOperations(
+        fault=lambda vmf: vmf_insert_mixed(vmf.vma, vmf.address, memory.nvram_pfn(vmf.pgoff)),
+        pfn_mkwrite=notice,
+    )
+    file = MappedFile("notified", handlers, mmap=Twin._mixed)
+    first = do_mmap(twin.mms[0], file, 5, VM_READ | VM_WRITE, shared=True) >> PAGE_SHIFT
+    pages = [first + index for index in range(5)]
+    assert in_bulk(twin, ([0] * 5, pages, [False] * 5), compiled=False).slow == 5
+    assert in_bulk(twin, ([0] * 5, pages, [True] * 5), compiled=False).faults == 5
+    assert called == [0, 1, 2, 3, 4]
+
+
+def read_only_anonymous(twin: Twin, pages: int) -> list[int]:
+    """Map anonymous pages, written once, then made read-only and nobody's own; virtual pages."""
+    mm = twin.mms[0]
+    first = do_mmap(mm, None, pages, VM_READ | VM_WRITE) >> PAGE_SHIFT
+    virtual = [first + index for index in range(pages)]
+    slowly(twin, ([0] * pages, virtual, [True] * pages))
+    for page in virtual:
+        pte = mm.tables.get(page << PAGE_SHIFT)
+        mm.tables.set(page << PAGE_SHIFT, pte & ~PTE_WRITE)
+        twin.machine.memory.flags[pte >> 12] &= ~PG_ANON_EXCLUSIVE
+    return virtual
+
+
+def test_pages_in_the_swap_cache_are_left_to_the_slow_path() -> None:
+    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, bulk):
+        virtual = read_only_anonymous(twin, 4)
+        swap, memory = twin.machine.swap, twin.machine.memory
+        for page in virtual:
+            pfn = twin.mms[0].tables.get(page << PAGE_SHIFT) >> 12
+            memory.get_page(pfn)
+            swap.add_to_cache(memory, swap.allocate(0), pfn)
+    trace: Trace = ([0] * 4, virtual, [True] * 4)
+    slowly(slow, trace)
+    assert in_bulk(bulk, trace, compiled=False).slow == 4
+    assert (slow.machine.swap.cache, bulk.machine.swap.cache) == ({}, {})
+    compare(slow, bulk, "stores to pages of the swap cache")
+
+
+def test_a_page_about_to_be_freed_is_left_to_the_slow_path() -> None:
+    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, bulk):
+        first = do_mmap(twin.mms[0], twin.files[0], 6, VM_READ | VM_WRITE) >> PAGE_SHIFT
+        virtual = [first + index for index in (1, 2, 4, 5)]
+        slowly(twin, ([0] * 4, virtual, [False] * 4))
+        # Page 4 leaves the cache while it is mapped, as a truncated page may: one reference left.
+        twin.machine.memory.put_page(int(twin.placement.frames[4]))
+        twin.placement.frames[4] = ABSENT
+    trace: Trace = ([0] * 4, virtual, [True] * 4)
+    slowly(slow, trace)
+    done = in_bulk(bulk, trace, compiled=False)
+    assert (done.repeated, done.slow) == (2, 2)
+    compare(slow, bulk, "copies of cached pages")
+    assert bulk.machine.memory.statistics().ram_free_pages == 61
+
+
+def test_ptes_that_no_rule_explains_are_left_to_the_slow_path() -> None:
+    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, bulk):
+        mm = twin.mms[0]
+        first = do_mmap(mm, None, 4, VM_READ | VM_WRITE) >> PAGE_SHIFT
+        virtual = [first + index for index in range(4)]
+        slowly(twin, ([0] * 4, virtual, [False] * 4))
+        # Pages 1 and 3 now map a frame of the region specially, in a VMA that has no such pages.
+        for page in virtual[1::2]:
+            zero_bits = mm.tables.get(page << PAGE_SHIFT) & 0xFFF
+            mm.tables.set(page << PAGE_SHIFT, mk_pte(twin.machine.memory.nvram_pfn(9), zero_bits))
+    trace: Trace = ([0] * 4, virtual, [True] * 4)
+    slowly(slow, trace)
+    done = in_bulk(bulk, trace, compiled=False)
+    assert (done.repeated, done.slow) == (1, 3)
+    assert bulk.machine.bad_ptes == 2
+    compare(slow, bulk, "stores to the zero page and to bad PTEs")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_numba)])
+def test_the_pool_of_page_tables_grows_in_the_loop(compiled: bool) -> None:
+    twin = Twin(Rules.parse("6.1"))
+    first = do_mmap(twin.mms[0], None, 100 * 512, VM_READ | VM_WRITE) >> PAGE_SHIFT
+    pages = [first + leaf * 512 for leaf in range(100)]
+    done = in_bulk(twin, ([0] * 100, pages, [True] * 100), compiled=compiled)
+    assert (done.faults, done.repeated, done.slow) == (100, 99, 1)
+    assert twin.mms[0].tables.table_pages() == 100
+    assert twin.machine.table_pool.used_bytes() == 101 * 4096  # and the middle table
+    do_munmap(twin.mms[0], first << PAGE_SHIFT, first + 51200 << PAGE_SHIFT)
+    assert twin.machine.table_pool.used_bytes() == 0
+    assert not any(twin.machine.table_pool.array)
 
 
 @pytest.mark.parametrize(

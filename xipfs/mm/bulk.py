@@ -139,18 +139,18 @@ class _BulkCall:
         self.trace = (process, page, write)
         self.placement: Placement | None = None
         self.learns = machine.data is None and not machine.devmap_pfns
-        self.vmas: list[Vma] = [vma for mm in mms for vma in mm]
+        self.row_of = {vma: row for row, vma in enumerate(vma for mm in mms for vma in mm)}
         self.first_row = np.cumsum([0, *(len(mm) for mm in mms)], dtype=np.int64)
-        self.rows = np.zeros((len(self.vmas), loop.ROW_COLUMNS), np.int64)
+        self.rows = np.zeros((len(self.row_of), loop.ROW_COLUMNS), np.int64)
         middles: list[int] = []
-        for row, vma in enumerate(self.vmas):
+        for vma, row in self.row_of.items():
             self._fill_row(row, vma)
             self.rows[row, loop.MIDDLE] = len(middles)
             first, last = (vma.start >> MIDDLE_SHIFT), (vma.end - 1 >> MIDDLE_SHIFT)
             known = vma.mm.tables.middles
             middles += [known.get(region, 0) for region in range(first, last + 1)]
         self.middles = np.array(middles, np.int64)
-        self.outcomes = Outcomes(len(self.vmas) * loop.STATES * 2)
+        self.outcomes = Outcomes(len(self.row_of) * loop.STATES * 2)
         self.leaves_made = np.zeros(len(mms), np.int64)
         self.wanted = np.zeros(loop.WANTED, np.int64)
         self.tally = np.zeros(loop.TALLY, np.int64)
@@ -163,7 +163,7 @@ class _BulkCall:
             pass
         elif vma.vm_ops is None:
             frames = loop.ANONYMOUS
-        elif isinstance(vma.file, PlacedFile) and vma.vm_ops is vma.file.vm_ops:
+        elif isinstance(vma.file, PlacedFile):
             placement = self.placement = self.placement or vma.file.placement
             if vma.file.placement is placement:
                 frames, pages = vma.file.first, vma.file.pages
@@ -253,17 +253,10 @@ class _BulkCall:
         if taken.signal:
             self.signals[taken.signal] += 1
         if vma is not None:
-            self._refresh(self.vmas.index(vma, int(self.first_row[process])), vma, page)
-
-    def _refresh(self, row: int, vma: Vma, page: int) -> None:
-        """Take over what a fault may have changed: a middle table made, flags set by a handler."""
-        region = page >> _REGION_SHIFT
-        offset = region - (vma.start >> MIDDLE_SHIFT)
-        self.middles[self.rows[row, loop.MIDDLE] + offset] = vma.mm.tables.middles.get(region, 0)
-        before = self.rows[row, : loop.MIDDLE].tolist()
-        self._fill_row(row, vma)
-        if self.rows[row, : loop.MIDDLE].tolist() != before:
-            self.outcomes.forget(row)
+            # The fault may have made the middle table; the VMA itself a fault cannot change.
+            region = page >> _REGION_SHIFT
+            place = self.rows[self.row_of[vma], loop.MIDDLE] + region - (vma.start >> MIDDLE_SHIFT)
+            self.middles[place] = mm.tables.middles.get(region, 0)
 
     def _settle_counters(self) -> None:
         """Add up what the loop did, in the counters of the machine and the address spaces."""

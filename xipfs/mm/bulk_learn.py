@@ -99,13 +99,11 @@ class Situation:
         """Return what the miss did as a row of the outcome table; None if it cannot be repeated."""
         memory = self.vma.mm.machine.memory
         zero_pfn = self.vma.mm.machine.zero_pfn
-        if self.vma_state != (self.vma.flags, self.vma.page_prot):
-            return None
+        assert self.vma_state == (self.vma.flags, self.vma.page_prot), self.vma
+        assert self.counted == zero_pfn or self._counts(zero_pfn) == self.zero_counts, self.vma
         fills = self.free[0] - len(memory.ram_free)
         copies = self.free[1] - len(memory.anon_free)
         if not 0 <= fills <= 1 or not 0 <= copies <= 1:
-            return None
-        if self.counted != zero_pfn and self._counts(zero_pfn) != self.zero_counts:
             return None
         pte = self.vma.mm.tables.get(self.address)
         filled = self._files_frame() if fills else -1
@@ -120,8 +118,6 @@ class Situation:
         row[loop.SOURCE] = source
         if self.counted >= 0:
             ref, mapped, flags = self._counts(self.counted)
-            if ref == 0:
-                return None
             row[loop.REF_ADDED] = ref - self.page_counts[0]
             row[loop.MAP_ADDED] = mapped - self.page_counts[1]
             row[loop.FLAGS_AFTER] = flags
@@ -201,8 +197,3 @@ class Outcomes:
                 taken.major,
             )
         )
-
-    def forget(self, row: int) -> None:
-        """Drop the outcomes of a VMA that is no longer what it was."""
-        width = loop.STATES * 2
-        self.heads[row * width : (row + 1) * width] = -1

@@ -22,9 +22,9 @@ from xipfs.fs.imagelock import ImageLock
 from xipfs.fs.tree import Copied, Copy, Tree, check_fits
 from xipfs.image import layout
 from xipfs.image.record import Inode
-from xipfs.image.superblock import geometry
+from xipfs.image.superblock import Superblock, geometry
 from xipfs.image.volume import Volume, format_medium
-from xipfs.memory.region import Region
+from xipfs.memory.region import Medium, Region
 
 #: Frames for page-cache pages while an image is filled; they go home when RAM is full.
 _BUILD_RAM_BYTES: Final = 64 << 20
@@ -120,13 +120,15 @@ def make_empty(path: Path, *, size_bytes: int, label: str, pagecache: bool, cloc
         os.close(descriptor)
     region = Region(path, writable=True)
     try:
-        format_medium(region, superblock)
-        _make_root(Volume(region, str(path)), clock)
+        make_image(region, superblock, clock)
     finally:
         region.close()
 
 
-def _make_root(volume: Volume, clock: Clock) -> None:
+def make_image(medium: Medium, superblock: Superblock, clock: Clock) -> None:
+    """Write an image with an empty root directory to a medium that holds zeros."""
+    format_medium(medium, superblock)
+    volume = Volume(medium, "new image")
     with volume.transaction():
         root: Inode = volume.inodes.create()
         assert root.ino == layout.ROOT_INO

@@ -349,6 +349,10 @@ class Filesystem:
         """Return whether a read filled the page's frame and nobody asked since."""
         return self._placement.take_fill_mark(ino, index)
 
+    def take_evicted_fill(self, ino: int, index: int) -> bool:
+        """Return whether a read filled the page, it was evicted, and nobody asked since."""
+        return self._placement.take_evicted_fill(ino, index)
+
     def promote(self, ino: int, index: int) -> bool:
         """Move an XIP page to a RAM frame, durably; False if there was nothing to move; ENOMEM."""
         return self._placement.promote(ino, index)

@@ -47,8 +47,11 @@ class Namespace:
 
         Names that are there all the time are yielded exactly once, whatever changes in between.
         """
-        for entry in self._directories.scan(self.directory(ino), cookie):
-            yield entry.name, attr_of(self._core.inode(entry.ino)), entry.cookie
+        while entries := self._directories.following(self.directory(ino), cookie):
+            attrs = [attr_of(self._core.inode(entry.ino)) for entry in entries]
+            for entry, attr in zip(entries, attrs, strict=True):
+                yield entry.name, attr, entry.cookie
+            cookie = entries[-1].cookie
 
     def readlink(self, ino: int) -> bytes:
         """Return a symbolic link's target; EINVAL for anything else."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from xipfs.errors import OutOfFramesError
 from xipfs.image.layout import BLOCK_SHIFT
@@ -28,6 +29,11 @@ PageHook = Callable[[Ino, PageIndex], None]
 
 def nothing(_ino: Ino, _index: PageIndex) -> None:
     """Do nothing: the hook until somebody needs one."""
+
+
+#: How many evicted fills are remembered. They matter until the fault that caused the read is
+#: charged, some milliseconds; far more reads than this do not happen in that time.
+_EVICTED_FILLS_MAX: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class PageCache:
         self.on_cut: PageHook = nothing
         self.evictions = 0
         self.written_home = 0
+        self._evicted_fills: OrderedDict[tuple[int, int], None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_age)
@@ -131,6 +138,13 @@ class PageCache:
             self.write_home(page)
         self._medium.fence()
 
+    def take_evicted_fill(self, ino: int, index: int) -> bool:
+        """Return whether a read filled the page, it was evicted, and nobody asked since."""
+        if (ino, index) not in self._evicted_fills:
+            return False
+        del self._evicted_fills[ino, index]
+        return True
+
     def unmap(self, page: CachedPage) -> bool:
         """Have the PTEs of ``page`` zapped; return whether only the cache refers to it now."""
         self.on_unmap(page.ino, page.index)
@@ -169,6 +183,10 @@ class PageCache:
             self.write_home(page)
             self._medium.fence()
             self.drop(page)
+            if page.filled_by_read:
+                self._evicted_fills[page.ino, page.index] = None
+                if len(self._evicted_fills) > _EVICTED_FILLS_MAX:
+                    self._evicted_fills.popitem(last=False)
             self.evictions += 1
             self.on_evict(page.ino, page.index)
             return

@@ -95,6 +95,10 @@ class Placement:
         page.filled_by_read = False
         return True
 
+    def take_evicted_fill(self, ino: int, index: int) -> bool:
+        """Return whether a read filled the page, it was evicted, and nobody asked since."""
+        return self._core.cache.take_evicted_fill(ino, index)
+
     def promote(self, ino: int, index: int) -> bool:
         """Move an XIP page to a RAM frame; its block stays its home.
 

@@ -101,7 +101,9 @@ class Reclaim:
                 return True
             volume.allocator.free((bodies & np.uint64(layout.ENTRY_BLOCK_MASK)).tolist())
             inode.blocks -= bodies.size
-            budget -= bodies.size
+            # The leaf and the nodes above it may go too, each with a line of the bitmap and one
+            # of its parent: in a sparse file that is most of what a step writes.
+            budget -= bodies.size + 2 * inode.height
             if stat.S_ISREG(inode.mode):
                 cached = int(np.count_nonzero(bodies & np.uint64(layout.ENTRY_PAGECACHE)))
                 volume.counters.count_pages(xip=cached - bodies.size, pagecache=-cached)

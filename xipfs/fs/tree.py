@@ -66,7 +66,8 @@ def scan(root: Path) -> Tree:
     """Walk ``root`` and add up what it needs; raise UsageError if it cannot be copied."""
     if not root.is_dir():
         raise UsageError(f"{root} is not a directory", expected="the tree to copy")
-    tree = Tree([Entry(os.fsencode(root), 0, os.lstat(root))])
+    # The root itself may be named by a symbolic link; what lies below is never followed.
+    tree = Tree([Entry(os.fsencode(root), 0, os.stat(root))])
     seen: set[tuple[int, int]] = set()
     inodes = name_bytes = 0
     for position, entry in enumerate(_walk(tree.entries)):

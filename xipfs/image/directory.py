@@ -123,16 +123,22 @@ class Directories:
         if not self._merge(directory, leaf, data):
             self._rewrite(directory, leaf, data, position, -1)
 
-    def scan(self, directory: Inode, cookie: int) -> Iterator[DirectoryEntry]:
-        """Yield the entries after ``cookie`` (0: all) in the order of their cookies."""
+    def following(self, directory: Inode, cookie: int) -> list[DirectoryEntry]:
+        """Return the next leaf's entries after ``cookie`` (0: the first), in the cookies' order.
+
+        The list is empty only at the end. It is one leaf's worth, so that a reader of a directory
+        asks anew after each and never goes on by a trie that has changed meanwhile.
+        """
         start = cookie + 1
         while start < 1 << layout.HASH_BITS:
             leaf = self._leaf(directory, start)
             if leaf is None:
-                return
+                break
             entries = [entry for entry in _entries(leaf.data) if entry.cookie >= start]
-            yield from sorted(entries, key=lambda entry: entry.cookie)
+            if entries:
+                return sorted(entries, key=lambda entry: entry.cookie)
             start = (leaf.prefix + 1) << (layout.HASH_BITS - leaf.depth)
+        return []
 
     def _leaf(self, directory: Inode, hash_: int) -> _Leaf | None:
         if directory.root == 0:

@@ -58,13 +58,15 @@ class Xattrs:
         if not attributes:
             self.drop(inode)
             return
+        used = _HEADER + sum(
+            layout.XATTR_RECORD.size + len(name) + len(value) for name, value in attributes.items()
+        )
+        if used > layout.BLOCK_SIZE:
+            raise FsError(errno.ENOSPC, f"attributes of {used} bytes exceed one block")
         body = b"".join(
             layout.XATTR_RECORD.pack(len(name), len(value)) + name + value
             for name, value in attributes.items()
         )
-        used = _HEADER + len(body)
-        if used > layout.BLOCK_SIZE:
-            raise FsError(errno.ENOSPC, f"attributes of {used} bytes exceed one block")
         if inode.xattr_block:
             block = self._block(inode)
         else:

@@ -61,6 +61,7 @@ def run(context: Context) -> dict[str, Any]:
             baseline=BASELINE,
             command=f"bench_io loop DIR/{LOOPED} {WINDOW_PAGES} {passes}",
             also=(
+                "major_faults",
                 "daemon_cpu_us_per_fault",
                 "charging_after_the_loop_s",
                 "faults_made",
@@ -89,10 +90,13 @@ def _sample(
         cpu_s = cpu_seconds(mounted.pid) - cpu_before_s
     told = json.loads(said)
     touches = told["touches"]
-    if told["loop"]["majflt"] or told["loop"]["minflt"] < touches:
-        raise BenchError(f"{told['loop']}; expected {touches} touches with a minor fault each")
+    faults, major = told["loop"]["minflt"] + told["loop"]["majflt"], told["loop"]["majflt"]
+    # A stray one is the program's own (its text or libc's, reclaimed by a busy machine).
+    if faults < touches or major > touches // 1000:
+        raise BenchError(f"{faults} faults, {major} major; expected {touches}, all minor")
     sample = {
         "ns_per_fault": told["loop"]["ns"] / touches,
+        "major_faults": major,
         "daemon_cpu_us_per_fault": cpu_s * 1e6 / touches,
     }
     if observer == "off":

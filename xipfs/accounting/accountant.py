@@ -212,21 +212,7 @@ class Accountant:
     def _fault(self, event: ev.Fault) -> Charge | None:
         if event.verdict == ev.SIGSEGV:
             return None  # the access was not allowed: no fault handler ran
-        # Taken in any case: the mark belongs to this page's next fault, whatever comes of it.
-        marked = self._fs.take_fill_mark(event.ino, event.index)
-        mm = self._mm(event.mm)
-        faults = major = 0
-        kind = PteKind.NONE
-        try:
-            taken = access(mm, event.address, write=event.write)
-        except KernelBug as bug:
-            self.unfollowed[f"kernel BUG by the rules: {bug.condition}"] += 1
-        else:
-            faults, major = taken.faults, taken.major
-            if not taken.signal:
-                kind = _KIND[maps_what(mm, event.address)]
-            elif taken.signal == "SIGSEGV":
-                self.unfollowed["faults outside the mappings known of their process"] += 1
+        kind, major, extra = self._outcome(event)
         charge = Charge(
             event.time_ns,
             event.pid,
@@ -234,9 +220,38 @@ class Accountant:
             event.index,
             kind,
             event.write,
-            bool(major) or (marked and event.verdict == ev.MAJOR),
-            max(faults - 1, 0),
+            major,
+            extra,
         )
         self._fs.touch(event.ino, event.index)
         self.ledger.charge(event.mm, self._comm(event.pid), charge)
         return charge
+
+    def _outcome(self, event: ev.Fault) -> tuple[PteKind, bool, int]:
+        """Take the fault by the rules; return what its PTE maps, major or not, further faults."""
+        # Both are taken in any case: they belong to this page's next fault, whatever comes of it.
+        filled = self._fs.take_fill_mark(event.ino, event.index)
+        evicted = self._fs.take_evicted_fill(event.ino, event.index)
+        mm = self._mm(event.mm)
+        caused_read = event.verdict == ev.MAJOR
+        if evicted and not filled and caused_read and not _copies(mm, event):
+            # RAM was so short that the page went again, with its PTE, before we came to charge
+            # it. Taking the fault now would fill a second frame for it.
+            return PteKind.PAGECACHE, True, 0
+        try:
+            taken = access(mm, event.address, write=event.write)
+        except KernelBug as bug:
+            self.unfollowed[f"kernel BUG by the rules: {bug.condition}"] += 1
+            return PteKind.NONE, False, 0
+        kind = PteKind.NONE
+        if not taken.signal:
+            kind = _KIND[maps_what(mm, event.address)]
+        elif taken.signal == "SIGSEGV":
+            self.unfollowed["faults outside the mappings known of their process"] += 1
+        return kind, bool(taken.major) or (filled and caused_read), max(taken.faults - 1, 0)
+
+
+def _copies(mm: MmStruct, event: ev.Fault) -> bool:
+    """Return whether the access ends in a private copy, which stays when the page goes."""
+    vma = mm.find_vma(event.address)
+    return event.write and vma is not None and not vma.flags & VM_SHARED

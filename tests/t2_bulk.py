@@ -432,6 +432,22 @@ def read_only_anonymous(twin: Twin, pages: int) -> list[int]:
     return virtual
 
 
+def test_a_page_with_another_holder_is_copied_and_one_without_reused() -> None:
+    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, bulk):
+        virtual = read_only_anonymous(twin, 4)
+        before = [twin.mms[0].tables.get(page << PAGE_SHIFT) >> 12 for page in virtual]
+        for pfn in before[1::2]:
+            twin.machine.hold(pfn)
+    trace: Trace = ([0] * 4, virtual, [True] * 4)
+    slowly(slow, trace)
+    done = in_bulk(bulk, trace, compiled=False)
+    assert (done.faults, done.repeated, done.slow) == (4, 2, 2)
+    after = [bulk.mms[0].tables.get(page << PAGE_SHIFT) >> 12 for page in virtual]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False] * 2
+    compare(slow, bulk, "stores to held pages")
+
+
 def test_pages_in_the_swap_cache_are_left_to_the_slow_path() -> None:
     slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
     for twin in (slow, bulk):

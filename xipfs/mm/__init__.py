@@ -21,6 +21,7 @@ A private write copies it; a first write to an untouched XIP page would take two
 
 >>> access(mm, here, write=True).faults, mm.raw_ptes, mm.anon_rss
 (1, 0, 1)
+>>> check(machine)
 
 What there is, by module:
 
@@ -41,6 +42,7 @@ Addresses are bytes, page aligned where pages are meant; a pfn and a file page a
 """
 
 from xipfs.mm.access import Access, access, maps_what
+from xipfs.mm.audit import check
 from xipfs.mm.bug import InvariantError, KernelBug
 from xipfs.mm.fault import filemap_map_pages, handle_mm_fault
 from xipfs.mm.flags import (
@@ -66,6 +68,8 @@ from xipfs.mm.insert import (
     vmf_insert_pfn,
 )
 from xipfs.mm.machine import Machine
+from xipfs.mm.madvise import madvise, msync
+from xipfs.mm.mlock import mlock, mlockall, munlock, munlockall
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
 from xipfs.mm.mremap import move_mapping, mremap
@@ -97,6 +101,7 @@ __all__ = [
     "Vma",
     "Vmf",
     "access",
+    "check",
     "copy_page_range",
     "do_mmap",
     "do_munmap",
@@ -106,10 +111,16 @@ __all__ = [
     "get_user_pages",
     "get_user_pages_fast",
     "handle_mm_fault",
+    "madvise",
     "maps_what",
+    "mlock",
+    "mlockall",
     "move_mapping",
     "mprotect",
     "mremap",
+    "msync",
+    "munlock",
+    "munlockall",
     "put_user_pages",
     "remap_pfn_range",
     "truncate_pagecache",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from xipfs.errors import XipfsError
 
 
-class KernelBug(XipfsError):
+class KernelBug(XipfsError):  # noqa: N818  (a result that the kernel calls a bug)
     """A BUG_ON() of the modelled kernel fired; nothing after it has a meaning.
 
     ``condition`` is the C condition, ``function`` the kernel function that tests it.

@@ -33,6 +33,8 @@ VM_MERGEABLE: Final = 1 << 20
 VM_WIPEONFORK: Final = 1 << 21
 #: The filesystem maps its medium directly with device page structs (S_DAX on the inode).
 VM_DAX: Final = 1 << 22
+#: Soft-dirty bits were cleared: first writes are of interest (the kernel's lack of VM_SOFTDIRTY).
+VM_SOFTDIRTY_TRACKED: Final = 1 << 23
 
 VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
 #: VMAs the kernel neither merges nor locks (6.1 linux/mm.h; MIXEDMAP joined later, rule K20).

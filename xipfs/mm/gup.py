@@ -199,13 +199,25 @@ def get_one(mm: MmStruct, address: int, gup_flags: int) -> tuple[int, int]:
         unshare = FAULT_FLAG_UNSHARE if error == _UNSHARE else 0
         if error and not unshare:
             return -1, error
-        result = handle_mm_fault(mm, address, unshare or fault_flags)
+        result = fault_for_caller(mm, address, unshare or fault_flags)
         if result & VM_FAULT_ERROR:
             return -1, -errno.ENOMEM if result & VM_FAULT_OOM else -errno.EFAULT
         if fault_flags & FAULT_FLAG_WRITE and broke_cow_read_only(vma, address):
             # Before the exclusive flag a forced write looked the copy up as for reading.
             gup_flags &= ~FOLL_WRITE
     return -1, LIVELOCK
+
+
+def fault_for_caller(mm: MmStruct, address: int, flags: int) -> int:
+    """Fault on behalf of the machine's current task, which the fault is charged to (rule F2)."""
+    current = mm.machine.current
+    before = (mm.min_flt, mm.maj_flt)
+    result = handle_mm_fault(mm, address, flags)
+    if current is not None and current is not mm:
+        current.min_flt += mm.min_flt - before[0]
+        current.maj_flt += mm.maj_flt - before[1]
+        mm.min_flt, mm.maj_flt = before
+    return result
 
 
 def broke_cow_read_only(vma: Vma, address: int) -> bool:
@@ -232,7 +244,7 @@ def fast_pages(mm: MmStruct, address: int, pages: int, *, write: bool) -> int:
         return 0
     for number in range(pages):
         pte = mm.tables.get(address + number * PAGE_SIZE)
-        if not pte & PTE_PRESENT or write and not pte & PTE_WRITE:
+        if not pte & PTE_PRESENT or (write and not pte & PTE_WRITE):
             return number
         if pte & PTE_SPECIAL and not pte & PTE_DEVMAP:
             return number

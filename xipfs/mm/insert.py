@@ -160,7 +160,7 @@ def vm_insert_mixed(vma: Vma, address: int, pfn: int, *, mkwrite: bool = False) 
         and (mkwrite or not zero_page_allowed(vma))
     ):
         return -errno.EINVAL
-    counted = not machine.pte_special or pfn in machine.devmap_pfns and kernel.dax == "counted"
+    counted = not machine.pte_special or (pfn in machine.devmap_pfns and kernel.dax == "counted")
     if counted and machine.memory.pfn_valid(pfn) and not _is_devmap(vma, pfn):
         if machine.pte_special is False and pfn == machine.zero_pfn and kernel.mixed_zero_is_raw:
             return insert_pfn(vma, address, pfn, vma.page_prot)
@@ -179,7 +179,7 @@ def _mixed_ok_by_pfn(vma: Vma, pfn: int) -> bool:
     kernel = machine.rules.kernel
     if not kernel.insert_returns_vm_fault:
         return False
-    return pfn == machine.zero_pfn or pfn in machine.devmap_pfns and kernel.dax != "mixed"
+    return pfn == machine.zero_pfn or (pfn in machine.devmap_pfns and kernel.dax != "mixed")
 
 
 def handler_result(vma: Vma, error: int) -> int:

@@ -68,8 +68,9 @@ class Machine:
 
     ``track_data=True`` also follows the bytes of pages; a live mount leaves it off, as the
     processes hold them. ``devmap_pfns`` are device pages with struct page (fsdax); ``thp``,
-    ``ksm`` say whether the kernel was built with them. ``swap_on``: anonymous pages can leave.
-    ``quirks`` switches on named oddities of one architecture or of one bug (see ``quirks.py``).
+    ``ksm``, ``soft_dirty`` say whether the kernel was built with them. ``swap_on``: anonymous
+    pages can leave. ``quirks`` switches on named oddities of one architecture or of one bug (see
+    ``quirks.py``).
 
     >>> from xipfs.memory.frames import PhysicalMemory
     >>> machine = Machine(PhysicalMemory(ram_pages=8, nvram_pages=8))
@@ -87,6 +88,7 @@ class Machine:
         devmap_pfns: frozenset[int] = frozenset(),
         thp: bool = True,
         ksm: bool = True,
+        soft_dirty: bool = True,
         swap_on: bool = False,
         quirks: frozenset[str] = frozenset(),
     ) -> None:
@@ -98,6 +100,7 @@ class Machine:
         self.devmap_pfns = devmap_pfns
         self.thp = thp
         self.ksm = ksm
+        self.soft_dirty = soft_dirty
         self.quirks = quirks
         self.mms: list[MmStruct] = []
         self.table_pool = TablePool()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 
+from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE
 from xipfs.mm import rules
 from xipfs.mm.flags import (
     VM_ACCESS_FLAGS,
@@ -19,14 +20,14 @@ from xipfs.mm.flags import (
     VM_MAYWRITE,
     VM_PFNMAP,
     VM_SHARED,
+    VM_SOFTDIRTY_TRACKED,
     VM_WRITE,
 )
-from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE
 from xipfs.mm.mm_struct import MmStruct, vma_close
 from xipfs.mm.populate import mm_populate
 from xipfs.mm.pte import PTE_CHG_MASK, PTE_DIRTY, PTE_PRESENT, PTE_WRITE
 from xipfs.mm.vma import MappedFile, Vma
-from xipfs.mm.zap import remove_vma, zap_page_range
+from xipfs.mm.zap import free_pgtables, remove_vma, zap_page_range
 from xipfs.units import PAGE_SHIFT
 
 _MAY = VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
@@ -121,10 +122,7 @@ def call_mmap(vma: Vma) -> int:
         mm.mmap_write_locked = False
     if error:
         zap_page_range(vma, vma.start, vma.end)
-        vma_pages_start, vma_pages_end = vma.start, vma.end
-        from xipfs.mm.zap import free_pgtables
-
-        free_pgtables(mm, vma_pages_start, vma_pages_end)
+        free_pgtables(mm, vma.start, vma.end)
     return error
 
 
@@ -229,7 +227,7 @@ def change_protection(vma: Vma) -> None:
 def can_change_pte_writable(vma: Vma, address: int, pte: int) -> bool:
     """Whether mprotect may spare the next write its fault (rule K9)."""
     machine = vma.mm.machine
-    if not vma.flags & VM_WRITE:
+    if not vma.flags & VM_WRITE or vma.flags & VM_SOFTDIRTY_TRACKED:
         return False
     if vma.flags & VM_SHARED:
         return bool(vma.write_notified and pte & PTE_DIRTY)

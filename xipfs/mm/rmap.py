@@ -92,5 +92,3 @@ def anon_vma_prepare(vma: Vma) -> None:
             vma.anon_vma = other.anon_vma
             return
     vma.anon_vma = vma.mm.machine.new_anon_vma()
-
-

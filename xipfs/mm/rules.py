@@ -8,7 +8,8 @@ The functions below take and return plain integers and booleans. They hold no st
 compiled bulk path can use the very functions that the readable path uses.
 
 The row 6.1 is what the recorded kernels do; where a rule of the later sources differs from the
-recording, it is in row 6.12. Rows 2.6.26 to 3.7 follow rules read from 2.6.32 and the series' mails.
+recording, it is in row 6.12. Rows 2.6.26 to 3.7 follow rules read from 2.6.32 and the mails of
+the patch series.
 """
 
 from __future__ import annotations
@@ -187,6 +188,7 @@ ERAS: Final[dict[str, Kernel]] = {
     )
 }
 DEFAULT_ERA: Final = "6.1"
+_OF_THE_ERA: Final = Kernel("the era's")
 
 
 @dataclass(frozen=True)
@@ -207,12 +209,12 @@ class Rules:
     era: str = DEFAULT_ERA
     pte_special: bool | None = None
     debug_vm: bool = False
-    kernel: Kernel = field(default=None, repr=False)  # type: ignore[assignment]
+    kernel: Kernel = field(default=_OF_THE_ERA, repr=False)
 
     def __post_init__(self) -> None:
         if self.era not in ERAS:
             raise UsageError(f"no rule set for era {self.era!r}", expected=", ".join(ERAS))
-        if self.kernel is None:
+        if self.kernel is _OF_THE_ERA:
             object.__setattr__(self, "kernel", ERAS[self.era])
         if self.pte_special is None:
             object.__setattr__(self, "pte_special", self.kernel.special_bit)
@@ -283,7 +285,7 @@ def pte_kind_nospecial(
     ``linear_pfn`` is vm_pgoff plus the page's offset in the VMA.
     """
     if vm_flags & VM_MIXEDMAP:
-        if not valid or is_zero and mixed_zero_is_raw:
+        if not valid or (is_zero and mixed_zero_is_raw):
             return RAW
         return NORMAL
     if vm_flags & VM_PFNMAP and (pfn == linear_pfn or not is_cow_mapping(vm_flags)):
@@ -308,7 +310,7 @@ def wants_writenotify(
         return False
     if has_mkwrite:
         return True
-    if vm_flags & VM_PFNMAP or skips_insertpage and vm_flags & VM_INSERTPAGE:
+    if vm_flags & VM_PFNMAP or (skips_insertpage and vm_flags & VM_INSERTPAGE):
         return False
     return can_writeback
 

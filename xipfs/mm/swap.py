@@ -32,7 +32,7 @@ class Swap:
         """Count one more PTE that holds ``entry`` (swap_duplicate)."""
         self.counts[entry] += 1
 
-    def free(self, memory: PhysicalMemory, entry: int) -> None:
+    def free(self, entry: int) -> None:
         """Drop one PTE's hold of ``entry`` (swap_free; free_swap_and_cache at zap)."""
         self.counts[entry] -= 1
         if self.counts[entry] == 0 and entry not in self.cache:

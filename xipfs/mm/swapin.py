@@ -48,7 +48,7 @@ def do_swap_page(vmf: Vmf) -> int:
     else:
         memory.get_page(pfn)
     cached = memory.flags[pfn] & PG_SWAPCACHE
-    swap.free(memory, entry)
+    swap.free(entry)
     mm.swapents -= 1
     if cached and write and memory.ref[pfn] == 2:
         swap.try_to_free(memory, pfn)

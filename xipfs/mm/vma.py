@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from xipfs.mm import rules
-from xipfs.mm.flags import VM_DAX, VM_MIXEDMAP, VM_SHARED, VM_SPECIAL, VM_WRITE
+from xipfs.mm.flags import (
+    VM_DAX,
+    VM_MIXEDMAP,
+    VM_SHARED,
+    VM_SOFTDIRTY_TRACKED,
+    VM_SPECIAL,
+    VM_WRITE,
+)
 from xipfs.mm.interval import IntervalBuckets
 from xipfs.mm.pte import PTE_PRESENT, PTE_WRITE, PTE_YOUNG
 from xipfs.units import PAGE_SHIFT
@@ -78,6 +85,10 @@ class MappedFile:
     ``mmap(vma)`` is called when a VMA is made; it may set flags and insert pages, and returns 0
     or a negative errno. ``shmem`` pages count as shared memory (rule F3). ``can_writeback``: the
     page cache tracks dirty pages of it (rule F9). ``regular``: not a device.
+
+    Hooks that a file may set: ``fsync(first, pages)`` for what fsync does to PTEs (K14),
+    ``punch_hole(first, pages)`` returns 0 or a negative errno, ``reclaim(index)`` drops a page of
+    its cache if nobody else uses it, ``is_cached(index)`` tells mincore.
     """
 
     def __init__(
@@ -98,6 +109,10 @@ class MappedFile:
         self.can_writeback = can_writeback
         self.has_fsync = has_fsync
         self.regular = regular
+        self.fsync: Callable[[int, int], None] | None = None
+        self.punch_hole: Callable[[int, int], int] | None = None
+        self.reclaim: Callable[[int], None] | None = None
+        self.is_cached: Callable[[int], bool] | None = None
         self.i_mmap: IntervalBuckets[Vma] = IntervalBuckets()
 
     def __repr__(self) -> str:
@@ -182,6 +197,8 @@ class Vma:
         """Whether the backer asked to see first writes (vma_wants_writenotify, rule F9)."""
         kernel = self.mm.machine.rules.kernel
         ops = self.vm_ops or NO_OPERATIONS
+        if self.flags & VM_SOFTDIRTY_TRACKED:
+            return True
         return rules.wants_writenotify(
             self.flags,
             ops.page_mkwrite is not None

@@ -21,7 +21,7 @@ def zap_pte(vma: Vma, address: int, pte: int) -> None:
     mm.tables.set(address, 0)
     if not pte & PTE_PRESENT:
         entry = pte_pfn(pte)
-        machine.swap.free(machine.memory, entry)
+        machine.swap.free(entry)
         machine.swap.drop_unused(machine.memory, entry)
         mm.swapents -= 1
         return

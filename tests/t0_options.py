@@ -1,0 +1,124 @@
+"""Mount options: what is understood, what the defaults are, and that nothing is ignored."""
+
+from __future__ import annotations
+
+import pytest
+
+from xipfs.errors import EXIT_USAGE, UsageError
+from xipfs.options import HELP, MountOptions, parse_options
+
+
+def test_the_defaults() -> None:
+    assert parse_options([]) == MountOptions(
+        ro=False,
+        ram_bytes=67108864,
+        struct_page_bytes=64,
+        rules="6.1",
+        observe="auto",
+        readahead_kib=None,
+        policy="off",
+        promote=None,
+        allow_other=False,
+    )
+
+
+def test_every_option_at_once_in_one_word_or_in_many() -> None:
+    expected = MountOptions(
+        ro=True,
+        ram_bytes=1 << 20,
+        struct_page_bytes=56,
+        rules="2.6.32-nospecial",
+        observe="requests",
+        readahead_kib=128,
+        policy="threshold",
+        promote=4,
+        allow_other=True,
+    )
+    words = [
+        "ro",
+        "ram=1M",
+        "struct_page=56",
+        "rules=2.6.32-nospecial",
+        "observe=requests",
+        "readahead=128",
+        "policy=threshold",
+        "promote=4",
+        "allow_other",
+    ]
+    assert parse_options(words) == expected
+    assert parse_options([",".join(words)]) == expected
+    assert parse_options(["", "ro,,", *words[1:]]) == expected
+
+
+def test_the_last_of_two_counts() -> None:
+    assert parse_options(["ro,rw"]).ro is False
+    assert parse_options(["ram=1M,ram=2M"]).ram_bytes == 2 << 20
+
+
+def test_ram_is_whole_pages() -> None:
+    assert parse_options(["ram=10000"]).ram_bytes == 8192
+    assert parse_options(["ram=4096"]).ram_bytes == 4096
+
+
+def test_readahead_off_is_zero() -> None:
+    assert parse_options(["readahead=off"]).readahead_kib == 0
+    assert parse_options(["readahead=0"]).readahead_kib == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("noatime", "unknown mount option 'noatime'"),
+        ("RAM=1M", "unknown mount option 'RAM'"),
+        ("ram", "mount option 'ram' has no value"),
+        ("ram=", "size '' is not a number of bytes"),
+        ("ram=4095", "less than one page"),
+        ("ram=2T", "ram=2 TiB; expected at most 1T"),
+        ("ro=1", "mount option 'ro' takes no value"),
+        ("allow_other=yes", "mount option 'allow_other' takes no value"),
+        ("struct_page=63", "struct_page=63; expected one of 32, 56, 64"),
+        ("struct_page=-1", "struct_page=-1; expected a whole number"),
+        ("observe=TRACEFS", "observe=TRACEFS; expected one of auto"),
+        ("observe=", "observe=; expected one of auto"),
+        ("readahead=-1", "readahead=-1; expected a whole number"),
+        ("readahead=\u0663", "expected a whole number"),
+        ("policy=lru", "policy=lru; expected off or threshold"),
+        ("policy=threshold", "policy=threshold without promote=N"),
+        ("policy=threshold,promote=0", "promote=0; expected a whole number of 1 or more"),
+        ("promote=2", "promote=N without policy=threshold"),
+    ],
+)
+def test_a_wrong_option_is_refused(word: str, message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_options([word])
+    assert message in str(refused.value)
+    assert refused.value.exit_code == EXIT_USAGE
+
+
+def test_every_option_has_a_line_of_help() -> None:
+    names = {entry.partition("=")[0] for entry in HELP}
+    assert names == {
+        "ro",
+        "rw",
+        "ram",
+        "struct_page",
+        "rules",
+        "observe",
+        "readahead",
+        "policy",
+        "allow_other",
+    }
+
+
+def test_they_are_told_as_json_ready_values() -> None:
+    assert parse_options(["ram=64K,policy=threshold,promote=2"]).describe() == {
+        "ro": False,
+        "ram_bytes": 65536,
+        "struct_page_bytes": 64,
+        "rules": "6.1",
+        "observe": "auto",
+        "readahead_kib": None,
+        "policy": "threshold",
+        "promote": 2,
+        "allow_other": False,
+    }

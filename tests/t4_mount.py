@@ -26,6 +26,8 @@ from live import (
     xipfs,
 )
 
+from xipfs.fuse.mounts import mount_at, serving_pid
+
 pytestmark = [needs("root", "fuse")]
 
 
@@ -242,8 +244,6 @@ def test_foreground_is_the_daemon_itself(live: Mounts) -> None:
     )
     try:
         wait_until("the mount", lambda: is_mounted(directory))
-        from xipfs.fuse.mounts import mount_at, serving_pid
-
         wait_until("the daemon's lock", lambda: serving_pid(mount_at(directory)) == daemon.pid)
         (directory / "file").write_bytes(b"front")
         xipfs("umount", directory)

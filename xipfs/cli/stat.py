@@ -94,10 +94,13 @@ def as_text(stats: Json) -> str:
         lines.append(f"  {observer['reason']}")
     for name, count in observer["unfollowed"].items():
         lines.append(f"  not followed: {name} ({count})")
-    lines.append(
-        f"kernel: {kernel['faults']} faults ({kernel['major']} major, {kernel['minor']} minor), "
-        f"{kernel['around']} pages by fault-around"
-    )
+    if kernel["faults"] is None:
+        lines.append("kernel: its own faults are not known")
+    else:
+        lines.append(
+            f"kernel: {kernel['faults']} faults ({kernel['major']} major, "
+            f"{kernel['minor']} minor), {kernel['around']} pages by fault-around"
+        )
     lines.append("")
     lines += [f"{name:22}{value:14}" for name, value in stats["vmstat"].items()]
     lines.append("")

@@ -185,15 +185,16 @@ def run(world: World) -> int:
 
 
 def find_row(rows: Ints, low: int, end: int, page: int) -> int:
-    """Return which of the rows [low, end) contains ``page``, or -1 (find_vma)."""
-    high = end - 1
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if rows[middle, START] <= page:
-            low = middle
-        else:
-            high = middle - 1
-    if low < end and rows[low, START] <= page < rows[low, END]:
+    """Return which of the rows [low, end) contains ``page``, or -1 (find_vma).
+
+    How often it halves depends on the number of rows alone, so no branch is hard to predict.
+    """
+    count = end - low
+    while count > 1:
+        half = count >> 1
+        low += half * (rows[low + half, START] <= page)
+        count -= half
+    if count == 1 and rows[low, START] <= page < rows[low, END]:
         return low
     return -1
 

@@ -45,14 +45,17 @@ COUNTERS = (
 PTES = ("nr_special_ptes", "nr_normal_ptes", "nr_anon_pages")
 
 
-def fill(image: Path, names: dict[str, PageKind], pages: int = N) -> None:
-    """Write files of ``pages`` pages of one kind each, without a mount."""
+def fill(image: Path, names: dict[str, PageKind], pages: int = N, byte: int | None = None) -> None:
+    """Write files of ``pages`` pages of one kind each, without a mount.
+
+    Each byte is its page's number, or ``byte``.
+    """
     fs = Filesystem.open(image, ram_bytes=1 << 20, clock=SystemClock())
     for name, kind in names.items():
         ino = fs.mknod(1, name.encode(), stat.S_IFREG | 0o755, 0, 0, 0).ino
         fs.set_default_kind(ino, kind)
         for page in range(pages):
-            fs.write(ino, page * PAGE, bytes([page]) * PAGE)
+            fs.write(ino, page * PAGE, bytes([page if byte is None else byte]) * PAGE)
     fs.close()
 
 

@@ -18,6 +18,9 @@ from conftest import needs
 from live import COMMAND, ENVIRONMENT, PAGE, LiveMount, Mounts, xipfs
 
 on_a_mount = needs("root", "fuse")
+NOT_MOUNTED = (
+    "xipfs umount: nothing is mounted at MNT/mixed; expected the mount point of an xipfs mount\n"
+)
 
 
 def text(block: str) -> str:
@@ -267,8 +270,7 @@ def test_stat_repeated(mnt: LiveMount) -> None:
         (
             "umount MNT/mixed",
             1,
-            "xipfs umount: nothing is mounted at MNT/mixed; expected the mount point of an xipfs "
-            + "mount\n",
+            NOT_MOUNTED,
         ),
     ],
 )

@@ -7,6 +7,8 @@ twins; ``pytest tests/t2_bulk.py -k 'RULES-SEED-'`` runs it again.
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE, PG_DIRTY, PG_LRU, FreeList
 from xipfs.memory.frames import PhysicalMemory as Memory
-from xipfs.mm import bulk_learn, bulk_loop
+from xipfs.mm import bulk, bulk_learn, bulk_loop
 from xipfs.mm.access import access
 from xipfs.mm.bug import KernelBug
 from xipfs.mm.bulk import BulkStatistics, bulk_access, numba_is_installed
@@ -129,8 +131,8 @@ def everything(twin: Twin) -> dict[str, Any]:
     return seen
 
 
-def compare(slow: Twin, bulk: Twin, what: str) -> None:
-    first, second = everything(slow), everything(bulk)
+def compare(slow: Twin, fast: Twin, what: str) -> None:
+    first, second = everything(slow), everything(fast)
     for name, value in first.items():
         assert second[name] == value, f"{name} differ after {what}"
     assert first.keys() == second.keys(), what
@@ -235,19 +237,19 @@ def run_twins(rules: str, seed: int, *, steps: int, compiled: bool) -> Counter[s
     """Drive two machines alike; compare after each step. Returns what the bulk path did."""
     dice = random.Random(f"{rules} {seed}")
     sizes = {"ram_pages": dice.choice((30, 110)), "anon_pages": dice.choice((100, 1500))}
-    slow, bulk = (Twin(Rules.parse(rules), **sizes) for _ in range(2))
+    slow, fast = (Twin(Rules.parse(rules), **sizes) for _ in range(2))
     done: Counter[str] = Counter()
     for number in range(steps):
         what, step = random_step(dice, slow)
         where = f"step {number}, {what} (rules {rules}, seed {seed})"
         step(slow)
-        step(bulk)
-        compare(slow, bulk, where)
+        step(fast)
+        compare(slow, fast, where)
         trace = random_trace(dice, slow)
         expected, bug = or_bug(lambda: slowly(slow, trace))  # noqa: B023
-        got, same_bug = or_bug(lambda: in_bulk(bulk, trace, compiled=compiled))  # noqa: B023
+        got, same_bug = or_bug(lambda: in_bulk(fast, trace, compiled=compiled))  # noqa: B023
         assert same_bug == bug, where
-        compare(slow, bulk, f"the accesses after {where}")
+        compare(slow, fast, f"the accesses after {where}")
         if expected is None or got is None:
             done["bugs"] += 1
             return done
@@ -303,8 +305,7 @@ def test_a_wrong_outcome_is_noticed(column: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_lost_counter_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk_learn, "add_to_counters", lambda *_: None)
-    monkeypatch.setattr("xipfs.mm.bulk.add_to_counters", lambda *_: None)
+    monkeypatch.setattr(bulk, "add_to_counters", lambda *_: None)
     with pytest.raises(AssertionError, match=r"(machine|mm \d) differ after the accesses"):
         run_twins("6.1", 0, steps=60, compiled=False)
 
@@ -433,24 +434,24 @@ def read_only_anonymous(twin: Twin, pages: int) -> list[int]:
 
 
 def test_a_page_with_another_holder_is_copied_and_one_without_reused() -> None:
-    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
-    for twin in (slow, bulk):
+    slow, fast = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, fast):
         virtual = read_only_anonymous(twin, 4)
         before = [twin.mms[0].tables.get(page << PAGE_SHIFT) >> 12 for page in virtual]
         for pfn in before[1::2]:
             twin.machine.hold(pfn)
     trace: Trace = ([0] * 4, virtual, [True] * 4)
     slowly(slow, trace)
-    done = in_bulk(bulk, trace, compiled=False)
+    done = in_bulk(fast, trace, compiled=False)
     assert (done.faults, done.repeated, done.slow) == (4, 2, 2)
-    after = [bulk.mms[0].tables.get(page << PAGE_SHIFT) >> 12 for page in virtual]
+    after = [fast.mms[0].tables.get(page << PAGE_SHIFT) >> 12 for page in virtual]
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False] * 2
-    compare(slow, bulk, "stores to held pages")
+    compare(slow, fast, "stores to held pages")
 
 
 def test_pages_in_the_swap_cache_are_left_to_the_slow_path() -> None:
-    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
-    for twin in (slow, bulk):
+    slow, fast = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, fast):
         virtual = read_only_anonymous(twin, 4)
         swap, memory = twin.machine.swap, twin.machine.memory
         for page in virtual:
@@ -459,14 +460,14 @@ def test_pages_in_the_swap_cache_are_left_to_the_slow_path() -> None:
             swap.add_to_cache(memory, swap.allocate(0), pfn)
     trace: Trace = ([0] * 4, virtual, [True] * 4)
     slowly(slow, trace)
-    assert in_bulk(bulk, trace, compiled=False).slow == 4
-    assert (slow.machine.swap.cache, bulk.machine.swap.cache) == ({}, {})
-    compare(slow, bulk, "stores to pages of the swap cache")
+    assert in_bulk(fast, trace, compiled=False).slow == 4
+    assert (slow.machine.swap.cache, fast.machine.swap.cache) == ({}, {})
+    compare(slow, fast, "stores to pages of the swap cache")
 
 
 def test_a_page_about_to_be_freed_is_left_to_the_slow_path() -> None:
-    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
-    for twin in (slow, bulk):
+    slow, fast = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, fast):
         first = do_mmap(twin.mms[0], twin.files[0], 6, VM_READ | VM_WRITE) >> PAGE_SHIFT
         virtual = [first + index for index in (1, 2, 4, 5)]
         slowly(twin, ([0] * 4, virtual, [False] * 4))
@@ -475,15 +476,15 @@ def test_a_page_about_to_be_freed_is_left_to_the_slow_path() -> None:
         twin.placement.frames[4] = ABSENT
     trace: Trace = ([0] * 4, virtual, [True] * 4)
     slowly(slow, trace)
-    done = in_bulk(bulk, trace, compiled=False)
+    done = in_bulk(fast, trace, compiled=False)
     assert (done.repeated, done.slow) == (2, 2)
-    compare(slow, bulk, "copies of cached pages")
-    assert bulk.machine.memory.statistics().ram_free_pages == 61
+    compare(slow, fast, "copies of cached pages")
+    assert fast.machine.memory.statistics().ram_free_pages == 61
 
 
 def test_ptes_that_no_rule_explains_are_left_to_the_slow_path() -> None:
-    slow, bulk = (Twin(Rules.parse("6.1")) for _ in range(2))
-    for twin in (slow, bulk):
+    slow, fast = (Twin(Rules.parse("6.1")) for _ in range(2))
+    for twin in (slow, fast):
         mm = twin.mms[0]
         first = do_mmap(mm, None, 4, VM_READ | VM_WRITE) >> PAGE_SHIFT
         virtual = [first + index for index in range(4)]
@@ -494,10 +495,10 @@ def test_ptes_that_no_rule_explains_are_left_to_the_slow_path() -> None:
             mm.tables.set(page << PAGE_SHIFT, mk_pte(twin.machine.memory.nvram_pfn(9), zero_bits))
     trace: Trace = ([0] * 4, virtual, [True] * 4)
     slowly(slow, trace)
-    done = in_bulk(bulk, trace, compiled=False)
+    done = in_bulk(fast, trace, compiled=False)
     assert (done.repeated, done.slow) == (1, 3)
-    assert bulk.machine.bad_ptes == 2
-    compare(slow, bulk, "stores to the zero page and to bad PTEs")
+    assert fast.machine.bad_ptes == 2
+    compare(slow, fast, "stores to the zero page and to bad PTEs")
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_numba)])
@@ -512,6 +513,22 @@ def test_the_pool_of_page_tables_grows_in_the_loop(compiled: bool) -> None:
     do_munmap(twin.mms[0], first << PAGE_SHIFT, first + 51200 << PAGE_SHIFT)
     assert twin.machine.table_pool.used_bytes() == 0
     assert not any(twin.machine.table_pool.array)
+
+
+def test_numba_is_imported_only_to_compile() -> None:
+    program = "import sys, xipfs.mm.bulk; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_without_numba_the_loop_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "numba_is_installed", lambda: False)
+    monkeypatch.setattr(bulk, "compiled_run", lambda: pytest.fail("compiled without numba"))
+    twin = Twin(Rules())
+    first = do_mmap(twin.mms[0], None, 1, VM_READ | VM_WRITE) >> PAGE_SHIFT
+    done = bulk_access(
+        twin.machine, twin.mms, np.zeros(2, int), np.array([first] * 2), np.ones(2, bool)
+    )
+    assert (done.faults, done.hits) == (1, 1)
 
 
 @pytest.mark.parametrize(

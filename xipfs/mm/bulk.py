@@ -104,6 +104,18 @@ def bulk_access(
     The three arrays have one length; nothing is copied if they are int32, int64 and bool.
     ``compiled=None`` compiles where numba is installed; False runs the same functions in Python.
     A KernelBug ends the call at the access that raised it, with all before it accounted for.
+
+    >>> from xipfs.memory.frames import PhysicalMemory
+    >>> from xipfs.mm.flags import VM_READ, VM_WRITE
+    >>> from xipfs.mm.mmap import do_mmap
+    >>> machine = Machine(PhysicalMemory(ram_pages=8, nvram_pages=8))
+    >>> mm = MmStruct(machine)
+    >>> first = do_mmap(mm, None, 3, VM_READ | VM_WRITE) >> PAGE_SHIFT
+    >>> page = np.array([first, first + 1, first, first + 2])
+    >>> process, write = np.zeros(4, np.int32), np.array([True, True, False, True])
+    >>> done = bulk_access(machine, [mm], process, page, write, compiled=False)
+    >>> done.hits, done.faults, mm.anon_rss
+    (1, 3, 3)
     """
     if not len(process) == len(page) == len(write):
         raise ValueError(f"{len(process)} processes, {len(page)} pages, {len(write)} writes")

@@ -19,7 +19,7 @@ import pytest
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE, PG_DIRTY, PG_LRU, FreeList
 from xipfs.memory.frames import PhysicalMemory as Memory
 from xipfs.mm import bulk, bulk_learn, bulk_loop
-from xipfs.mm.access import access
+from xipfs.mm.access import Access, access
 from xipfs.mm.bug import KernelBug
 from xipfs.mm.bulk import BulkStatistics, bulk_access, numba_is_installed
 from xipfs.mm.flags import VM_MIXEDMAP, VM_READ, VM_WRITE
@@ -367,6 +367,25 @@ def test_a_shared_store_dirties_the_cached_page() -> None:
     assert (done.faults, done.repeated) == (4, 3)
     flags = twin.machine.memory.flags
     assert [flags[pfn] for pfn in twin.placement.frames[[1, 2, 4, 5]].tolist()] == [PG_DIRTY] * 4
+
+
+def test_each_situation_is_learned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+    learn = bulk_learn.Outcomes.learn
+
+    def count(self: bulk_learn.Outcomes, situation: bulk_learn.Situation, taken: Access) -> None:
+        learned.append(situation.address)
+        learn(self, situation, taken)
+
+    monkeypatch.setattr(bulk_learn.Outcomes, "learn", count)
+    twin = Twin(Rules.parse("6.1"))
+    gibibyte = 1 << 30 - PAGE_SHIFT
+    first = do_mmap(twin.mms[0], None, 40 * gibibyte, VM_READ | VM_WRITE) >> PAGE_SHIFT
+    pages = [first + number * gibibyte for number in range(40)] + [first + 1]
+    done = in_bulk(twin, ([0] * 41, pages, [True] * 41), compiled=False)
+    # The slow path makes 40 middle tables, and is learned from at the first of them.
+    assert (done.faults, done.slow, done.repeated) == (41, 40, 1)
+    assert learned == [first << PAGE_SHIFT]
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_numba)])

@@ -165,7 +165,10 @@ def run(world: World) -> int:
             hits += 1
         else:
             outcome = find_outcome(world, row, page, write, pte)
-            if outcome < 0 or middle == 0:
+            if outcome >= 0 and middle == 0:
+                # Known, but the loop makes leaves only; there is nothing to learn from it again.
+                world.wanted[KEY] = outcome = -1
+            if outcome < 0:
                 reason = NEEDS_SLOW_PATH
                 break
             if leaf == 0:

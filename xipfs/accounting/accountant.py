@@ -95,6 +95,11 @@ class Accountant:
 
     # What the filesystem tells: its pages lose their frames or their place.
 
+    def is_mapped(self, ino: int) -> bool:
+        """Return whether any address space is known to map the file."""
+        file = self._files.get(ino)
+        return file is not None and len(file.mapped.i_mmap) > 0
+
     def unmap_page(self, ino: int, index: int) -> None:
         """Zap every PTE of one file page; private copies stay (rules R1, K7)."""
         file = self._files.get(ino)

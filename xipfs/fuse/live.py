@@ -108,6 +108,9 @@ class Live:
         cuts = attr.nlink == 0 if size_bytes is None else size_bytes < attr.size_bytes
         if cuts:
             await self.drain()
+            if self.accountant.is_mapped(ino):
+                # Somebody may be faulting on it right now; what nobody maps needs no waiting.
+                await self.drain_settled()
 
     def page_io(self, pid: int, ino: int, offset: int, size: int, *, write: bool) -> None:
         """Hear of a READ or WRITE."""

@@ -19,6 +19,7 @@ from imagecheck import check
 from xipfs.clock import ManualClock, SystemClock
 from xipfs.errors import ImageBusyError, ImageError, UsageError, XipfsError
 from xipfs.fs import build
+from xipfs.fs import tree as tree_module
 from xipfs.fs.build import Build, Made, replace_image
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.tree import scan
@@ -211,10 +212,10 @@ def test_a_failure_on_the_way_leaves_the_old_image(
     mkfs(image)
     before = image.read_bytes()
 
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_named: object) -> None:
         raise KeyboardInterrupt
 
-    for place, name in ((build.Copy, "_copy_data"), (build, "check_fits"), (build, "make_empty")):
+    for place, name in ((tree_module.Copy, "_copy_data"), (build, "check_fits"), (build, "make_empty")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
             with pytest.raises(KeyboardInterrupt):

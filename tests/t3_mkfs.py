@@ -215,7 +215,11 @@ def test_a_failure_on_the_way_leaves_the_old_image(
     def fail(*_arguments: object, **_named: object) -> None:
         raise KeyboardInterrupt
 
-    for place, name in ((tree_module.Copy, "_copy_data"), (build, "check_fits"), (build, "make_empty")):
+    for place, name in (
+        (tree_module.Copy, "_copy_data"),
+        (build, "check_fits"),
+        (build, "make_empty"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
             with pytest.raises(KeyboardInterrupt):

@@ -237,9 +237,11 @@ def test_fork_copies_ptes_and_the_child_copies_on_write(scene: Scene) -> None:
     scene.run(ev.Fork(0, MM, 6, PID, 101, ()))
     assert scene.ptes() == (2, 4, 1)
     assert scene.counts(1) == (3, 2)
+    # Recorded on the 6.1 kernel: copying a raw page makes the child's old PTE young, so the copy
+    # is thrown away once (rules F16, F19).
     assert scene.run(
         scene.fault(0, write=True, mm=6, pid=101), scene.fault(2, write=True, mm=6, pid=101)
-    ) == [("cow", False, 0), ("cow", False, 0)]
+    ) == [("cow", False, 1), ("cow", False, 0)]
     assert scene.ptes() == (1, 5, 3)
     scene.run(ev.Exit(0, MM))
     assert scene.ptes() == (0, 3, 2)

@@ -25,6 +25,7 @@ VERBS: Final[dict[str, str]] = {
     "stat": "show what faults were charged, and where pages are",
     "pages": "show a file's pages: XIP, pagecache, hole",
     "migrate": "move a file's pages between XIP and pagecache",
+    "model": "run the mm model by command files; compare it with recorded kernels",
 }
 
 

@@ -136,6 +136,10 @@ def wp_page_copy(vmf: Vmf, old: int) -> int:
     if new < 0:
         return VM_FAULT_OOM
     anon_vma_prepare(vma)
+    if old < 0 and copying_touches(vmf):
+        machine.put_page(new)
+        mm.tables.set(vmf.address, vmf.orig_pte | PTE_YOUNG)
+        return 0
     if machine.data is not None:
         source = copy_source(vmf, old)
         if source >= 0:
@@ -152,6 +156,17 @@ def wp_page_copy(vmf: Vmf, old: int) -> int:
     if old >= 0:
         machine.swap.put_page(machine.memory, old)
     return 0
+
+
+def copying_touches(vmf: Vmf) -> bool:
+    """Whether copying a raw page changes its PTE, so that the copy is thrown away (F16, F19).
+
+    The copy reads through the user address, which makes an old PTE young; the fault then finds
+    another PTE than it set out with and leaves the write to the next one. So the first write to a
+    raw page after fork takes two faults (recorded on both kernels). The zero page is not read.
+    """
+    old = not vmf.orig_pte & PTE_YOUNG
+    return old and pte_pfn(vmf.orig_pte) != vmf.vma.mm.machine.zero_pfn
 
 
 def copy_source(vmf: Vmf, old: int) -> int:

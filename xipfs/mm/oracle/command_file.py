@@ -20,18 +20,18 @@ FORMAT_VERSION: Final = 1
 
 Json = dict[str, Any]
 
-#: What an argument may be: how it is called in messages, and the types that pass.
-_INT: Final = ("an integer of at least 0", (int,))
-_STR: Final = ("a text", (str,))
-_BOOL: Final = ("true or false", (bool,))
-_LIST: Final = ("a list of texts", (list,))
-_NAME: Final = ("a text or null", (str, type(None)))
 _Kind = tuple[str, tuple[type, ...]]
+#: What an argument may be: how it is called in messages, and the types that pass.
+_INT: Final[_Kind] = ("an integer of at least 0", (int,))
+_STR: Final[_Kind] = ("a text", (str,))
+_BOOL: Final[_Kind] = ("true or false", (bool,))
+_LIST: Final[_Kind] = ("a list of texts", (list,))
+_NAME: Final[_Kind] = ("a text or null", (str, type(None)))
 
-_RANGE: Final = {"map": _STR, "page": _INT, "pages": _INT}
-_BYTES: Final = {"map": _STR, "page": _INT, "offset": _INT, "bytes": _INT}
-_STORE: Final = {"map": _STR, "page": _INT, "offset": _INT, "data": _STR}
-_GUP: Final = {"map": _STR, "page": _INT, "write": _BOOL, "force": _BOOL}
+_RANGE: Final[dict[str, _Kind]] = {"map": _STR, "page": _INT, "pages": _INT}
+_BYTES: Final[dict[str, _Kind]] = {"map": _STR, "page": _INT, "offset": _INT, "bytes": _INT}
+_STORE: Final[dict[str, _Kind]] = {"map": _STR, "page": _INT, "offset": _INT, "data": _STR}
+_GUP: Final[dict[str, _Kind]] = {"map": _STR, "page": _INT, "write": _BOOL, "force": _BOOL}
 
 #: Operation to its arguments; ``OPTIONAL`` ones may be missing.
 ARGUMENTS: Final[dict[str, dict[str, _Kind]]] = {
@@ -140,12 +140,8 @@ class _Line:
         if name not in values:
             raise self.fail(prefix + name, "missing", kind[0])
         value = values[name]
-        if not isinstance(value, kind[1]) or (bool not in kind[1] and isinstance(value, bool)):
-            raise self.fail(prefix + name, f"{value!r}", kind[0])
-        if kind is _INT and value < 0:
-            raise self.fail(prefix + name, f"{value}", kind[0])
-        if kind is _LIST and not all(isinstance(item, str) for item in value):
-            raise self.fail(prefix + name, f"{value!r}", kind[0])
+        if not _passes(value, kind):
+            raise self.fail(prefix + name, repr(value), kind[0])
         return value
 
     def default(self, name: str, kind: _Kind, value: object) -> None:
@@ -154,6 +150,16 @@ class _Line:
             self.get(name, kind)
         else:
             self.value[name] = value
+
+
+def _passes(value: Any, kind: _Kind) -> bool:
+    if isinstance(value, bool) and bool not in kind[1]:
+        return False
+    if kind is _INT:
+        return isinstance(value, int) and value >= 0
+    if kind is _LIST:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, kind[1])
 
 
 def read_command_file(path: Path) -> CommandFile:

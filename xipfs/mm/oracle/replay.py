@@ -8,7 +8,7 @@ from typing import Any
 
 from xipfs.mm.bug import KernelBug
 from xipfs.mm.oracle import observe
-from xipfs.mm.oracle.bench import Bench, Mapping, Process
+from xipfs.mm.oracle.bench import Bench
 from xipfs.mm.oracle.cited import rules_of
 from xipfs.mm.oracle.command_file import CommandFile, Step
 from xipfs.mm.oracle.operations import OPERATIONS
@@ -45,6 +45,8 @@ class Replay:
         self.bench = Bench(commands.header, rules)
         self._stopped = ""
         self._names: dict[str, int] = {}
+        #: Identity to name, within the observation being compared.
+        self._seen: dict[int, str] = {}
 
     def steps(self) -> Iterator[StepState]:
         """Run every step in order and yield what it did."""
@@ -114,7 +116,8 @@ class Replay:
         model = self.state(done, label if isinstance(label, str) else None, wanted)
         if "device_pages" in recorded:
             model["device_pages"] = observe.device_pages(self.bench, self._device_pages(step))
-        found = self._compare("", recorded, model, defaults=True)
+        self._seen = {}
+        found = self._compare("", recorded, model)
         return [
             Difference(step.number, path, left, right, rules_of(path, step.op["name"]))
             for path, left, right in found
@@ -128,7 +131,7 @@ class Replay:
         return list(fitting[0]) if fitting else []
 
     def _compare(
-        self, path: str, recorded: object, model: object, *, defaults: bool = False
+        self, path: str, recorded: object, model: object
     ) -> Iterator[tuple[str, object, object]]:
         if isinstance(recorded, dict):
             if not isinstance(model, dict):
@@ -153,15 +156,16 @@ class Replay:
             yield path, recorded, model
 
     def _same_page(self, name: str, model: object) -> bool:
-        """Whether a recorded anonymous page is the one the model has, by a table of names."""
+        """Whether a recorded anonymous page is the one the model has, by a table of names.
+
+        One name is one page in the whole file; two names are two pages in one observation only,
+        since a page that went out of sight may come back under a new name.
+        """
         if not isinstance(model, str) or not model.startswith("anon:"):
             return False
         identity = int(model.partition(":")[2])
-        if name not in self._names:
-            if identity in self._names.values():
-                return False
-            self._names[name] = identity
-        return self._names[name] == identity
+        one_page = self._names.setdefault(name, identity) == identity
+        return one_page and self._seen.setdefault(identity, name) == name
 
 
 _MISSING = "(no answer)"
@@ -198,8 +202,10 @@ def check_file(commands: CommandFile, rules: Rules | None = None) -> FileResult:
 
 def diff_rules(
     commands: CommandFile, left: Rules, right: Rules
-) -> Iterator[tuple[Step, list[Difference]]]:
-    """Run one file under two rule sets; yield each step with where the two part."""
+) -> Iterator[tuple[StepState, list[Difference]]]:
+    """Run one file under two rule sets; yield each step, as the left set took it, and where the
+    two part: ``recorded`` is then what the left set shows.
+    """
     runs = (Replay(commands, left), Replay(commands, right))
     for one, other in zip(runs[0].steps(), runs[1].steps(), strict=True):
         label = runs[0].label_of(one.step)
@@ -207,13 +213,12 @@ def diff_rules(
         for state, done in zip(states, (one, other), strict=True):
             if done.stopped:
                 state["result"] = done.stopped
-        paths = _different("", states[0], states[1])
-        name = one.step.op["name"]
-        number = one.step.number
-        yield (
-            one.step,
-            [Difference(number, path, a, b, rules_of(path, name)) for path, a, b in paths],
-        )
+        name, number = one.step.op["name"], one.step.number
+        differences = [
+            Difference(number, path, a, b, rules_of(path, name))
+            for path, a, b in _different("", *states)
+        ]
+        yield one, differences
 
 
 def _different(path: str, left: object, right: object) -> Iterator[tuple[str, object, object]]:
@@ -227,15 +232,3 @@ def _different(path: str, left: object, right: object) -> Iterator[tuple[str, ob
             yield from _different(f"{path}[{number}]", a, b)
     elif left != right:
         yield path, left, right
-
-
-__all__ = [
-    "Difference",
-    "FileResult",
-    "Mapping",
-    "Process",
-    "Replay",
-    "StepState",
-    "check_file",
-    "diff_rules",
-]

@@ -5,11 +5,13 @@ No times are asserted: they are the machine's. The arithmetic is, on samples wri
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +74,40 @@ def test_the_table() -> None:
     ]
 
 
-def leftovers() -> list[str]:
+def leftovers(pid: int) -> list[str]:
+    """Mounts and scratch directories of the tools/bench whose pid that is."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return [
-        *(line for line in mounts if "/xipfs-bench-" in line),
-        *(str(path) for path in Path("/dev/shm").glob("xipfs-bench-*")),
+        *(line for line in mounts if f"/xipfs-bench-{pid}-" in line),
+        *(str(path) for path in Path("/dev/shm").glob(f"xipfs-bench-{pid}-*")),
     ]
 
 
+@contextlib.contextmanager
+def started(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run tools/bench in ``directory`` for the time of the block."""
+    bench = subprocess.Popen(
+        [sys.executable, str(BENCH), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+    )
+    try:
+        yield bench
+    finally:
+        bench.terminate()
+        bench.communicate(timeout=60)
+
+
 @needs("root", "fuse", "tracefs")
+@pytest.mark.timeout(300)
 def test_a_quick_run_of_all_gives_figures(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH), "--quick", "--rounds", "1", "--json", "figures.json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) < 80
+    with started(tmp_path, "--quick", "--rounds", "1", "--json", "figures.json") as bench:
+        said, error = bench.communicate()
+    assert bench.returncode == 0, error
+    assert leftovers(bench.pid) == []
+    assert max(map(len, said.splitlines())) < 80
 
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["schema"] == 1
@@ -109,31 +131,24 @@ def test_a_quick_run_of_all_gives_figures(tmp_path: Path) -> None:
     # 64 windows, once before the loop and 20 times in it.
     assert loop["candidates"]["observe=tracefs"]["also"]["faults_made"]["median"] == 1344
     for comparison in [*fs, loop]:
-        assert comparison["title"] in " ".join(done.stdout.split())
+        assert comparison["title"] in " ".join(said.split())
         for row in comparison["candidates"].values():
             assert 0 < row["low"] <= row["median"] <= row["high"]
             assert row["ratio"]["median"] > 0
-    assert leftovers() == []
 
 
 @needs("root", "fuse", "tracefs")
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    kept = tmp_path / "figures.json"
-    bench = subprocess.Popen(
-        [sys.executable, str(BENCH), "observe", "--json", str(kept)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not any("/mnt-xipfs " in line for line in leftovers()):
-        assert bench.poll() is None, bench.communicate()
-        assert time.monotonic() < deadline, "nothing was mounted"
-        time.sleep(0.02)
-    bench.send_signal(signal.SIGINT)
-    said, error = bench.communicate(timeout=60)
+    with started(tmp_path, "observe", "--json", "figures.json") as bench:
+        deadline = time.monotonic() + 60
+        while not any("/mnt-xipfs " in line for line in leftovers(bench.pid)):
+            assert bench.poll() is None, bench.communicate()
+            assert time.monotonic() < deadline, "nothing was mounted"
+            time.sleep(0.02)
+        bench.send_signal(signal.SIGINT)
+        said, error = bench.communicate(timeout=60)
     assert bench.returncode == 130
     assert said == ""
     assert error == "bench: interrupted; everything is unmounted and removed\n"
-    assert leftovers() == []
-    assert not kept.exists()
+    assert leftovers(bench.pid) == []
+    assert not (tmp_path / "figures.json").exists()

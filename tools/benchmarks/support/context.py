@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -79,7 +80,8 @@ def working_context(
     """Make the scratch directory for the time of one benchmark."""
     if not TMPFS.is_dir():
         raise BenchError(f"{TMPFS} is missing; expected the tmpfs that Linux systems mount there")
-    work = Path(tempfile.mkdtemp(prefix="xipfs-bench-", dir=TMPFS))
+    # The pid tells whose it is where several run at once.
+    work = Path(tempfile.mkdtemp(prefix=f"xipfs-bench-{os.getpid()}-", dir=TMPFS))
     try:
         yield Context(rounds, quick, work, interrupts, progress)
     finally:

@@ -252,7 +252,13 @@ def fast_pages(mm: MmStruct, address: int, pages: int, *, write: bool) -> int:
 
 
 def get_user_pages_fast(
-    mm: MmStruct, address: int, *, pages: int = 1, write: bool = False, pin: bool = False
+    mm: MmStruct,
+    address: int,
+    *,
+    pages: int = 1,
+    write: bool = False,
+    force: bool = False,
+    pin: bool = False,
 ) -> tuple[int, list[int]]:
     """Lockless where the PTEs allow, the slow path for the rest (rules G8 to G10, G13).
 
@@ -260,6 +266,7 @@ def get_user_pages_fast(
     which runs here; ``fast_pages`` tells how far the lockless walk would have come.
     """
     flags = (FOLL_PIN if pin else FOLL_GET) | FOLL_TOUCH | (FOLL_WRITE if write else 0)
+    flags |= FOLL_FORCE if force else 0
     done, error, held = get_user_pages_locked(mm, address & PAGE_MASK, pages, flags)
     return (done or error), held
 

@@ -119,6 +119,8 @@ class Machine:
         self.nr_anon_pages = 0
         #: "bad page map" reports the kernel would have logged (rules N3, N4, N10).
         self.bad_ptes = 0
+        #: Address spaces that ended with rss left over (check_mm; rule N7).
+        self.bad_rss = 0
         self._anon_vma_serial = 0
 
     def new_anon_vma(self) -> int:

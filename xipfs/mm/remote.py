@@ -197,7 +197,7 @@ def take_page(
 ) -> tuple[int, list[int]]:
     """Take one page by one of get_user_pages, get_user_pages_fast, pin_user_pages_fast."""
     if fast:
-        return get_user_pages_fast(mm, address, write=write, pin=pin)
+        return get_user_pages_fast(mm, address, write=write, force=force, pin=pin)
     return get_user_pages(mm, address, write=write, force=force)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from xipfs.errors import XipfsError
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.oracle.frames import Frames
@@ -55,6 +56,10 @@ class RecordedMachine(Machine):
         return self._identities[pfn]
 
 
+class UnansweredError(XipfsError):
+    """One step cannot be run; those after it can."""
+
+
 @dataclass
 class Mapping:
     """Where a label points: pages are counted from ``start``; ``pages`` is how many were ever."""
@@ -102,27 +107,28 @@ class Bench:
             make = _KINDS.get(description["kind"])
             if make is not None:
                 self.objects[name] = make(self, name, description)
+        #: Files behind shared anonymous mappings.
+        self.nameless: list[RecordedObject] = []
         first = header["processes"][0]
         self.processes = {first: Process(MmStruct(self.machine, first))}
 
     def object(self, name: str) -> RecordedObject:
-        """Return the object ``name``; LookupError if its kind is not known."""
+        """Return the object ``name``; UnansweredError if its kind is not known."""
         if name not in self.objects:
-            raise LookupError(f"object {name!r} does not exist or is of no known kind")
+            raise UnansweredError(f"object {name!r} does not exist or is of no known kind")
         return self.objects[name]
 
     def anonymous_file(self, pages: int) -> RecordedObject:
         """Return the nameless shared-memory file behind a shared anonymous mapping."""
         description = {"kind": "tmpfs-file", "pages": pages, "cached": [False] * pages}
-        return TmpfsFile("shared anonymous", description, self.machine, self.frames)
+        file = TmpfsFile("shared anonymous", description, self.machine, self.frames)
+        self.nameless.append(file)
+        return file
 
     def holders(self) -> dict[int, int]:
         """Return the references that drivers and page caches hold, by pfn (rule T1)."""
         held = dict(self.frames.held)
-        for pfn in range(min(held), self.frames.zero):
-            if pfn not in held and self.machine.memory.ref[pfn] and self.frames.name(pfn) is None:
-                held[pfn] = 1
-        for thing in self.objects.values():
+        for thing in [*self.objects.values(), *self.nameless]:
             if isinstance(thing, CramfsFile | TmpfsFile):
                 held.update(dict.fromkeys(thing.cache.values(), 1))
         return held

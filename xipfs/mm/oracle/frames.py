@@ -40,7 +40,8 @@ class Frames:
             ram_pages=_RAM_PAGES, nvram_pages=16 * _NVRAM_REGION_PAGES, anon_pages=_RAM_PAGES
         )
         for _ in range(_UNUSED_PFNS):
-            self.memory.alloc_ram()
+            # Taken and held by nobody: never handed out, never counted.
+            self.memory.ref[self.memory.alloc_ram()] = 0
         self._names: dict[int, str] = {}
         self._bases: dict[str, int] = {}
         self._described = described

@@ -28,7 +28,8 @@ class FsdaxFile(RecordedObject):
     def __init__(self, name: str, description: Json, machine: Machine, frames: Frames) -> None:
         ops = VmOperations(fault=self._fault, page_mkwrite=self._mkwrite, pfn_mkwrite=self._mkwrite)
         super().__init__(name, description, machine, frames, ops)
-        self._pfns = [frames.pfn(frame) for frame in description["frame"]]
+        #: A hole is the zero page to a reader (dax_load_hole; rule R4).
+        self._pfns = [frames.pfn(frame or "zero") for frame in description["frame"]]
         #: Pages written to since their last fsync: the dirty tags of the mapping's entries.
         self._dirty: set[int] = set()
         self.fsync = self._fsync

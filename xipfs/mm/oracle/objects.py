@@ -44,6 +44,13 @@ class VmOpsCalls:
     close: int = 0
 
 
+def insert_in_place(vma: Vma, address: int, pfn: int) -> int:
+    """``vmf_insert_mixed``, or what a driver had before it existed (rule I10). VM_FAULT bits."""
+    if not vma.mm.machine.rules.kernel.insert_mixed:
+        return vmf_insert_pfn(vma, address, pfn)
+    return vmf_insert_mixed(vma, address, pfn)
+
+
 class RecordedObject(MappedFile):
     """What all kinds share: the header's description, and ->mmap as it tells."""
 
@@ -88,7 +95,7 @@ class RecordedObject(MappedFile):
             if call["call"] == "vm_insert_page":
                 error = vm_insert_page(vma, at, pfn + number)
             elif call["call"] == "vmf_insert_mixed":
-                failed = vmf_insert_mixed(vma, at, pfn + number) & VM_FAULT_ERROR
+                failed = insert_in_place(vma, at, pfn + number) & VM_FAULT_ERROR
                 error = -errno.EFAULT if failed else 0
             else:
                 raise LookupError(f"call {call['call']!r} at mmap")
@@ -160,9 +167,7 @@ class Device(RecordedObject):
         if backing in ("xip-insert-pfn", "ram-insert-pfn"):
             return vmf_insert_pfn(vmf.vma, vmf.address, pfn)
         if backing in ("xip", "mixed-reserved", "mixed-ram", "mixed-zero"):
-            if not self.machine.rules.kernel.insert_mixed:
-                return vmf_insert_pfn(vmf.vma, vmf.address, pfn)
-            return vmf_insert_mixed(vmf.vma, vmf.address, pfn)
+            return insert_in_place(vmf.vma, vmf.address, pfn)
         raise LookupError(f"backing {backing!r} of a device")
 
     def migrate(self, index: int, to: str, *, even_cows: bool) -> int:

@@ -20,7 +20,7 @@ from xipfs.mm.madvise import madvise, msync
 from xipfs.mm.mlock import mlock, mlockall, munlock, munlockall
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
 from xipfs.mm.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, mremap
-from xipfs.mm.oracle.bench import Bench, Mapping, Process
+from xipfs.mm.oracle.bench import Bench, Mapping, Process, UnansweredError
 from xipfs.mm.pte import pte_pfn
 from xipfs.mm.remote import access_remote_vm, clear_refs, direct_io, process_vm_rw, take_page
 from xipfs.mm.zap import exit_mmap
@@ -57,7 +57,7 @@ def _prot(text: str) -> int:
 
 def _mapping(process: Process, label: str) -> Mapping:
     if label not in process.labels:
-        raise LookupError(f"no mapping {label!r} in this process")
+        raise UnansweredError(f"no mapping {label!r} in this process")
     return process.labels[label]
 
 

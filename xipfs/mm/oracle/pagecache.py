@@ -18,10 +18,10 @@ from xipfs.mm.flags import (
     VM_MIXEDMAP,
     VM_WRITE,
 )
-from xipfs.mm.insert import remap_pfn_range, vmf_insert_mixed
+from xipfs.mm.insert import remap_pfn_range
 from xipfs.mm.machine import Machine
 from xipfs.mm.oracle.frames import Frames, split_name
-from xipfs.mm.oracle.objects import RecordedObject
+from xipfs.mm.oracle.objects import RecordedObject, insert_in_place
 from xipfs.mm.quirks import CRAMFS_LAST_BLOCK
 from xipfs.mm.vma import Vma, Vmf, VmOperations
 from xipfs.mm.zap import unmap_mapping_range
@@ -99,9 +99,10 @@ class CachedFile(RecordedObject):
         pfn = self.cache.get(index)
         if pfn is None or memory.map[pfn] != 1 or memory.ref[pfn] != 2:
             return
-        if self.shmem and not self.machine.swap.on:
-            return
         unmap_mapping_range(self, index, 1, even_cows=False)
+        if self.shmem and not self.machine.swap.on:
+            # shrink_folio_list() unmaps first, then finds that there is nowhere to write it.
+            return
         if self.machine.data is not None:
             self.stored[index] = bytes(self.machine.data.of(pfn))
         memory.flags[pfn] &= ~PG_DIRTY
@@ -182,6 +183,6 @@ class CramfsFile(CachedFile):
         vma.flags |= VM_MIXEDMAP
         for number in range(run):
             at = vma.start + (number << PAGE_SHIFT)
-            if vmf_insert_mixed(vma, at, pfn + number) & VM_FAULT_ERROR:
+            if insert_in_place(vma, at, pfn + number) & VM_FAULT_ERROR:
                 return -errno.EFAULT
         return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from xipfs.mm.bug import KernelBug
 from xipfs.mm.oracle import observe
-from xipfs.mm.oracle.bench import Bench
+from xipfs.mm.oracle.bench import Bench, UnansweredError
 from xipfs.mm.oracle.cited import rules_of
 from xipfs.mm.oracle.command_file import CommandFile, Step
 from xipfs.mm.oracle.operations import OPERATIONS
@@ -70,6 +70,8 @@ class Replay:
         except KernelBug as bug:
             self._stopped = f"the kernel hit a BUG before: {bug}"
             return StepState(step, {"result": "BUG", "condition": str(bug)})
+        except UnansweredError as error:
+            return StepState(step, {}, str(error))
         except Exception as error:
             # Whatever the model cannot do is a difference of this step and of all that follow,
             # never the end of the comparison of other files.
@@ -193,7 +195,16 @@ class FileResult:
 
 def check_file(commands: CommandFile, rules: Rules | None = None) -> FileResult:
     """Replay a recording and collect every difference."""
-    replay = Replay(commands, rules)
+    try:
+        replay = Replay(commands, rules)
+    except Exception as error:
+        # What cannot even be set up is a difference of every step.
+        reason = f"the header cannot be set up: {type(error).__name__}: {error}"
+        found = [
+            Difference(step.number, "(step)", step.op["name"], reason, "")
+            for step in commands.steps
+        ]
+        return FileResult(commands, len(commands.steps), found)
     differences = []
     for done in replay.steps():
         differences += replay.differences(done)

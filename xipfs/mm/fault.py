@@ -89,7 +89,7 @@ def do_anonymous_page(vmf: Vmf) -> int:
     vma = vmf.vma
     mm = vma.mm
     machine = mm.machine
-    if vma.flags & VM_SHARED:
+    if vma.flags & VM_SHARED and machine.rules.kernel.no_handler == "SIGBUS":
         return VM_FAULT_SIGBUS
     if not vmf.flags & FAULT_FLAG_WRITE and machine.rules.maps_zero_page:
         special = PTE_SPECIAL if machine.pte_special else 0

@@ -154,9 +154,8 @@ def diff(left: str, right: str, path: Path, *, as_json: bool) -> int:
         if differences:
             print(describe_step(done))
         for d in differences:
-            print(
-                f"      {d.field}: {one.name} {d.recorded!r}, {other.name} {d.model!r}; {d.rules}"
-            )
+            values = f"{one.name} {d.recorded!r}, {other.name} {d.model!r}"
+            print(f"      {d.field}: {values}; rules {d.rules}")
     if not as_json:
         print(f"{len(file.steps)} steps, {one.name} and {other.name} part in {parted}")
     return EXIT_FAILURE if parted else 0

@@ -175,7 +175,11 @@ class Machine(RuleBasedStateMachine):
     @rule(which=choice, page=st.sampled_from([0, 1, 2, 511, 512]))
     def fault(self, which: int, page: int) -> None:
         ino = self.pick_file(which)
-        kind = self.files[ino].kinds.get(page)
+        file = self.files[ino]
+        if page * PAGE >= file.size:
+            self.fails(errno.ENXIO, self.fs.fault_in, ino, page)
+            return
+        kind = file.kinds.get(page)
         got = self.fs.fault_in(ino, page)
         assert (got is None) == (kind is None)
         if got is not None:

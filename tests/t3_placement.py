@@ -56,6 +56,9 @@ def test_an_xip_page_has_its_block_s_frame_and_a_hole_none(fs: Filesystem) -> No
     assert not fs.memory.pfn_valid(pfns[0])
     assert fs.fault_in(ino, 0) == (pfns[0], False)
     assert fs.page(ino, 2) == PageState(HOLE, False, False, None)
+    with fails(errno.ENXIO):
+        fs.fault_in(ino, 2)
+    fs.setattr(ino, size_bytes=3 * 4096)
     assert fs.fault_in(ino, 2) is None
     assert (fs.nr_xip_pages, fs.nr_pagecache_pages, fs.nr_resident_pages) == (2, 0, 0)
     with fails(errno.EINVAL):

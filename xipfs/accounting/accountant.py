@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from xipfs.accounting.charges import Charge, Ledger, PteKind
-from xipfs.accounting.live_file import LiveFile, resident_pfn
+from xipfs.accounting.live_file import LiveFile
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP, access, maps_what
 from xipfs.mm.bug import KernelBug
@@ -195,7 +195,7 @@ class Accountant:
             return
         kernel_cached = self._kernel_cached.get(event.ino, set())
         cached = [page for page in range(event.first, event.last + 1) if page in kernel_cached]
-        frames = [(page, resident_pfn(self._fs, event.ino, page)) for page in cached]
+        frames = [(page, self._fs.resident_pfn(event.ino, page)) for page in cached]
         self.around_pages += filemap_map_pages(
             vma, [(page, pfn) for page, pfn in frames if pfn is not None]
         )

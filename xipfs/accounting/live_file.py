@@ -13,7 +13,6 @@ import errno
 
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
-from xipfs.fs.types import PageKind
 from xipfs.mm.flags import (
     FAULT_FLAG_WRITE,
     VM_FAULT_LOCKED,
@@ -26,7 +25,6 @@ from xipfs.mm.flags import (
 from xipfs.mm.insert import vmf_insert_mixed, vmf_insert_pfn
 from xipfs.mm.machine import Machine
 from xipfs.mm.vma import MappedFile, Vma, Vmf, VmOperations
-from xipfs.units import pages_of
 
 
 class LiveFile:
@@ -42,8 +40,6 @@ class LiveFile:
 
     def _fault(self, vmf: Vmf) -> int:
         try:
-            if vmf.pgoff >= pages_of(self._fs.getattr(self._ino).size_bytes):
-                return VM_FAULT_SIGBUS
             found = self._fs.fault_in(self._ino, vmf.pgoff)
         except FsError as error:
             return VM_FAULT_OOM if error.errno == errno.ENOMEM else VM_FAULT_SIGBUS
@@ -70,15 +66,6 @@ class LiveFile:
         self._machine.memory.get_page(self._sparse_pfn)
         vmf.page = self._sparse_pfn
         return 0
-
-
-def resident_pfn(fs: Filesystem, ino: int, index: int) -> int | None:
-    """Return the frame of a resident page-cache page; None for any other page."""
-    try:
-        state = fs.page(ino, index)
-    except FsError:
-        return None
-    return state.pfn if state.kind is PageKind.PAGECACHE and state.resident else None
 
 
 def _mmap(vma: Vma) -> int:

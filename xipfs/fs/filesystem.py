@@ -338,8 +338,16 @@ class Filesystem:
         return self._placement.runs(ino)
 
     def fault_in(self, ino: int, index: int) -> tuple[Pfn, bool] | None:
-        """Touch the page as an mmap fault does: (frame, whether it was filled now); hole: None."""
+        """Touch the page as an mmap fault does: (frame, whether it was filled now); hole: None.
+
+        ENXIO beyond the end of the file, ENOMEM if every frame is pinned.
+        """
         return self._placement.fault_in(ino, index)
+
+    def resident_pfn(self, ino: int, index: int) -> Pfn | None:
+        """Return the frame of a resident page-cache page, None for any other; this is no touch."""
+        page = self._core.cache.get(ino, index)
+        return None if page is None else page.pfn
 
     def touch(self, ino: int, index: int) -> None:
         """Make the page the hottest if it is resident."""

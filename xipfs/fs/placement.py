@@ -67,9 +67,12 @@ class Placement:
         """Touch the page as an mmap fault does.
 
         Return the frame to map and whether it had to be filled now; None for a hole. Raise
-        FsError(ENOMEM) if every frame is pinned.
+        FsError: ENXIO beyond the end of the file (rule K16), ENOMEM if every frame is pinned.
         """
-        body = self._body(self._core.regular(ino), index)
+        inode = self._core.regular(ino)
+        if index >= pages_of(inode.size_bytes):
+            raise FsError(errno.ENXIO, f"page {index} is beyond the end of inode {ino}")
+        body = self._body(inode, index)
         kind = kind_of(body)
         if kind is PageKind.HOLE:
             return None

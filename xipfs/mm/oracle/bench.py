@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xipfs.errors import XipfsError
+from xipfs.mm.gup import LIVELOCK
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.oracle.frames import Frames
@@ -60,6 +62,11 @@ class UnansweredError(XipfsError):
     """One step cannot be run; those after it can."""
 
 
+def errno_name(number: int) -> str:
+    """Return the name of a negative errno, or LIVELOCK for a call that never returns (G2)."""
+    return "LIVELOCK" if number == LIVELOCK else errno.errorcode[-number]
+
+
 @dataclass
 class Mapping:
     """Where a label points: pages are counted from ``start``; ``pages`` is how many were ever."""
@@ -86,6 +93,12 @@ class Process:
     #: Pages that the host of a User Mode Linux still maps though the VMA is gone: address to pfn.
     stale: dict[int, int] = field(default_factory=dict)
 
+    def mapping(self, label: str) -> Mapping:
+        """Return where ``label`` points; UnansweredError if this process has no such mapping."""
+        if label not in self.labels:
+            raise UnansweredError(f"no mapping {label!r} in this process")
+        return self.labels[label]
+
 
 class Bench:
     """What a header describes, made. ``rules`` replaces the era and the bit that it names."""
@@ -102,6 +115,8 @@ class Bench:
             self.data.of(pfn)[: len(content)] = content
         self.calls = VmOpsCalls()
         self.pipe = Pipe(self.machine)
+        #: Pages that ``hold`` took: for whom, which, and whether by FOLL_PIN.
+        self.holding: list[tuple[MmStruct, int, bool]] = []
         self.objects: dict[str, RecordedObject] = {}
         for name, description in header["objects"].items():
             make = _KINDS.get(description["kind"])

@@ -82,6 +82,9 @@ ARGUMENTS: Final[dict[str, dict[str, _Kind]]] = {
     "file_read": {"object": _STR, "page": _INT, "bytes": _INT},
     "migrate": {"object": _STR, "page": _INT, "to": _STR, "even_cows": _BOOL},
     "clear_refs": {"value": _INT},
+    "truncate": {"object": _STR, "pages": _INT},
+    "hold": {"map": _STR, "page": _INT, "write": _BOOL, "pin": _BOOL},
+    "release": {},
 }
 OPTIONAL: Final = frozenset(
     {("mremap", "moved"), ("munlockall", "flags"), ("mmap", "open"), ("mmap", "object_page")}
@@ -205,6 +208,8 @@ def _header(line: _Line) -> Json:
     line.default("page_size_bytes", _INT, PAGE_SIZE)
     line.default("quirks", _LIST, [])
     line.default("frames", ("an object", (dict,)), {})
+    if "anon_pages" in line.value:
+        line.get("anon_pages", _INT)
     if line.value["page_size_bytes"] != PAGE_SIZE:
         raise line.fail("page_size_bytes", str(line.value["page_size_bytes"]), f"{PAGE_SIZE}")
     if not line.get("processes", _LIST):

@@ -37,7 +37,10 @@ class Frames:
     def __init__(self, header: Json) -> None:
         described: dict[str, Json] = header["frames"]
         self.memory = PhysicalMemory(
-            ram_pages=_RAM_PAGES, nvram_pages=16 * _NVRAM_REGION_PAGES, anon_pages=_RAM_PAGES
+            ram_pages=_RAM_PAGES,
+            nvram_pages=16 * _NVRAM_REGION_PAGES,
+            # One more than asked for: the zero page is taken from them.
+            anon_pages=header.get("anon_pages", _RAM_PAGES) + 1,
         )
         for _ in range(_UNUSED_PFNS):
             # Taken and held by nobody: never handed out, never counted.

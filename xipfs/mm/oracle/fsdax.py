@@ -33,6 +33,7 @@ class FsdaxFile(RecordedObject):
         #: Pages written to since their last fsync: the dirty tags of the mapping's entries.
         self._dirty: set[int] = set()
         self.fsync = self._fsync
+        self.can_truncate = True
 
     def on_mmap(self, vma: Vma) -> int:
         """As described, and the inode's S_DAX shows in the VMA (vma_is_dax)."""

@@ -18,6 +18,7 @@ from xipfs.mm.flags import (
     VMFLAG_LETTERS,
 )
 from xipfs.mm.insert import (
+    NOPFN_SIGBUS,
     handler_result,
     remap_pfn_range,
     vm_insert_page,
@@ -27,7 +28,7 @@ from xipfs.mm.insert import (
 from xipfs.mm.machine import Machine
 from xipfs.mm.oracle.frames import Frames
 from xipfs.mm.vma import MappedFile, Vma, Vmf, VmOperations
-from xipfs.mm.zap import unmap_mapping_range
+from xipfs.mm.zap import truncate_pagecache, unmap_mapping_range
 from xipfs.units import PAGE_SHIFT
 
 Json = dict[str, Any]
@@ -68,6 +69,8 @@ class RecordedObject(MappedFile):
         self.machine = machine
         self.frames = frames
         self.pages: int = description["pages"]
+        #: A device with a fault handler is the recorder's ideal file, so it has a size to change.
+        self.can_truncate = bool(description.get("fault_handler"))
 
     def on_mmap(self, vma: Vma) -> int:
         """Set the flags, then make the calls of ``at_mmap`` in order; 0 or a negative errno."""
@@ -108,6 +111,24 @@ class RecordedObject(MappedFile):
         del index, to, even_cows
         return -errno.ENOTTY
 
+    def truncate(self, pages: int) -> int:
+        """Cut to the first ``pages`` pages; 0, or -EINVAL where nothing can be cut (rule K15).
+
+        The size goes first, then the PTEs, then the cache, then the PTEs again: a private copy
+        may have slipped in between.
+        """
+        if not self.can_truncate or pages > self.pages:
+            return -errno.EINVAL
+        self.pages = pages
+        truncate_pagecache(self, pages << PAGE_SHIFT)
+        self.forget_from(pages)
+        truncate_pagecache(self, pages << PAGE_SHIFT)
+        return 0
+
+    def forget_from(self, index: int) -> None:
+        """Drop what is cached from page ``index`` on; only the page cache has anything."""
+        del index
+
     def read_page(self, index: int) -> int:
         """Return the pfn that read(2) of page ``index`` copies from, or a negative errno."""
         del index
@@ -132,6 +153,8 @@ class Device(RecordedObject):
             ops.fault, ops.open, ops.close = self._fault, self._open, self._close
             if description.get("page_mkwrite"):
                 ops.page_mkwrite, ops.pfn_mkwrite = self._page_mkwrite, self._pfn_mkwrite
+        if description.get("nopfn"):
+            ops.fault, ops.nopfn = None, self._nopfn
         super().__init__(name, description, machine, frames, ops)
         self._calls = calls
         self._backing = list(description.get("backing") or [])
@@ -154,7 +177,7 @@ class Device(RecordedObject):
     def _fault(self, vmf: Vmf) -> int:
         """Do for one missing PTE what the page's backing says."""
         self._calls.fault += 1
-        if vmf.pgoff >= len(self._backing) or self._backing[vmf.pgoff] == "hole":
+        if vmf.pgoff >= self.pages or self._backing[vmf.pgoff] == "hole":
             return VM_FAULT_SIGBUS
         backing = self._backing[vmf.pgoff]
         pfn = self.frames.pfn(self._frame[vmf.pgoff])
@@ -170,9 +193,16 @@ class Device(RecordedObject):
             return insert_in_place(vmf.vma, vmf.address, pfn)
         raise LookupError(f"backing {backing!r} of a device")
 
+    def _nopfn(self, vmf: Vmf) -> int:
+        """Name the frame that backs the page, whatever it is (rule I16)."""
+        self._calls.fault += 1
+        if vmf.pgoff >= self.pages or self._backing[vmf.pgoff] == "hole":
+            return NOPFN_SIGBUS
+        return self.frames.pfn(self._frame[vmf.pgoff])
+
     def migrate(self, index: int, to: str, *, even_cows: bool) -> int:
         """Back page ``index`` by another frame from now on, and unmap it everywhere (K7)."""
-        if index >= len(self._backing):
+        if index >= min(self.pages, len(self._backing)):
             return -errno.EINVAL
         self._backing[index] = to
         self._frame[index] = f"{'own' if to == 'page' else 'xip'}:{index}"

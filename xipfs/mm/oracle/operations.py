@@ -7,7 +7,6 @@ state are not its business.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,12 +14,13 @@ from xipfs.memory.frames import PG_ANON
 from xipfs.mm.access import access
 from xipfs.mm.flags import VM_EXEC, VM_READ, VM_WRITE
 from xipfs.mm.fork import dup_mmap
-from xipfs.mm.gup import LIVELOCK, put_user_pages
+from xipfs.mm.gup import put_user_pages
 from xipfs.mm.madvise import madvise, msync
 from xipfs.mm.mlock import mlock, mlockall, munlock, munlockall
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
 from xipfs.mm.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, mremap
-from xipfs.mm.oracle.bench import Bench, Mapping, Process, UnansweredError
+from xipfs.mm.oracle.bench import Bench, Mapping, Process, errno_name
+from xipfs.mm.oracle.beyond import BEYOND
 from xipfs.mm.pte import pte_pfn
 from xipfs.mm.remote import access_remote_vm, clear_refs, direct_io, process_vm_rw, take_page
 from xipfs.mm.zap import exit_mmap
@@ -38,11 +38,6 @@ _MREMAP: Final = {
 }
 
 
-def errno_name(number: int) -> str:
-    """Return the name of a negative errno, or LIVELOCK for a call that never returns (G2)."""
-    return "LIVELOCK" if number == LIVELOCK else errno.errorcode[-number]
-
-
 def _result(number: int) -> Json:
     return {"result": "ok" if number >= 0 else errno_name(number)}
 
@@ -55,19 +50,13 @@ def _prot(text: str) -> int:
     return 0 if text == "none" else sum(_PROT[letter] for letter in set(text))
 
 
-def _mapping(process: Process, label: str) -> Mapping:
-    if label not in process.labels:
-        raise UnansweredError(f"no mapping {label!r} in this process")
-    return process.labels[label]
-
-
 def _range(process: Process, op: Json) -> tuple[int, int]:
-    mapping = _mapping(process, op["map"])
+    mapping = process.mapping(op["map"])
     return mapping.at(op["page"]), mapping.at(op["page"] + op["pages"])
 
 
 def _address(process: Process, op: Json) -> int:
-    return _mapping(process, op["map"]).at(op["page"], op.get("offset", 0))
+    return process.mapping(op["map"]).at(op["page"], op.get("offset", 0))
 
 
 def op_mmap(bench: Bench, process: Process, op: Json) -> Json:
@@ -165,7 +154,7 @@ def op_mprotect(_bench: Bench, process: Process, op: Json) -> Json:
 
 def op_mremap(_bench: Bench, process: Process, op: Json) -> Json:
     """mremap(2): the result is labelled ``to``; what did not move stays under ``map``."""
-    old = _mapping(process, op["map"])
+    old = process.mapping(op["map"])
     address = old.at(op["page"])
     flags = sum(_MREMAP[flag] for flag in op["flags"])
     moved = op.get("moved")
@@ -339,6 +328,7 @@ OPERATIONS: Final[dict[str, Callable[[Bench, Process, Json], Json]]] = {
     "get_user_pages": _gup(fast=False, pin=False),
     "get_user_pages_fast": _gup(fast=True, pin=False),
     "pin_user_pages_fast": _gup(fast=True, pin=True),
+    **BEYOND,
     **{
         name.removeprefix("op_"): function
         for name, function in list(globals().items())

@@ -117,6 +117,14 @@ class TmpfsFile(CachedFile):
         super().__init__(name, description, machine, frames, shmem=True, cached=cached)
         self.unread = {index for index, present in enumerate(cached) if not present}
         self.punch_hole = self._punch_hole
+        self.can_truncate = True
+
+    def forget_from(self, index: int) -> None:
+        """Drop the cached pages from ``index`` on, and what was swapped out of them."""
+        for cached in [page for page in self.cache if page >= index]:
+            self.drop(cached)
+        for stored in [page for page in self.stored if page >= index]:
+            del self.stored[stored]
 
     def _punch_hole(self, first: int, pages: int) -> int:
         """MADV_REMOVE: unmap, and forget the content; private copies stay (rule K7)."""

@@ -51,9 +51,10 @@ class Replay:
     def steps(self) -> Iterator[StepState]:
         """Run every step in order and yield what it did."""
         for step in self.commands.steps:
-            yield self._run(step)
+            yield self.execute(step)
 
-    def _run(self, step: Step) -> StepState:
+    def execute(self, step: Step) -> StepState:
+        """Run one step: what came of it, or why the model could not go on."""
         if self._stopped:
             return StepState(step, {}, self._stopped)
         function = OPERATIONS.get(step.op["name"])

@@ -30,6 +30,8 @@ from xipfs.units import PAGE_SIZE
 
 _FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT_PAGES: Final = 16
+#: 8 MiB a CPU last 100 ms and more, however fast programs fault.
+_PUMP_INTERVAL_S: Final = 0.020
 #: Rows turned into Python integers in one go: bounds memory, whatever the backlog.
 _FEED_ROWS: Final = 1 << 16
 
@@ -82,6 +84,8 @@ class Observer:
         self._session = session.Session(dev, tracing)
         self._readers: list[RingReader] = []
         self._filter: PidFilter | None = None
+        self._closing = threading.Event()
+        self._pump: threading.Thread | None = None
         try:
             plan = Plan(self._session.available.events, self._session.page)
             self._readers = [
@@ -102,6 +106,8 @@ class Observer:
         self._events = 0
         self._decoder: Decoder = PlainDecoder(plan)
         self._compiler = compiled.start_compiling(plan, self._use)
+        self._pump = threading.Thread(target=self._pump_until_closed, daemon=True)
+        self._pump.start()
 
     @classmethod
     def start(cls, st_dev: int) -> Self:
@@ -171,6 +177,9 @@ class Observer:
 
     def close(self) -> None:
         """Stop, and remove both tracefs instances. Events not drained yet are gone."""
+        self._closing.set()
+        if self._pump is not None:
+            self._pump.join()
         with self._lock:
             if self._filter is not None:
                 self._filter.close()
@@ -182,6 +191,12 @@ class Observer:
         """Return when the fast decoder is in use, or will not be."""
         if self._compiler is not None:
             self._compiler.join()
+
+    def _pump_until_closed(self) -> None:
+        """Empty the rings while ``drain``'s caller is busy with what it got."""
+        while not self._closing.wait(_PUMP_INTERVAL_S):
+            for reader in self._readers:
+                reader.pump()
 
     def _use(self, decoder: Decoder) -> None:
         self._decoder = decoder

@@ -656,6 +656,25 @@ def test_the_audit_notices(rule: str, corrupt: Callable[[Bench, int], None], ben
         bench.check()
 
 
+def test_n3_n4_an_invalid_pfn_in_an_ordinary_vma() -> None:
+    for era, debug, bad in (
+        ("seed", True, True),
+        ("seed", False, False),
+        ("2.6.26", True, False),
+        ("2.6.32", False, True),
+        ("6.1", False, True),
+    ):
+        bench = Bench(Rules(era, debug_vm=debug))
+        vma = vma_of(bench, 0)
+        pte = bench.xip[0] << 12 | 1
+        if bad:
+            assert bench.machine.vm_normal_page(vma, vma.start, pte) == -1
+            assert bench.machine.bad_ptes == 1
+        else:
+            with pytest.raises(KernelBug, match="pfn_valid"):
+                bench.machine.vm_normal_page(vma, vma.start, pte)
+
+
 def test_rule_sets_have_names() -> None:
     assert Rules.parse("6.12").name == "6.12"
     assert Rules.parse("3.7-nospecial").pte_special is False

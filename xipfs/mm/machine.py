@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from xipfs.errors import OutOfFramesError
 from xipfs.memory.frames import PG_RESERVED, PhysicalMemory
 from xipfs.mm import rules as rule_functions
+from xipfs.mm.bug import KernelBug
 from xipfs.mm.rules import Rules
 from xipfs.mm.swap import Swap
 from xipfs.mm.table_pool import TablePool
@@ -132,7 +133,8 @@ class Machine:
         """Return the pfn of the counted page behind a present PTE, or -1 if it has none.
 
         vm_normal_page() of section 2: by the special bit (N9, N10), or by the pfn (N2 to N6).
-        A PTE that neither rule explains is counted in ``bad_ptes`` and taken as raw.
+        A PTE that neither rule explains is counted in ``bad_ptes`` and taken as raw; KernelBug
+        where the era would follow its pfn blindly.
         """
         pfn = pte >> 12
         valid = self.memory.pfn_valid(pfn)
@@ -151,8 +153,15 @@ class Machine:
         if kind == rule_functions.NORMAL:
             return pfn
         if kind == rule_functions.BAD:
-            self.bad_ptes += 1
+            self._bad_pte()
         return -1
+
+    def _bad_pte(self) -> None:
+        """Report a PTE that no rule explains, or crash on its pfn (rules N3, N4)."""
+        answer = self.rules.kernel.invalid_pfn
+        if answer == "BUG" or (answer == "bad if debug" and not self.rules.debug_vm):
+            raise KernelBug("vm_normal_page", "!pfn_valid(pte_pfn(pte))")
+        self.bad_ptes += 1
 
     def alloc_page(self) -> int:
         """Return a fresh anonymous frame, or -1 if memory is out (rule F19: no state change)."""

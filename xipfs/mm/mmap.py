@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE
-from xipfs.mm import rules
 from xipfs.mm.flags import (
     VM_ACCESS_FLAGS,
     VM_LOCKED,
@@ -18,7 +17,6 @@ from xipfs.mm.flags import (
     VM_MAYREAD,
     VM_MAYSHARE,
     VM_MAYWRITE,
-    VM_PFNMAP,
     VM_SHARED,
     VM_SOFTDIRTY_TRACKED,
     VM_WRITE,
@@ -236,8 +234,3 @@ def can_change_pte_writable(vma: Vma, address: int, pte: int) -> bool:
     page = machine.vm_normal_page(vma, address, pte)
     exclusive = PG_ANON | PG_ANON_EXCLUSIVE
     return page >= 0 and machine.memory.flags[page] & exclusive == exclusive
-
-
-def is_linear(vma: Vma) -> bool:
-    """Whether the VMA's raw PTEs must follow vm_pgoff (rules N6, T5)."""
-    return bool(vma.flags & VM_PFNMAP) and rules.is_cow_mapping(vma.flags)

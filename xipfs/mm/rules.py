@@ -21,7 +21,6 @@ from xipfs.errors import UsageError
 from xipfs.mm.flags import (
     VM_ACCESS_FLAGS,
     VM_INSERTPAGE,
-    VM_MAYSHARE,
     VM_MAYWRITE,
     VM_MIXEDMAP,
     VM_PFNMAP,
@@ -56,6 +55,9 @@ class Kernel:
     remap_sets_dontexpand: bool = True
     #: remap_pfn_range() of the whole of a shared VMA sets vm_pgoff too (I3).
     remap_sets_shared_pgoff: bool = False
+    #: vm_normal_page() of a pfn without struct page in an ordinary VMA: a bad PTE, one only with
+    #: CONFIG_DEBUG_VM, or a crash either way (N3, N4).
+    invalid_pfn: Literal["bad", "bad if debug", "BUG"] = "bad"
     #: The zero page may be inserted only where a write cannot follow (I12).
     checks_zero_page: bool = False
     #: vm_normal_page() without the bit: the zero page in a MIXED VMA is raw (N10).
@@ -151,6 +153,7 @@ ERAS: Final[dict[str, Kernel]] = {
                 "nopfn": True,
                 "insert_mixed": False,
                 "fault_in_pfnmap": "BUG",
+                "invalid_pfn": "bad if debug",
                 "insert_pfn_checks_range": False,
                 "zero_page": "never",
                 "raw_shared_write": "cow",
@@ -164,6 +167,7 @@ ERAS: Final[dict[str, Kernel]] = {
                 **_2_6,
                 "nopfn": True,
                 "ebusy_in_handler": "BUG",
+                "invalid_pfn": "BUG",
                 "zero_page": "never",
                 "gup_zero_page": False,
             },
@@ -318,10 +322,3 @@ def wants_writenotify(
 def anon_may_be_reused_by_count(refcount: int, in_swap_cache: bool) -> bool:
     """Whether a page that is not flagged exclusive has no other user (rule F20, 6.12)."""
     return refcount == 1 + in_swap_cache
-
-
-def needs_allocation_on_read(vm_flags: int, fs_writable: bool) -> bool:
-    """F8: a read of a hole in a mapping that may be written through gets a block at once."""
-    return bool(
-        fs_writable and vm_flags & (VM_WRITE | VM_MAYWRITE) and vm_flags & (VM_SHARED | VM_MAYSHARE)
-    )

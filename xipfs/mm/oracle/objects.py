@@ -27,6 +27,7 @@ from xipfs.mm.insert import (
 )
 from xipfs.mm.machine import Machine
 from xipfs.mm.oracle.frames import Frames
+from xipfs.mm.rules import is_cow_mapping
 from xipfs.mm.vma import MappedFile, Vma, Vmf, VmOperations
 from xipfs.mm.zap import truncate_pagecache, unmap_mapping_range
 from xipfs.units import PAGE_SHIFT
@@ -92,9 +93,19 @@ class RecordedObject(MappedFile):
         if call["call"] == "remap_pfn_range":
             if call.get("sets_pgoff"):
                 vma.pgoff = pfn
+            if not is_cow_mapping(vma.flags):
+                # The function does not look at the VMA's bounds here; a driver has to (I3).
+                skipped = max(vma.start - address, 0) >> PAGE_SHIFT
+                address, pfn = address + (skipped << PAGE_SHIFT), pfn + skipped
+                pages = min(pages - skipped, vma.end - address >> PAGE_SHIFT)
+                if pages <= 0:
+                    return 0
             return remap_pfn_range(vma, address, pfn, pages)
         for number in range(pages):
             at = address + (number << PAGE_SHIFT)
+            if not vma.start <= at < vma.end:
+                # ``page`` counts in the object; the mapping may be of another part of it.
+                continue
             if call["call"] == "vm_insert_page":
                 error = vm_insert_page(vma, at, pfn + number)
             elif call["call"] == "vmf_insert_mixed":

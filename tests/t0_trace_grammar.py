@@ -1,0 +1,590 @@
+"""Records to events: each row of the grammar, written by hand.
+
+Process 100 maps file 7 of the mount at 0x10000, 32 pages from page 0 on, unless a test says other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from xipfs.trace import records
+from xipfs.trace.events import (
+    GUP,
+    MAJOR,
+    MINOR,
+    POPULATE,
+    SIGBUS,
+    UNTRACED,
+    Around,
+    CacheAdd,
+    CacheDelete,
+    Event,
+    Exit,
+    Fault,
+    Fork,
+    Lost,
+    Map,
+    Move,
+    Protect,
+    Unmap,
+    Zap,
+)
+from xipfs.trace.grammar import SETTLE_NS, Grammar
+from xipfs.trace.pids import Adoption
+from xipfs.trace.proc import Identity, MapsLine
+from xipfs.trace.processes import Output, Processes
+
+DEV, FILE, PID = 42, 7, 100
+BASE, PAGE = 0x10000, 4096
+READ, WRITE, USER, PRESENT, FETCH = 0, 2, 4, 1, 16
+PRIVATE, SHARED, ANONYMOUS, POPULATED = 2, 1, 0x20, 0x8000
+DEFAULT = [MapsLine(BASE, BASE + 32 * PAGE, 3, False, 0, FILE)]
+
+
+class Script:
+    """Writes rows, one microsecond apart, and feeds them."""
+
+    def __init__(self) -> None:
+        self.now = 1000
+        self.rows: list[list[int]] = []
+        self.maps: dict[int, list[MapsLine]] = {}
+        self.people = {PID: Identity(PID, 1, "prog")}
+        self.adoptions: dict[int, Adoption] = {}
+        self.output = Output()
+        self.processes = Processes(self.output, self.people.get, self.maps.get)
+        self.grammar = Grammar(self.processes, self.adoptions.__getitem__)
+        self.unfollowed = self.processes.unfollowed
+
+    def row(self, kind: int, tid: int, *arguments: int) -> None:
+        self.now += 1000
+        self.rows.append([self.now, kind | tid << 32, *arguments, *[0] * (6 - len(arguments))])
+
+    def pf(self, address: int, error: int = USER, tid: int = PID, kernel: bool = False) -> None:
+        self.row(records.PF_KERNEL if kernel else records.PF_USER, tid, address, error)
+
+    def fault(self, index: int, tid: int = PID, ino: int = FILE) -> None:
+        self.row(records.FAULT, tid, DEV, ino, index)
+
+    def map(self, first: int, last: int, tid: int = PID, ino: int = FILE) -> None:
+        self.row(records.MAP_PAGES, tid, DEV, ino, first, last)
+
+    def add(self, index: int, tid: int = PID, order: int = 0, ino: int = FILE) -> None:
+        self.row(records.CACHE_ADD, tid, DEV, ino, index, order)
+
+    def enter(self, call: str, *arguments: int, tid: int = PID) -> None:
+        self.row(records.SYS_ENTER, tid, records.SYSTEM_CALLS.index(call), *arguments)
+
+    def leave(self, call: str, result: int = 0, tid: int = PID) -> None:
+        self.row(records.SYS_EXIT, tid, records.SYSTEM_CALLS.index(call), result & (1 << 64) - 1)
+
+    def call(self, call: str, *arguments: int, result: int = 0, tid: int = PID) -> None:
+        self.enter(call, *arguments, tid=tid)
+        self.leave(call, result, tid=tid)
+
+    def mmap(
+        self, at: int, pages: int, flags: int = PRIVATE, pgoff: int = 0, prot: int = 3
+    ) -> None:
+        self.call("mmap", 0, pages * PAGE, flags, pgoff * PAGE, prot, result=at)
+
+    def newtask(self, child: int, flags: int = 0, tid: int = PID) -> None:
+        self.row(records.NEWTASK, tid, child, flags, 0x64_6C_69_68_63, 0)  # comm "child"
+
+    def exit(self, tid: int = PID) -> None:
+        self.row(records.EXIT, tid, tid)
+
+    def end(self) -> list[Event]:
+        """Feed what was written and return the events, the cache's left out."""
+        self.exit(tid=PID)
+        return self.events()
+
+    def events(self) -> list[Event]:
+        rows, self.rows = self.rows, []
+        self.grammar.feed(rows)
+        return [e for e in self.output.take() if not isinstance(e, CacheAdd | CacheDelete)]
+
+
+@pytest.fixture
+def script() -> Script:
+    made = Script()
+    made.maps[PID] = list(DEFAULT)
+    return made
+
+
+def only(events: list[Event], kind: type) -> list[Event]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def faults(events: list[Event]) -> list[tuple[int, str]]:
+    return [(event.index, event.verdict) for event in events if isinstance(event, Fault)]
+
+
+# The records of one fault
+
+
+def test_a_cached_read(script: Script) -> None:
+    script.pf(BASE + 5 * PAGE + 17)
+    script.map(0, 15)
+    assert script.end() == [
+        Map(2000, 1, PID, BASE, BASE + 32 * PAGE, FILE, 0, 3, False, True),
+        Fault(2000, 1, PID, PID, BASE + 5 * PAGE + 17, FILE, 5, False, False, True, False, MINOR,
+              "trap"),
+        Around(3000, 1, PID, BASE, FILE, 0, 15),
+        Exit(4000, 1),
+    ]  # fmt: skip
+
+
+def test_a_cold_read_is_major_and_counts_once(script: Script) -> None:
+    script.pf(BASE + 5 * PAGE)
+    script.map(0, 15)  # a probe: it finds nothing to map
+    script.fault(5)
+    script.add(5)
+    script.map(0, 15)
+    events = script.end()
+    assert faults(events) == [(5, MAJOR)]
+    assert len(only(events, Around)) == 2
+    assert script.unfollowed == {}
+
+
+def test_a_cold_read_without_fault_around(script: Script) -> None:
+    script.pf(BASE + 5 * PAGE)
+    script.fault(5)
+    script.add(5)
+    script.fault(5)
+    script.pf(BASE + 6 * PAGE)
+    script.fault(6)
+    assert faults(script.end()) == [(5, MAJOR), (6, MINOR)]
+
+
+def test_readahead_of_other_pages_is_not_the_fault_s_own(script: Script) -> None:
+    script.pf(BASE + 5 * PAGE)
+    script.fault(5)
+    script.add(6)
+    script.add(7, order=2)
+    assert faults(script.end()) == [(5, MINOR)]
+
+
+def test_a_page_in_a_large_folio_was_added(script: Script) -> None:
+    script.pf(BASE + 6 * PAGE)
+    script.fault(6)
+    script.add(4, order=2)
+    script.fault(6)
+    assert faults(script.end()) == [(6, MAJOR)]
+
+
+def test_a_page_that_another_thread_reads_is_minor_however_long_it_waits(script: Script) -> None:
+    script.pf(BASE + 5 * PAGE)
+    script.fault(5)
+    script.add(5, tid=555)
+    script.fault(5)
+    assert faults(script.end()) == [(5, MINOR)]
+
+
+def test_a_second_retry_is_major(script: Script) -> None:
+    script.pf(BASE)
+    script.fault(0)
+    script.fault(0)
+    script.fault(0)
+    assert faults(script.end()) == [(0, MAJOR)]
+
+
+@pytest.mark.parametrize(
+    ("error", "write", "execute", "protection"),
+    [
+        (USER, False, False, False),
+        (USER | WRITE, True, False, False),
+        (USER | FETCH, False, True, False),
+        (USER | WRITE | PRESENT, True, False, True),
+    ],
+)
+def test_the_error_code(
+    script: Script, error: int, write: bool, execute: bool, protection: bool
+) -> None:
+    script.pf(BASE + PAGE, error)
+    if not error & PRESENT:
+        script.fault(1)
+    (fault,) = only(script.end(), Fault)
+    assert isinstance(fault, Fault)
+    assert (fault.write, fault.execute, fault.protection) == (write, execute, protection)
+    assert fault.user
+
+
+def test_a_write_to_a_mapped_page_has_no_filemap_record(script: Script) -> None:
+    script.pf(BASE + 3 * PAGE, USER)
+    script.map(0, 15)
+    script.pf(BASE + 3 * PAGE, USER | WRITE | PRESENT)
+    script.pf(0x999000, USER)  # elsewhere: not the mount's
+    assert [(f.index, f.write) for f in only(script.end(), Fault) if isinstance(f, Fault)] == [
+        (3, False),
+        (3, True),
+    ]
+
+
+def test_a_fault_that_the_kernel_takes_for_the_program(script: Script) -> None:
+    script.pf(BASE, WRITE, kernel=True)
+    script.fault(0)
+    (fault,) = only(script.end(), Fault)
+    assert isinstance(fault, Fault)
+    assert (fault.user, fault.write, fault.origin) == (False, True, "trap")
+
+
+def test_past_the_end_of_the_file(script: Script) -> None:
+    script.pf(BASE + 31 * PAGE)
+    script.row(records.SIGNAL, PID, 7, PID)
+    assert faults(script.end()) == [(31, SIGBUS)]
+
+
+def test_another_thread_s_signal_ends_no_fault(script: Script) -> None:
+    script.pf(BASE + 31 * PAGE)
+    script.row(records.SIGNAL, PID, 7, 101)
+    assert faults(script.end()) == [(31, MINOR)]
+
+
+def test_two_threads_interleave(script: Script) -> None:
+    script.people[101] = Identity(PID, 1, "prog")
+    script.pf(BASE)
+    script.pf(BASE + PAGE, tid=101)
+    script.fault(0)
+    script.fault(1, tid=101)
+    script.add(1, tid=101)
+    script.add(0)
+    script.fault(1, tid=101)
+    script.fault(0)
+    script.exit(tid=101)
+    events = script.end()
+    assert sorted(faults(events)) == [(0, MAJOR), (1, MAJOR)]
+    assert {fault.mm for fault in events if isinstance(fault, Fault)} == {1}
+    assert len(only(events, Exit)) == 1
+
+
+def test_a_fault_still_in_the_kernel_comes_later_once(script: Script) -> None:
+    script.pf(BASE)
+    script.fault(0)
+    script.add(0)
+    assert only(script.events(), Fault) == []
+    script.grammar.settle(script.now + 10, lambda _tid: False)  # it waits for its page
+    assert script.events() == []
+    script.fault(0)
+    events = script.events()
+    script.grammar.settle(script.now + 10, lambda _tid: None)  # it has only just run
+    assert only(events + script.events(), Fault) == []
+    script.grammar.settle(script.now + SETTLE_NS + 1, lambda _tid: None)
+    assert faults(script.events()) == [(0, MAJOR)]
+    assert faults(script.end()) == []
+
+
+def test_a_thread_that_went_on_to_a_system_call_has_left_its_fault(script: Script) -> None:
+    script.pf(BASE)
+    script.map(0, 15)
+    script.events()
+    script.grammar.settle(script.now + 1, lambda _tid: True)
+    assert faults(script.events()) == [(0, MINOR)]
+
+
+def test_lost_records_end_what_is_open_and_are_told(script: Script) -> None:
+    script.pf(BASE)
+    script.fault(0)
+    script.row(records.LOST, 0, 12)
+    script.pf(BASE + PAGE)
+    script.fault(1)
+    events = script.end()
+    assert only(events, Lost) == [Lost(4000, 12)]
+    assert faults(events) == [(0, MINOR), (1, MINOR)]
+
+
+def test_the_page_cache_is_told_whoever_changes_it(script: Script) -> None:
+    script.row(records.CACHE_ADD, 3, DEV, FILE, 8, 2)
+    script.row(records.CACHE_DELETE, 4, DEV, FILE, 8, 0)
+    script.grammar.feed(script.rows)
+    assert script.output.take() == [CacheAdd(2000, FILE, 8, 4), CacheDelete(3000, FILE, 8, 1)]
+
+
+# Whose mapping it is
+
+
+def test_a_mapping_is_known_by_its_first_fault(script: Script) -> None:
+    script.maps[PID] = []
+    script.mmap(0x50000, 8, SHARED, pgoff=16, prot=1)
+    script.pf(0x50000 + 3 * PAGE)
+    script.fault(19)
+    events = script.end()
+    assert only(events, Map) == [
+        Map(4000, 1, PID, 0x50000, 0x58000, FILE, 16, 1, True, True),
+    ]
+    assert faults(events) == [(19, MINOR)]
+
+
+def test_a_mapping_of_another_file_is_never_told(script: Script) -> None:
+    script.maps[PID] = []
+    script.mmap(0x50000, 8)
+    script.pf(0x50000)
+    assert script.end() == []
+
+
+def test_a_mapping_that_exec_made(script: Script) -> None:
+    """Only its range is known; the first fault names file and offset, the window the page."""
+    script.pf(BASE)
+    script.fault(0)
+    script.row(records.PREPARE_EXEC, PID, PID)
+    script.row(records.MA_WRITE, PID, 0x400000, 0x40FFFF, 0xFFFF8880)
+    script.row(records.MA_WRITE, PID, 0x408000, 0x40FFFF, 0)
+    script.row(records.EXEC, PID, PID, PID)
+    script.maps[PID] = []
+    script.pf(0x402123, USER | FETCH)
+    script.map(9, 15, ino=8)
+    events = script.end()
+    assert only(events, Exit)[0] == Exit(4000, 1)
+    maps = only(events, Map)
+    # The window starts at the mapping's start, two pages below the fault: page 9 lies there.
+    assert maps[1] == Map(8000, 2, PID, 0x400000, 0x408000, 8, 9, 5, False, False)
+    (fault,) = [f for f in events if isinstance(f, Fault) and f.mm == 2]
+    assert (fault.ino, fault.index, fault.execute) == (8, 11, True)
+
+
+def test_the_protection_of_exec_s_mapping_grows_with_what_its_faults_need(script: Script) -> None:
+    script.row(records.PREPARE_EXEC, PID, PID)
+    script.row(records.MA_WRITE, PID, 0x400000, 0x40FFFF, 1)
+    script.row(records.EXEC, PID, PID, PID)
+    script.pf(0x400000)
+    script.fault(0)
+    script.pf(0x401000, USER | WRITE)
+    script.fault(1)
+    assert only(script.end(), Protect) == [Protect(7000, 2, 0x400000, 0x410000, 3)]
+
+
+def test_another_thread_s_exec_ends_the_process_s_threads(script: Script) -> None:
+    script.people[101] = Identity(PID, 1, "prog")
+    script.pf(BASE)
+    script.fault(0)
+    script.pf(BASE + PAGE, tid=101)
+    script.fault(1, tid=101)
+    script.row(records.PREPARE_EXEC, 101, 101)
+    script.exit(PID)  # the leader, whose id the caller takes
+    script.row(records.MA_WRITE, PID, 0x400000, 0x40FFFF, 1)
+    script.row(records.EXEC, PID, PID, 101)
+    script.pf(0x400000)
+    script.fault(0)
+    events = script.end()
+    assert [event.mm for event in events if isinstance(event, Fault)] == [1, 1, 2]
+    assert [event.mm for event in events if isinstance(event, Exit)] == [1, 2]
+
+
+def test_a_descriptor_that_was_passed_on_is_seen_untraced(script: Script) -> None:
+    script.people[200] = Identity(200, 1, "other")
+    script.maps[200] = [MapsLine(0x70000, 0x78000, 1, True, 4, FILE)]
+    script.fault(6, tid=200)
+    script.exit(tid=200)
+    events = script.events()
+    (fault,) = only(events, Fault)
+    assert isinstance(fault, Fault)
+    assert (fault.address, fault.index, fault.origin) == (0x72000, 6, UNTRACED)
+    assert script.processes.newcomers == [200]
+
+
+def test_a_process_taken_in_while_it_runs(script: Script) -> None:
+    lines = [MapsLine(0x70000, 0x78000, 1, True, 4, FILE)]
+    script.adoptions[9] = Adoption(1500, Identity(300, 1, "late"), frozenset({300, 301}), lines)
+    script.row(records.ADOPT, 0, 9)
+    script.pf(0x71000, tid=301)
+    script.map(4, 7, tid=301)
+    script.exit(301)
+    events = script.events()
+    (fault,) = only(events, Fault)
+    assert isinstance(fault, Fault)
+    assert (fault.pid, fault.tid, fault.index) == (300, 301, 5)
+    assert script.processes.comms[300] == "late"
+
+
+def test_gup_finds_the_page_where_it_is_mapped(script: Script) -> None:
+    script.fault(12)
+    (fault,) = only(script.end(), Fault)
+    assert isinstance(fault, Fault)
+    assert (fault.address, fault.index, fault.origin) == (BASE + 12 * PAGE, 12, UNTRACED)
+    script = Script()
+    script.maps[PID] = list(DEFAULT)
+    script.pf(0x999000)
+    script.fault(12)
+    script.fault(13)
+    found = [f for f in script.end() if isinstance(f, Fault)]
+    assert [(f.index, f.origin) for f in found][-1] == (13, GUP)
+
+
+# System calls
+
+
+def touched(script: Script, *pages: int) -> None:
+    for page in pages:
+        script.pf(BASE + page * PAGE)
+        script.fault(page)
+
+
+def test_a_populating_mmap_is_told_with_its_address(script: Script) -> None:
+    script.enter("mmap", 0, 4 * PAGE, SHARED | POPULATED, 8 * PAGE, 1)
+    for page in range(8, 12):
+        script.fault(page)
+        script.add(page)
+        script.fault(page)
+    script.leave("mmap", 0x50000)
+    found = [f for f in script.end() if isinstance(f, Fault)]
+    assert [(f.address, f.index, f.origin) for f in found] == [
+        (0x50000 + i * PAGE, 8 + i, POPULATE) for i in range(4)
+    ]
+    assert not any(f.write for f in found)
+
+
+def test_mlock_walks_its_range(script: Script) -> None:
+    touched(script, 0)
+    script.enter("mlock", BASE + 4 * PAGE, 2 * PAGE)
+    script.fault(4)
+    script.fault(5)
+    script.leave("mlock")
+    found = [f for f in script.end() if isinstance(f, Fault)][1:]
+    assert [(f.index, f.origin, f.write) for f in found] == [
+        (4, POPULATE, True),  # private and writable: COW is broken beforehand
+        (5, POPULATE, True),
+    ]
+
+
+Change = Callable[[Script], None]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: s.call("munmap", BASE + 2 * PAGE, 3 * PAGE),
+         [Unmap(5000, 1, BASE + 2 * PAGE, BASE + 5 * PAGE)]),
+        (lambda s: s.call("munmap", BASE, PAGE, result=-22), []),
+        (lambda s: s.call("munmap", 0x900000, PAGE), []),
+        (lambda s: s.mmap(BASE + 30 * PAGE, 4, PRIVATE | ANONYMOUS),
+         [Unmap(5000, 1, BASE + 30 * PAGE, BASE + 34 * PAGE)]),
+        (lambda s: s.call("mprotect", BASE, 2 * PAGE, 1),
+         [Protect(5000, 1, BASE, BASE + 2 * PAGE, 1)]),
+        (lambda s: s.call("madvise", BASE, 100, 4), [Zap(5000, 1, BASE, BASE + PAGE)]),
+        (lambda s: s.call("madvise", BASE, PAGE, 4, result=-12), [Zap(5000, 1, BASE, BASE + PAGE)]),
+        (lambda s: s.call("madvise", BASE, PAGE, 4, result=-22), []),
+        (lambda s: s.call("madvise", BASE, PAGE, 1), []),
+        # mremap: moved, grown where it is, grown elsewhere, shrunk, kept (DONTUNMAP).
+        (lambda s: s.call("mremap", BASE, 32 * PAGE, 40 * PAGE, 1, result=0x900000),
+         [Move(5000, 1, BASE, BASE + 32 * PAGE, 0x900000, 0x900000 + 40 * PAGE, False)]),
+        (lambda s: s.call("mremap", BASE, 32 * PAGE, 40 * PAGE, 1, result=BASE),
+         [Move(5000, 1, BASE, BASE + 32 * PAGE, BASE, BASE + 40 * PAGE, False)]),
+        (lambda s: s.call("mremap", BASE, 32 * PAGE, 30 * PAGE, 1, result=BASE),
+         [Unmap(5000, 1, BASE + 30 * PAGE, BASE + 32 * PAGE)]),
+        (lambda s: s.call("mremap", BASE + PAGE, 2 * PAGE, 2 * PAGE, 5, result=0x900000),
+         [Move(5000, 1, BASE + PAGE, BASE + 3 * PAGE, 0x900000, 0x902000, True)]),
+        (lambda s: s.call("mremap", BASE, 32 * PAGE, 40 * PAGE, 0, result=-12), []),
+        (lambda s: s.call("process_madvise", 4), []),
+    ],
+    ids=[
+        "munmap", "munmap fails", "munmap elsewhere", "mmap over", "mprotect", "dontneed",
+        "dontneed over a hole", "dontneed fails", "random", "move", "grow", "shrink", "dontunmap",
+        "mremap fails", "process_madvise",
+    ],
+)  # fmt: skip
+def test_what_a_call_does_to_a_mapping(
+    script: Script, change: Change, expected: list[Event]
+) -> None:
+    touched(script, 0)
+    change(script)
+    events = script.end()
+    kinds = (Unmap, Protect, Zap, Move)
+    assert [event for event in events if isinstance(event, kinds)] == expected
+
+
+def test_faults_after_a_move_lie_at_the_new_place(script: Script) -> None:
+    touched(script, 0)
+    script.call("mremap", BASE + 8 * PAGE, 4 * PAGE, 4 * PAGE, 1, result=0x900000)
+    script.pf(0x902000, USER | WRITE | PRESENT)
+    script.pf(BASE + 8 * PAGE, USER | WRITE | PRESENT)  # nothing of the mount is there any more
+    script.pf(BASE + 12 * PAGE, USER | WRITE | PRESENT)
+    assert faults(script.end()) == [(0, MINOR), (10, MINOR), (12, MINOR)]
+
+
+def test_what_is_not_followed_is_named(script: Script) -> None:
+    touched(script, 0)
+    script.call("process_madvise", 21)
+    script.call("remap_file_pages", BASE, PAGE)
+    script.call("madvise", BASE, PAGE, 21)
+    script.call("madvise", BASE, PAGE, 77)
+    script.call("mprotect", BASE, PAGE, 1, result=-13)
+    script.leave("munmap")
+    script.end()
+    assert dict(script.unfollowed) == {
+        "process_madvise": 1,
+        "remap_file_pages": 1,
+        "MADV_PAGEOUT": 1,
+        "madvise advice 77": 1,
+        "mprotect that failed half way": 1,
+        "a system call seen only at its end": 1,
+    }
+
+
+# Processes
+
+
+def test_fork_copies_what_was_told(script: Script) -> None:
+    touched(script, 0)
+    script.call("madvise", BASE + 4 * PAGE, PAGE, 10)  # MADV_DONTFORK
+    script.newtask(101)
+    script.pf(BASE, USER | WRITE | PRESENT, tid=101)
+    script.exit(101)
+    script.pf(BASE, USER | WRITE | PRESENT)
+    events = script.end()
+    hole = (BASE + 4 * PAGE, BASE + 5 * PAGE)
+    assert only(events, Fork) == [Fork(6000, 1, 2, PID, 101, (hole,))]
+    assert [(f.mm, f.pid) for f in events if isinstance(f, Fault)] == [(1, 100), (2, 101), (1, 100)]
+    assert [event.mm for event in events if isinstance(event, Exit)] == [2, 1]
+    assert len(only(events, Map)) == 1
+    assert script.processes.comms[101] == "child"
+
+
+def test_threads_and_vfork_share_the_address_space(script: Script) -> None:
+    touched(script, 0)
+    script.newtask(101, 0x100 | 0x10000)
+    script.newtask(102, 0x100)
+    for tid in (101, 102):
+        script.pf(BASE + PAGE, tid=tid)
+        script.fault(1, tid=tid)
+        script.exit(tid)
+    events = script.end()
+    assert only(events, Fork) == []
+    assert [(f.mm, f.pid, f.tid) for f in events if isinstance(f, Fault)] == [
+        (1, 100, 100),
+        (1, 100, 101),
+        (1, 102, 102),
+    ]
+    assert len(only(events, Exit)) == 1
+
+
+def test_a_number_used_again_is_another_process(script: Script) -> None:
+    touched(script, 0)
+    script.newtask(101)
+    script.exit(101)
+    script.newtask(101)
+    script.pf(BASE, USER | WRITE | PRESENT, tid=101)
+    script.exit(101)
+    events = script.end()
+    assert [fork.child_mm for fork in events if isinstance(fork, Fork)] == [2, 3]
+    assert [f.mm for f in events if isinstance(f, Fault)] == [1, 3]
+
+
+def test_an_address_space_without_the_mount_leaves_no_trace(script: Script) -> None:
+    script.maps[PID] = []
+    script.newtask(101)
+    script.mmap(0x50000, 4, PRIVATE | ANONYMOUS)
+    script.pf(0x50000)
+    script.exit(101)
+    assert script.end() == []
+    assert script.unfollowed == {}
+
+
+def test_a_mapping_that_disagrees_is_mended_and_named(script: Script) -> None:
+    touched(script, 0)
+    script.pf(BASE + PAGE)
+    script.maps[PID] = []
+    script.fault(3, ino=9)  # another file lies there
+    script.pf(BASE + 2 * PAGE)
+    events = script.end()
+    assert [(f.ino, f.index) for f in events if isinstance(f, Fault)] == [(FILE, 0), (9, 3)]
+    assert script.unfollowed["mapping disagreed with the shadow"] == 1

@@ -581,10 +581,11 @@ def test_an_address_space_without_the_mount_leaves_no_trace(script: Script) -> N
 
 def test_a_mapping_that_disagrees_is_mended_and_named(script: Script) -> None:
     touched(script, 0)
-    script.pf(BASE + PAGE)
+    events = script.events()
     script.maps[PID] = []
+    script.pf(BASE + PAGE)
     script.fault(3, ino=9)  # another file lies there
     script.pf(BASE + 2 * PAGE)
-    events = script.end()
+    events += script.end()
     assert [(f.ino, f.index) for f in events if isinstance(f, Fault)] == [(FILE, 0), (9, 3)]
     assert script.unfollowed["mapping disagreed with the shadow"] == 1

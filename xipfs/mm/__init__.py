@@ -22,6 +22,7 @@ A private write copies it; a first write to an untouched XIP page would take two
 >>> access(mm, here, write=True).faults, mm.raw_ptes, mm.anon_rss
 (1, 0, 1)
 >>> check(machine)
+[]
 
 What there is, by module:
 

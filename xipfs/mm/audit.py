@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -25,6 +27,19 @@ from xipfs.mm.pte import PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, describe_pte, pte_
 from xipfs.mm.rmap import mm_counter
 from xipfs.mm.vma import Vma
 
+#: The known defects of old kernels that leave PTEs which break an invariant.
+NOPFN_WRITE: Final = "I19"
+SHARED_COW: Final = "F13, F14"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A PTE that breaks T7 or T8 in an era of which that is known: ``rules`` tell why."""
+
+    rules: str
+    mm: MmStruct
+    address: int
+
 
 class _Recount:
     """What the page tables of one machine add up to."""
@@ -34,6 +49,7 @@ class _Recount:
         self.mapped: Counter[int] = Counter()
         self.swap_users: Counter[int] = Counter()
         self.normal = self.raw = 0
+        self.defects: list[Defect] = []
 
     def fail(self, rule: str, what: str, **figures: object) -> None:
         """Raise, naming the invariant, with the figures and the machine's counters."""
@@ -83,11 +99,14 @@ class _Recount:
                 self.fail("R1", "VMA not in its file's index", vma=vma)
 
     def check_raw(self, vma: Vma, address: int, pte: int) -> None:
-        """T5 and T7, but for the seed's known violation (rule I19)."""
+        """T5 and T7; what ->nopfn made writable without a COW test is a known defect (I19)."""
         machine = self.machine
         figures = {"vma": vma, "address": hex(address), "pte": describe_pte(pte)}
-        if not vma.flags & VM_SHARED and pte & PTE_WRITE and not machine.rules.kernel.nopfn:
-            self.fail("T7", "writable raw PTE in a private VMA", **figures)
+        if not vma.flags & VM_SHARED and pte & PTE_WRITE:
+            has_nopfn = vma.vm_ops is not None and vma.vm_ops.nopfn is not None
+            if not (has_nopfn and vma.flags & VM_MIXEDMAP and machine.rules.kernel.nopfn):
+                self.fail("T7", "writable raw PTE in a private VMA", **figures)
+            self.defects.append(Defect(NOPFN_WRITE, vma.mm, address))
         linear = pte_pfn(pte) == vma.pgoff_of(address) or pte_pfn(pte) == machine.zero_pfn
         if vma.flags & VM_PFNMAP and rules.is_cow_mapping(vma.flags) and not linear:
             self.fail("T5", "raw PTE off the line of a private PFNMAP", **figures)
@@ -97,16 +116,17 @@ class _Recount:
             self.fail("T4", "valid pfn not counted in a MIXED VMA", **figures)
 
     def check_normal(self, vma: Vma, address: int, pte: int, page: int) -> None:
-        """T4 and T8, but for the known violations (rules F13, F14)."""
+        """T4, T7 and T8; private copies in shared VMAs are a known defect (rules F13, F14)."""
         machine = self.machine
         kernel = machine.rules.kernel
         figures = {"vma": vma, "address": hex(address), "pte": describe_pte(pte)}
         if pte & PTE_SPECIAL or not machine.memory.pfn_valid(page):
             self.fail("T4", "special or invalid PTE taken as counted", **figures)
         anon = bool(machine.memory.flags[page] & PG_ANON)
-        violates = kernel.raw_shared_write == "cow" or kernel.gup_forced_shared == "cow"
-        if vma.flags & VM_SHARED and anon and not violates:
-            self.fail("T8", "anonymous page in a shared VMA", **figures)
+        if vma.flags & VM_SHARED and anon:
+            if kernel.raw_shared_write != "cow" and kernel.gup_forced_shared != "cow":
+                self.fail("T8", "anonymous page in a shared VMA", **figures)
+            self.defects.append(Defect(SHARED_COW, vma.mm, address))
         if not vma.flags & VM_SHARED and pte & PTE_WRITE and not anon:
             self.fail("T7", "writable file page in a private VMA", **figures)
 
@@ -158,8 +178,11 @@ class _Recount:
                 self.fail("swap cache", f"pfn {page} is not marked", entry=entry)
 
 
-def check(machine: Machine, *, holders: Mapping[int, int] | None = None) -> None:
+def check(machine: Machine, *, holders: Mapping[int, int] | None = None) -> list[Defect]:
     """Recount ``machine`` and raise InvariantError, with the figures, if anything differs.
+
+    Returns the PTEs that break an invariant as the era's kernel is known to break it; in eras
+    without such a defect there are none.
 
     ``holders`` maps each pfn to the references that neither a PTE, a pin nor the swap cache
     holds: the page cache, a driver, the machine's own zero page. With it the refcount of every
@@ -174,22 +197,28 @@ def check(machine: Machine, *, holders: Mapping[int, int] | None = None) -> None
         recount.check_counters()
     finally:
         machine.bad_ptes = bad_ptes
+    return recount.defects
 
 
-def counters(machine: Machine) -> tuple[object, ...]:
+def counters(machine: Machine) -> dict[str, object]:
     """Return every counter that a failed call must leave alone (T11); fault events are not in it.
 
-    The arrays enter as the bytes of their non-zero part, so two results compare with ``==``.
+    By name, so that a difference can be shown and, where the kernel has a reason, left out. The
+    struct pages in use enter as the bytes of their arrays.
     """
     memory = machine.memory
-    spaces = tuple(
-        (mm.name, tuple(mm.rss), mm.raw_ptes, mm.swapents, mm.locked_vm) for mm in machine.mms
-    )
+    found: dict[str, object] = {}
+    for number, mm in enumerate(machine.mms):
+        found |= {
+            f"{number}.file": (mm.file_rss, mm.shmem_rss),
+            f"{number}.anon": mm.anon_rss,
+            f"{number}.raw": mm.raw_ptes,
+            f"{number}.swap": mm.swapents,
+            f"{number}.locked": mm.locked_vm,
+        }
     in_use = np.flatnonzero(memory.refcount)
-    frames = (
-        in_use.tobytes(),
-        memory.refcount[in_use].tobytes(),
-        memory.mapcount[in_use].tobytes(),
-    )
-    totals = (machine.nr_normal_ptes, machine.nr_special_ptes, machine.nr_anon_pages)
-    return spaces, frames, totals, tuple(sorted(machine.pins.items()))
+    found["pages"] = in_use.tobytes()
+    found["refcount"] = memory.refcount[in_use].tobytes()
+    found["mapcount"] = memory.mapcount[in_use].tobytes()
+    found["pins"] = tuple(sorted(machine.pins.items()))
+    return found

@@ -51,17 +51,24 @@ def mk_raw_pte(vma: Vma, pfn: int, prot: int) -> int:
     return pte | PTE_SPECIAL if machine.pte_special else pte
 
 
-def insert_page(vma: Vma, address: int, pfn: int, prot: int) -> int:
-    """The core of vm_insert_page(): a normal PTE, counted (rule I8). 0 or a negative errno."""
+def insert_page(vma: Vma, address: int, pfn: int, prot: int, *, mkwrite: bool = False) -> int:
+    """The core of vm_insert_page(): a normal PTE, counted (rule I8). 0 or a negative errno.
+
+    ``mkwrite`` makes it writable, also if the same page is there already (rule I13).
+    """
     mm = vma.mm
     memory = mm.machine.memory
     if memory.ref[pfn] == 0 or memory.flags[pfn] & PG_ANON:
         return -errno.EINVAL
-    if mm.tables.get(address):
+    old = mm.tables.get(address)
+    if old:
+        if mkwrite and old >> 12 == pfn:
+            mm.tables.set(address, maybe_mkwrite(old | PTE_DIRTY | PTE_YOUNG, vma))
         return -errno.EBUSY
     memory.ref[pfn] += 1
     page_add_rmap(mm, pfn)
-    mm.tables.set(address, mk_pte(pfn, prot))
+    pte = mk_pte(pfn, prot)
+    mm.tables.set(address, maybe_mkwrite(pte | PTE_DIRTY | PTE_YOUNG, vma) if mkwrite else pte)
     return 0
 
 
@@ -164,7 +171,7 @@ def vm_insert_mixed(vma: Vma, address: int, pfn: int, *, mkwrite: bool = False) 
     if counted and machine.memory.pfn_valid(pfn) and not _is_devmap(vma, pfn):
         if machine.pte_special is False and pfn == machine.zero_pfn and kernel.mixed_zero_is_raw:
             return insert_pfn(vma, address, pfn, vma.page_prot)
-        return insert_page(vma, address, pfn, vma.page_prot)
+        return insert_page(vma, address, pfn, vma.page_prot, mkwrite=mkwrite)
     return insert_pfn(vma, address, pfn, vma.page_prot, mkwrite=mkwrite)
 
 

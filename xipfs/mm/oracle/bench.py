@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xipfs.errors import XipfsError
-from xipfs.mm.gup import LIVELOCK
+from xipfs.mm.gup import LIVELOCK, put_user_pages
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.oracle.frames import Frames
@@ -147,6 +147,11 @@ class Bench:
             if isinstance(thing, CramfsFile | TmpfsFile):
                 held.update(dict.fromkeys(thing.cache.values(), 1))
         return held
+
+    def release_held(self) -> None:
+        """Let go of the page that ``hold`` took first."""
+        mm, pfn, pin = self.holding.pop(0)
+        put_user_pages(mm, [pfn], pin=pin)
 
     def page_name(self, pfn: int) -> str:
         """Return a page's name as observations give it."""

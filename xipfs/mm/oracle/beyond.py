@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from xipfs.memory.frames import PG_ANON
-from xipfs.mm.gup import put_user_pages
 from xipfs.mm.oracle.bench import Bench, Process, errno_name
 from xipfs.mm.remote import take_page
 
@@ -48,8 +47,7 @@ def op_release(bench: Bench, _process: Process, _op: Json) -> Json:
     """Let go of what the first ``hold`` took; EAGAIN if nothing is held."""
     if not bench.holding:
         return {"result": "EAGAIN"}
-    mm, pfn, pin = bench.holding.pop(0)
-    put_user_pages(mm, [pfn], pin=pin)
+    bench.release_held()
     return {"result": "ok"}
 
 

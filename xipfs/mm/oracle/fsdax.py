@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from xipfs.mm.flags import (
@@ -37,6 +38,10 @@ class FsdaxFile(RecordedObject):
 
     def on_mmap(self, vma: Vma) -> int:
         """As described, and the inode's S_DAX shows in the VMA (vma_is_dax)."""
+        if not self.machine.pte_special and self.machine.rules.kernel.dax == "devmap":
+            # Device page structs of that time need the devmap bit, which no machine without the
+            # special bit has; such a kernel mounts without DAX.
+            return -errno.EOPNOTSUPP
         vma.flags |= VM_DAX
         if self.machine.rules.kernel.dax == "mixed":
             vma.flags |= VM_MIXEDMAP

@@ -270,8 +270,8 @@ def _step(line: _Line, number: int, processes: list[str]) -> Step:
         raise line.fail("step", str(line.value["step"]), f"{number}")
     line.default("who", _STR, processes[0])
     line.default("observed", ("an object", (dict,)), {})
-    line.default("note", _STR, "")
-    line.default("quirk", _STR, "")
+    line.default("note", _NAME, "")
+    line.default("quirk", _NAME, "")
     op = line.get("op", ("an object", (dict,)))
     name = line.get("name", _STR, op, "op.")
     if line.value["who"] not in processes:
@@ -282,7 +282,7 @@ def _step(line: _Line, number: int, processes: list[str]) -> Step:
     _check_values(line, name, op)
     value = line.value
     return Step(
-        number, value["who"], op, value["observed"], value["note"], value["quirk"], line.line
+        number, value["who"], op, value["observed"], value["note"] or "", value["quirk"] or "", line.line
     )
 
 

@@ -101,6 +101,10 @@ class Frames:
         region, number = split_name(name)
         return self._bases[region] + number
 
+    def has(self, name: str) -> bool:
+        """Whether the header knows the region of the frame ``name``."""
+        return name == "zero" or split_name(name)[0] in self._bases
+
     def name(self, pfn: int) -> str | None:
         """Return the name of a frame of the header, or of one that ``call`` named."""
         known = self._names.get(pfn)

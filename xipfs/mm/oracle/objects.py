@@ -215,7 +215,9 @@ class Device(RecordedObject):
         """Back page ``index`` by another frame from now on, and unmap it everywhere (K7)."""
         if index >= min(self.pages, len(self._backing)):
             return -errno.EINVAL
-        self._backing[index] = to
-        self._frame[index] = f"{'own' if to == 'page' else 'xip'}:{index}"
+        frame = f"{'own' if to == 'page' else 'xip'}:{index}"
+        if not self.frames.has(frame):
+            return -errno.EINVAL
+        self._backing[index], self._frame[index] = to, frame
         unmap_mapping_range(self, index, 1, even_cows=even_cows)
         return 0

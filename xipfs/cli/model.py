@@ -1,4 +1,4 @@
-"""``xipfs model check|run|diff``: the mm model by command files, and against recordings."""
+"""``xipfs model``: the mm model by command files, against recordings, and as tables."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from xipfs.cli.model_table import configure_table, run_table
 from xipfs.errors import EXIT_FAILURE, UsageError
+from xipfs.mm.audit import check as audit
 from xipfs.mm.oracle.command_file import CommandFile, read_command_file
 from xipfs.mm.oracle.picture import describe_step, draw
-from xipfs.mm.oracle.replay import Difference, FileResult, Replay, check_file, diff_rules
+from xipfs.mm.oracle.replay import (
+    Difference,
+    FileResult,
+    Replay,
+    StepState,
+    check_file,
+    diff_rules,
+)
 from xipfs.mm.rules import Rules, rule_set_names
 
 Json = dict[str, Any]
@@ -19,7 +28,7 @@ Json = dict[str, Any]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
-    verbs = parser.add_subparsers(dest="action", required=True, metavar="check|run|diff")
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="check|run|diff|table")
     check = verbs.add_parser("check", help="compare the model with recordings of real kernels")
     check.add_argument("files", type=Path, nargs="+", metavar="FILE", help="or a directory of them")
     check.add_argument("--json", action="store_true", help="one JSON object, in one line")
@@ -35,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     diff.add_argument(
         "--json", action="store_true", help="one JSON object for each step, in a line"
     )
+    configure_table(verbs.add_parser("table", help="the arguments for VM_MIXEDMAP as tables"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         return check(args.files, as_json=args.json)
     if args.action == "run":
         return run_file(args.file, picture=args.picture, rules=args.rules)
+    if args.action == "table":
+        return run_table(args)
     return diff(args.left, args.right, args.file, as_json=args.json)
 
 
@@ -118,22 +130,33 @@ def rules_for(file: CommandFile, name: str) -> Rules:
     return Rules(rules.era, pte_special=special, debug_vm=file.header["debug_vm"])
 
 
+def step_json(replay: Replay, done: StepState) -> Json:
+    """Return a step and the state after it for machines."""
+    line: Json = {"step": done.step.number, "who": done.step.who, "op": done.step.op}
+    if done.stopped:
+        line["stopped"] = done.stopped
+    else:
+        line["state"] = replay.state(done, replay.label_of(done.step))
+    return line
+
+
 def run_file(path: Path, *, picture: bool, rules: str | None) -> int:
-    """Run one file; returns 1 if a step could not be run."""
+    """Run one file; returns 1 if a step could not be run.
+
+    The machine is recounted after each step, up to a BUG_ON, after which nothing has a meaning.
+    """
     file = read_command_file(path)
     replay = Replay(file, None if rules is None else rules_for(file, rules))
-    failed = False
+    failed = crashed = False
     for done in replay.steps():
         failed = failed or bool(done.stopped)
+        crashed = crashed or done.outcome.get("result") == "BUG"
         if picture:
             print("\n".join(draw(replay.bench, done)))
-            continue
-        line: Json = {"step": done.step.number, "who": done.step.who, "op": done.step.op}
-        if done.stopped:
-            line["stopped"] = done.stopped
         else:
-            line["state"] = replay.state(done, replay.label_of(done.step))
-        print(json.dumps(line))
+            print(json.dumps(step_json(replay, done)))
+        if not crashed:
+            audit(replay.bench.machine, holders=replay.bench.holders())
     return EXIT_FAILURE if failed else 0
 
 

@@ -92,7 +92,10 @@ class _Trial:
     def __init__(self, rules: Rules) -> None:
         self.machine = Machine(PhysicalMemory(ram_pages=64, nvram_pages=64, anon_pages=64), rules)
         self.mm = MmStruct(self.machine, "trial")
-        # Page frames in a row, so that a linear range of them exists.
+        # Page frames in a row, so that a linear range of them exists; not from pfn 0 on, which a
+        # private PFNMAP of file page 0 would take for raw (rule N7).
+        for _ in range(_PAGES):
+            self.machine.memory.alloc_ram()
         self.ram = [self.machine.memory.alloc_ram() for _ in range(_PAGES)]
         self.nvram = self.machine.memory.nvram_base_pfn
 

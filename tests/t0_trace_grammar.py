@@ -235,6 +235,20 @@ def test_past_the_end_of_the_file(script: Script) -> None:
     assert faults(script.end()) == [(31, SIGBUS)]
 
 
+@pytest.mark.parametrize(("first", "last"), [(20, 29), (30, 29)])
+def test_past_the_end_after_a_probe_that_ended_with_the_file(
+    script: Script, first: int, last: int
+) -> None:
+    touched(script, 0)
+    script.pf(BASE + 31 * PAGE)
+    script.map(first, last)
+    script.row(records.SIGNAL, PID, 7, PID)
+    events = script.end()
+    assert faults(events) == [(0, MINOR), (31, SIGBUS)]
+    assert len(only(events, Around)) == (1 if first <= last else 0)
+    assert script.unfollowed == {}
+
+
 def test_another_thread_s_signal_ends_no_fault(script: Script) -> None:
     script.pf(BASE + 31 * PAGE)
     script.row(records.SIGNAL, PID, 7, 101)

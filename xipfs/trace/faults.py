@@ -82,12 +82,16 @@ class Faults:
         thread.pf_last_ns = time_ns
 
     def map_pages(self, thread: Thread, time_ns: int, ino: int, first: int, last: int) -> None:
-        """mm_filemap_map_pages: the kernel tries to map the cached ones of ``first..last``."""
+        """mm_filemap_map_pages: the kernel tries to map the cached ones of ``first..last``.
+
+        The record's range ends with the file (filemap_map_pages, 6.18), so for a fault past the end
+        it lies below the faulting page, or is empty.
+        """
         known = thread.pf_open and thread.pf_ino >= 0
         matches = (
             known
             and thread.pf_ino == ino
-            and first <= thread.pf_index <= last
+            and first <= thread.pf_index < max(last + 1, first + self._around_pages)
             and not thread.pf_mapped_last
         )
         if not matches and not self._attribute(thread, time_ns, ino, None, first, last):
@@ -98,7 +102,8 @@ class Faults:
             thread.pf_retries += 1
         thread.pf_mapped_last = True
         thread.pf_last_ns = time_ns
-        thread.pf_arounds.append((first, last))
+        if first <= last:
+            thread.pf_arounds.append((first, last))
 
     def added(self, thread: Thread, time_ns: int, ino: int, first: int, pages: int) -> None:
         """mm_filemap_add_to_page_cache by ``thread``: its own fault, or its readahead."""

@@ -281,9 +281,8 @@ def _step(line: _Line, number: int, processes: list[str]) -> Step:
             line.get(argument, kind, op, "op.")
     _check_values(line, name, op)
     value = line.value
-    return Step(
-        number, value["who"], op, value["observed"], value["note"] or "", value["quirk"] or "", line.line
-    )
+    note, quirk = value["note"] or "", value["quirk"] or ""
+    return Step(number, value["who"], op, value["observed"], note, quirk, line.line)
 
 
 def _check_values(line: _Line, name: str, op: Json) -> None:

@@ -30,6 +30,10 @@ WRITERS = (
     *("read_into", "mmap", "mlock", "madvise", "mlockall", "hold"),
     *("get_user_pages", "get_user_pages_fast", "pin_user_pages_fast"),
 )
+READERS = (
+    *("read", "pipe_write", "vmsplice", "direct_write", "ptrace_peek"),
+    *("process_vm_readv", "proc_mem_read"),
+)
 #: What takes PTEs along: defects that are already there show at another address.
 MOVERS = ("fork", "mremap")
 #: Calls that fault before they know whether the page serves them (rules G2, G6, K19).
@@ -241,14 +245,16 @@ class World:
         if has_nopfn(self.rules):
             allowed.add(audit.NOPFN_WRITE)
         if self.rules.era in ("seed", "2.6.26", "2.6.32", "3.7"):
-            allowed.add(audit.SHARED_COW)
+            allowed |= {audit.SHARED_COW, audit.NO_HANDLER}
         assert {defect.rules for defect in defects} <= allowed, defects
         new = defects - self._defects
         self._defects = defects
         if not new or op["name"] in MOVERS:
             return
         for defect in new:
-            if defect.rules == audit.NOPFN_WRITE or self.rules.era == "seed":
+            if defect.rules == audit.NO_HANDLER:
+                assert op["name"] in (*WRITERS, *READERS), (op, new)
+            elif defect.rules == audit.NOPFN_WRITE or self.rules.era == "seed":
                 assert op["name"] in WRITERS, (op, new)
             else:
                 # F14: later kernels copy only for a write that is forced.

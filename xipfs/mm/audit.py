@@ -30,6 +30,7 @@ from xipfs.mm.vma import Vma
 #: The known defects of old kernels that leave PTEs which break an invariant.
 NOPFN_WRITE: Final = "I19"
 SHARED_COW: Final = "F13, F14"
+NO_HANDLER: Final = "I22"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class _Recount:
             self.fail("T4", "valid pfn not counted in a MIXED VMA", **figures)
 
     def check_normal(self, vma: Vma, address: int, pte: int, page: int) -> None:
-        """T4, T7 and T8; private copies in shared VMAs are a known defect (rules F13, F14)."""
+        """T4, T7 and T8; anonymous pages in shared VMAs are known defects (F13, F14, I22)."""
         machine = self.machine
         kernel = machine.rules.kernel
         figures = {"vma": vma, "address": hex(address), "pte": describe_pte(pte)}
@@ -124,9 +125,14 @@ class _Recount:
             self.fail("T4", "special or invalid PTE taken as counted", **figures)
         anon = bool(machine.memory.flags[page] & PG_ANON)
         if vma.flags & VM_SHARED and anon:
-            if kernel.raw_shared_write != "cow" and kernel.gup_forced_shared != "cow":
+            ops = vma.vm_ops
+            handled = ops is None or ops.fault is not None or ops.nopfn is not None
+            if not handled and kernel.no_handler == "anonymous":
+                self.defects.append(Defect(NO_HANDLER, vma.mm, address))
+            elif kernel.raw_shared_write == "cow" or kernel.gup_forced_shared == "cow":
+                self.defects.append(Defect(SHARED_COW, vma.mm, address))
+            else:
                 self.fail("T8", "anonymous page in a shared VMA", **figures)
-            self.defects.append(Defect(SHARED_COW, vma.mm, address))
         if not vma.flags & VM_SHARED and pte & PTE_WRITE and not anon:
             self.fail("T7", "writable file page in a private VMA", **figures)
 

@@ -86,13 +86,12 @@ def op_munmap(_bench: Bench, process: Process, op: Json) -> Json:
     return _result(do_munmap(process.mm, *_range(process, op)))
 
 
-def _touch(bench: Bench, process: Process, address: int, count: int, *, write: bool) -> Json:
+def _touch(process: Process, address: int, count: int, *, write: bool) -> Json:
     """Access every page of a range in order; stop at the first signal."""
     for at in range(address & PAGE_MASK, address + max(count, 1), PAGE_SIZE):
         taken = access(process.mm, max(at, address), write=write)
         if taken.signal:
             return {"result": taken.signal, "si_code": taken.si_code}
-    del bench
     return {"result": "ok"}
 
 
@@ -102,7 +101,7 @@ def op_read(bench: Bench, process: Process, op: Json) -> Json:
     if process.mm.find_vma(address) is None and address & PAGE_MASK in process.stale:
         pfn = process.stale[address & PAGE_MASK]
     else:
-        seen = _touch(bench, process, address, op["bytes"], write=False)
+        seen = _touch(process, address, op["bytes"], write=False)
         if seen["result"] != "ok":
             return seen
         pfn = pte_pfn(process.mm.tables.get(address & PAGE_MASK))
@@ -113,7 +112,7 @@ def op_read(bench: Bench, process: Process, op: Json) -> Json:
 def op_write(bench: Bench, process: Process, op: Json) -> Json:
     """Store one byte from user space."""
     address = _address(process, op)
-    seen = _touch(bench, process, address, 1, write=True)
+    seen = _touch(process, address, 1, write=True)
     if seen["result"] == "ok":
         pfn = pte_pfn(process.mm.tables.get(address & PAGE_MASK))
         bench.data.of(pfn)[op["offset"]] = ord(op["byte"]) & 0xFF
@@ -271,15 +270,15 @@ def op_ptrace_peek(bench: Bench, _process: Process, op: Json) -> Json:
     return {"result": "ok" if moved.result == word else "EIO"}
 
 
-def _user_buffer(bench: Bench, process: Process, op: Json, *, write: bool) -> Json | None:
+def _user_buffer(process: Process, op: Json, *, write: bool) -> Json | None:
     """copy_from_user / copy_to_user: faults like an access, and a signal is EFAULT."""
-    seen = _touch(bench, process, _address(process, op), op["bytes"], write=write)
+    seen = _touch(process, _address(process, op), op["bytes"], write=write)
     return {"result": "EFAULT"} if seen["result"] != "ok" else None
 
 
 def op_pipe_write(bench: Bench, process: Process, op: Json) -> Json:
     """write(2) into the pipe: the bytes are copied, no page is taken."""
-    failed = _user_buffer(bench, process, op, write=False)
+    failed = _user_buffer(process, op, write=False)
     return failed or _counted(bench.pipe.write(op["bytes"]))
 
 
@@ -298,9 +297,9 @@ def op_direct_write(_bench: Bench, process: Process, op: Json) -> Json:
     return _counted(direct_io(process.mm, _address(process, op), op["bytes"], write=False))
 
 
-def op_read_into(bench: Bench, process: Process, op: Json) -> Json:
+def op_read_into(_bench: Bench, process: Process, op: Json) -> Json:
     """read(2) of another file into the page. What the file holds is not recorded."""
-    failed = _user_buffer(bench, process, op, write=True)
+    failed = _user_buffer(process, op, write=True)
     return failed or {"result": "ok", "bytes": op["bytes"]}
 
 

@@ -10,6 +10,7 @@ XIPFS_TEST_SEED, and ``XIPFS_TEST_SEED=N pytest tests/t2_machine.py -k RULES`` r
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,11 @@ from hypothesis.stateful import (
 )
 from mmworld import DEVICE_PAGES, PROCESSES, World
 
+from xipfs.cli import main
+from xipfs.mm import InvariantError, MmStruct, audit, zap
 from xipfs.mm.oracle.bench import Process
+from xipfs.mm.oracle.command_file import read_command_file
+from xipfs.mm.rmap import page_remove_rmap
 from xipfs.mm.rules import Rules, rule_set_names
 
 SEED = int(os.environ.get("XIPFS_TEST_SEED", "20080328"))
@@ -39,6 +44,14 @@ ADVICE = st.sampled_from(
         *("MADV_DONTFORK", "MADV_DOFORK", "MADV_WIPEONFORK", "MADV_POPULATE_READ"),
         *("MADV_POPULATE_WRITE", "MADV_DONTNEED_LOCKED", "MADV_WILLNEED", "MADV_MERGEABLE"),
     ]
+)
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
 )
 #: Numbers that choose among what there is now: taken modulo its count, so that they shrink to 0.
 CHOICE = st.integers(0, 11)
@@ -304,12 +317,105 @@ def test_invariants_hold_for_any_program(name: str) -> None:
     machine = type("MmMachine", (MmMachine,), {"rule_set": rules})
     run_state_machine_as_test(
         seed(SEED + rule_set_names().index(name))(machine),
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        ),
+        settings=SETTINGS,
     )
+
+
+#: Shortest programs that each known defect of an old kernel takes to show, with what breaks.
+DEFECTS = [
+    # The seed's ->nopfn makes a private PTE writable: the store reaches the medium.
+    ("seed", "nopfn", "private", "write", {"byte": "!"}, "I19"),
+    ("2.6.26-nospecial", "nopfn", "private", "write", {"byte": "!"}, "I19"),
+    # The seed copies a raw page on a shared write that was notified.
+    ("seed", "notified", "shared", "write", {"byte": "!"}, "F13, F14"),
+    # A debugger's forced write copies, though the mapping is shared.
+    ("2.6.26", "dev", "shared r", "proc_mem_write", {"data": "!"}, "F13, F14"),
+    ("2.6.32", "dev", "shared r", "proc_mem_write", {"data": "!"}, "F13, F14"),
+    ("3.7-nospecial", "dev", "shared r", "proc_mem_write", {"data": "!"}, "F13, F14"),
+    # No fault handler: anonymous memory, though the mapping is a file's.
+    ("2.6.32", "inserted", "shared", "write", {"byte": "!"}, "I22"),
+]
+
+
+def break_it(world: World, thing: str, how: str, name: str, arguments: dict[str, Any]) -> Any:
+    """Map page 0 of an object, read it, drop what ->mmap inserted, and do the operation."""
+    prot = "r" if how.endswith(" r") else "rw"
+    kind = how.removesuffix(" r")
+    world.do(
+        "a", "mmap",
+        map="m", object=thing, object_page=0, pages=4, prot=prot, flags=[kind], open="rw",
+    )  # fmt: skip
+    if thing == "inserted":
+        world.do("a", "madvise", map="m", page=0, pages=4, advice="MADV_DONTNEED")
+    elif thing != "nopfn":
+        world.do("a", "read", map="m", page=0, offset=0, bytes=4)
+    return world.do("a", name, map="m", page=0, offset=0, **arguments)
+
+
+@pytest.mark.parametrize(("era", "thing", "how", "name", "arguments", "broken"), DEFECTS)
+def test_a_known_defect_shows_as_such(
+    era: str, thing: str, how: str, name: str, arguments: dict[str, str], broken: str
+) -> None:
+    world = World(Rules.parse(era))
+    assert break_it(world, thing, how, name, arguments)["result"] == "ok"
+    found = audit.check(world.machine, holders=world.bench.holders())
+    assert [(defect.rules, defect.mm.name) for defect in found] == [(broken, "a")]
+    medium = world.text_of("xip:24" if thing == "nopfn" else "xip:0")
+    assert medium == ("!IP 24" if broken == "I19" else "XIP 0")
+    world.finish()
+
+
+@pytest.mark.parametrize(
+    ("thing", "how", "name", "arguments", "result", "medium"),
+    [
+        ("notified", "shared", "write", {"byte": "!"}, "ok", "!IP 0"),
+        ("dev", "shared r", "proc_mem_write", {"data": "!"}, "EIO", "XIP 0"),
+        ("dev", "private", "write", {"byte": "!"}, "ok", "XIP 0"),
+        ("inserted", "shared", "write", {"byte": "!"}, "SIGBUS", "XIP 0"),
+    ],
+)
+@pytest.mark.parametrize("era", ["6.1", "6.1-nospecial", "new"])
+def test_later_kernels_do_not_have_the_defects(
+    era: str, thing: str, how: str, name: str, arguments: dict[str, str], result: str, medium: str
+) -> None:
+    world = World(Rules.parse(era))
+    assert break_it(world, thing, how, name, arguments)["result"] == result
+    assert audit.check(world.machine, holders=world.bench.holders()) == []
+    assert world.text_of("xip:0") == medium
+    world.finish()
+
+
+def test_the_seed_never_returns_from_reading_a_raw_page() -> None:
+    world = World(Rules.parse("seed"))
+    outcome = break_it(world, "dev", "private r", "process_vm_readv", {"bytes": 4})
+    assert outcome["result"] == "EFAULT"
+    taken = world.do("a", "get_user_pages", map="m", page=0, write=False, force=False)
+    assert (taken["result"], taken["minflt"]) == ("LIVELOCK", 16)
+
+
+def test_a_broken_rule_is_found_and_printed_as_a_command_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine is no use unless it can fail: unmapping forgets to lower the mapcount."""
+
+    def forgets(mm: MmStruct, pfn: int) -> None:
+        memory = mm.machine.memory
+        page_remove_rmap(mm, pfn)
+        memory.map[pfn] += 1
+        memory.ref[pfn] += 1
+
+    monkeypatch.setattr(zap, "page_remove_rmap", forgets)
+    machine = type("MmMachine", (MmMachine,), {"rule_set": Rules()})
+    with pytest.raises(InvariantError, match="mapcount") as caught:
+        run_state_machine_as_test(seed(1)(machine), settings=SETTINGS)
+    note = caught.value.__notes__[0]
+    heading, _, text = note.partition("\n")
+    assert heading.endswith("xipfs model run --rules 6.1 FILE")
+    path = tmp_path / "shrunk.jsonl"
+    path.write_text(text)
+    # Shrunk: a mapping, a page in it, and what unmaps it.
+    assert len(read_command_file(path).steps) <= 5
+    assert main(["model", "run", "--rules", "6.1", str(path)]) == 1
+    assert "T2: mapcount of pfn" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["model", "run", "--rules", "6.1", str(path)]) == 0

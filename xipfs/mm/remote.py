@@ -21,7 +21,13 @@ from xipfs.mm.flags import (
     VM_SOFTDIRTY_TRACKED,
 )
 from xipfs.mm.fork import GUP_PIN_COUNTING_BIAS
-from xipfs.mm.gup import get_user_pages, get_user_pages_fast, get_user_pages_locked, put_user_pages
+from xipfs.mm.gup import (
+    LIVELOCK,
+    get_user_pages,
+    get_user_pages_fast,
+    get_user_pages_locked,
+    put_user_pages,
+)
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.pte import PTE_PRESENT, PTE_WRITE, PTE_YOUNG, pte_pfn
@@ -70,6 +76,8 @@ def process_vm_rw(mm: MmStruct, address: int, count: int, *, data: bytes | None 
     total = 0
     for at, part in _pieces(address, count):
         _, error, held = get_user_pages_locked(mm, at & PAGE_MASK, 1, flags)
+        if error == LIVELOCK:
+            return Moved(LIVELOCK, done)
         if error:
             return Moved(total or -errno.EFAULT, done)
         stored = None if data is None else data[total : total + part]
@@ -92,6 +100,8 @@ def access_remote_vm(mm: MmStruct, address: int, count: int, *, data: bytes | No
     total = 0
     for at, part in _pieces(address, count):
         _, error, held = get_user_pages_locked(mm, at & PAGE_MASK, 1, flags)
+        if error == LIVELOCK:
+            return Moved(LIVELOCK, done)
         stored = None if data is None else data[total : total + part]
         pfn = held[0] if not error else generic_access_phys(mm, at, write=data is not None)
         if pfn < 0:
@@ -135,7 +145,7 @@ def direct_io(mm: MmStruct, address: int, count: int, *, write: bool) -> int:
     for at, part in _pieces(address, count):
         done, held = get_user_pages_fast(mm, at, write=write)
         if done < 0:
-            return total or done
+            return done if done == LIVELOCK else total or done
         put_user_pages(mm, held)
         total += part
     return total
@@ -172,7 +182,7 @@ class Pipe:
         for at, part in _pieces(address, count):
             done, held = get_user_pages_fast(mm, at)
             if done < 0:
-                return total or done
+                return done if done == LIVELOCK else total or done
             self._buffers.append((part, held[0]))
             total += part
         return total

@@ -14,7 +14,7 @@ from xipfs.memory.frames import PG_ANON
 from xipfs.mm.access import access
 from xipfs.mm.flags import VM_EXEC, VM_READ, VM_WRITE
 from xipfs.mm.fork import dup_mmap
-from xipfs.mm.gup import put_user_pages
+from xipfs.mm.gup import LIVELOCK, put_user_pages
 from xipfs.mm.madvise import madvise, msync
 from xipfs.mm.mlock import mlock, mlockall, munlock, munlockall
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
@@ -267,6 +267,8 @@ def op_ptrace_peek(bench: Bench, _process: Process, op: Json) -> Json:
         return {"result": "ESRCH"}
     word = 8
     moved = access_remote_vm(target.mm, _address(target, op), word)
+    if moved.result == LIVELOCK:
+        return _result(LIVELOCK)
     return {"result": "ok" if moved.result == word else "EIO"}
 
 

@@ -47,7 +47,8 @@ def run_table(args: argparse.Namespace) -> int:
         return 0
     console = Console(width=79, highlight=False)
     for title, rows in tables.items():
-        console.print(_as_table(title, rows))
+        print(title)
+        console.print(_as_table(rows))
     if args.table == "memmap":
         print("The claim, made for 100 guests: their struct pages outweigh the image.")
         print("It holds for struct pages of 56 and 64 bytes, and not for 32 (32-bit machines).")
@@ -110,8 +111,8 @@ def _print_mappings(tables: dict[str, Sequence[MappingRow]]) -> None:
         print(f"[{number}] {condition}")
 
 
-def _as_table(title: str, rows: Sequence[Any]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def _as_table(rows: Sequence[Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
     for field in dataclasses.fields(rows[0]):
         numeric = all(not isinstance(getattr(row, field.name), str) for row in rows)
         table.add_column(

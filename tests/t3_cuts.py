@@ -179,6 +179,37 @@ def test_a_cut_in_the_recovery_of_a_long_unlink(seed: int) -> None:
     assert list(check(bytes(medium.durable))) == [1]
 
 
+def test_a_long_truncation_is_finished_by_the_next_mount() -> None:
+    """The first step decides; the pages that are left over are freed by whoever comes next."""
+    medium = new_medium(900)
+    fs = open_medium(medium)
+    file = fs.mknod(ROOT, b"big", REG, 0, 0, 0).ino
+    fs.write(file, 0, pattern(5, 700 * PAGE))
+    fs.close()
+    base = bytes(medium.durable)
+    sizes = []
+    for fence in range(2, 30):
+        medium = RecordingMedium(base, cut_at=fence)
+        fs = open_medium(medium)
+        try:
+            fs.setattr(file, size_bytes=PAGE + 1)
+        except PowerCut:
+            medium = RecordingMedium(medium.after_cut(random.Random(fence)))
+            fs = open_medium(medium)
+        else:
+            break  # it took fewer fences than that
+        sizes.append(fs.getattr(file).size_bytes)
+        assert bytes(fs.read(file, 0, PAGE + 2)) == pattern(5, PAGE + 1) + (
+            b"" if sizes[-1] == PAGE + 1 else pattern(5, 1)
+        )
+        fs.close()
+        node = check(bytes(medium.durable))[file]
+        assert (node.size, node.orphan) == (sizes[-1], False)
+    assert sizes == [700 * PAGE] * sizes.count(700 * PAGE) + [PAGE + 1] * sizes.count(PAGE + 1)
+    assert 1 <= sizes.count(700 * PAGE) <= 2
+    assert len(sizes) >= 12, "three steps of four fences"
+
+
 def test_a_fresh_page_never_shows_foreign_bytes() -> None:
     """A block that held another file's secret is filled before anything links it."""
     medium = new_medium(64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import random
 
 import pytest
@@ -205,3 +207,28 @@ def test_random_names_against_a_dict(seed: int) -> None:
         assert directory.entries == len(model)
     again = Volume(RecordingMedium(medium.durable), "image")
     assert {e.name: e.ino for e in listing(again, directory)} == model
+
+
+def test_a_full_image_can_be_emptied_name_by_name(volume: Volume) -> None:
+    directory = Inode(DIR)
+    before = volume.counters.free_blocks
+    names: list[bytes] = []
+    with pytest.raises(FsError) as caught:
+        while True:
+            # What fails half way has changed the caller's copy: the filesystem drops it, so here.
+            attempt = dataclasses.replace(directory)
+            insert(volume, attempt, b"%0100d" % len(names), 20)
+            directory = attempt
+            names.append(b"%0100d" % len(names))
+    assert caught.value.errno == errno.ENOSPC
+    left = volume.counters.free_blocks
+    with volume.transaction():
+        taken = volume.allocator.allocate(left)
+    assert volume.counters.free_blocks == 0
+    assert directory.blocks > 300, "too few leaves to need more than one map node"
+    random.Random(7).shuffle(names)
+    for count, name in enumerate(names, 1):
+        remove(volume, directory, name)
+        assert directory.entries == len(names) - count
+    assert (directory.blocks, directory.root) == (0, 0)
+    assert volume.counters.free_blocks + sum(length for _, length in taken) == before

@@ -39,6 +39,11 @@ class Allocator:
         self._cursor = superblock.data_start
         self._freed: list[int] = []
 
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks the open transaction can still take."""
+        return self._counters.free_blocks
+
     def allocate(self, count: int) -> list[Run]:
         """Mark ``count`` blocks used and return them as runs; raise FsError(ENOSPC).
 

@@ -239,8 +239,10 @@ class Directories:
     def _merge(self, directory: Inode, leaf: _Leaf, data: bytes) -> bool:
         """Merge the leaf (whose content is now ``data``) with its sibling, and on upwards.
 
-        Return False if nothing was merged and the leaf is still to be rewritten. The empty leaf
-        at the root is dropped: an empty directory owns no block.
+        Return False if nothing was merged and the leaf is still to be rewritten. What is merged
+        goes into the leaf's own block, so that removing a name needs no free block; where the map
+        would need one and there is none, the siblings stay two. The empty leaf at the root is
+        dropped: an empty directory owns no block.
         """
         records = data[_HEADER:]
         depth, prefix = leaf.depth, leaf.prefix
@@ -252,14 +254,34 @@ class Directories:
             records += sibling.data[_HEADER:]
             merged.append(sibling)
             depth, prefix = depth - 1, prefix >> 1
-        if len(merged) == 1 and (depth or records):
+        if len(merged) == 1:
+            if depth == 0 and not records:
+                self._drop(directory, leaf)
+                return True
             return False
+        index = (1 << depth) + prefix - 1
+        if not self._can_place(directory, index):
+            return False
+        if index:
+            # Before the old leaves go: what the map holds for them may be what this entry needs.
+            self._maps.assign_one(directory, index, self._maps.raw_home(leaf.block))
         for old in merged:
-            self._drop(directory, old)
-        if records or depth:
-            packed = [entry.pack() for entry in _entries(bytes(_HEADER) + records)]
-            self._write_new(directory, depth, prefix, packed)
+            self._maps.assign_one(directory, old.index, 0)
+        self._allocator.free(old.block for old in merged[1:])
+        directory.blocks -= len(merged) - 1
+        if index == 0:
+            # All leaves went and the map with them: the root's needs no node again.
+            self._maps.assign_one(directory, 0, self._maps.raw_home(leaf.block))
+        count = sum(1 for _ in _entries(bytes(_HEADER) + records))
+        header = _header(directory.ino, index, count, records)
+        self._metadata.write(leaf.block, 0, header + records)
         return True
+
+    def _can_place(self, directory: Inode, index: int) -> bool:
+        """Whether a leaf can get this place without failing for want of a block for map nodes."""
+        start = index - index % layout.FANOUT
+        has_node = self._maps.entries(directory, start, layout.FANOUT).any()
+        return bool(has_node) or self._allocator.free_blocks >= directory.height
 
 
 def _header(owner: int, index: int, count: int, body: bytes) -> bytes:

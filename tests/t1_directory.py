@@ -209,17 +209,26 @@ def test_random_names_against_a_dict(seed: int) -> None:
     assert {e.name: e.ino for e in listing(again, directory)} == model
 
 
+def fill(volume: Volume, directory: Inode, names: list[bytes]) -> None:
+    """Insert names, noting them, until that fails; what failed leaves ``directory`` as it was."""
+    while True:
+        name = b"%0100d" % len(names)
+        before = dataclasses.asdict(directory)
+        try:
+            insert(volume, directory, name, 20)
+        except FsError:
+            for field, value in before.items():
+                setattr(directory, field, value)
+            raise
+        names.append(name)
+
+
 def test_a_full_image_can_be_emptied_name_by_name(volume: Volume) -> None:
     directory = Inode(DIR)
     before = volume.counters.free_blocks
     names: list[bytes] = []
     with pytest.raises(FsError) as caught:
-        while True:
-            # What fails half way has changed the caller's copy: the filesystem drops it, so here.
-            attempt = dataclasses.replace(directory)
-            insert(volume, attempt, b"%0100d" % len(names), 20)
-            directory = attempt
-            names.append(b"%0100d" % len(names))
+        fill(volume, directory, names)
     assert caught.value.errno == errno.ENOSPC
     left = volume.counters.free_blocks
     with volume.transaction():

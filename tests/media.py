@@ -27,7 +27,9 @@ class PowerCut(BaseException):
 class RecordingMedium:
     """Bytes in memory as a ``Medium``; the fence number ``cut_at`` (from 1) never completes."""
 
-    def __init__(self, content: bytes | bytearray, *, writable: bool = True, cut_at: int = 0) -> None:
+    def __init__(
+        self, content: bytes | bytearray, *, writable: bool = True, cut_at: int = 0
+    ) -> None:
         self.now = bytearray(content)
         self.durable = bytearray(content)
         self._writable = writable

@@ -29,13 +29,33 @@ SPECIAL_BIT = """\
 6.1-nospecial  vm_insert_page   refcount 2, mapcount 1, get_user_pages 1 page
 6.1-nospecial  vm_insert_mixed  refcount 2, mapcount 1, get_user_pages 1 page
 """
+MIGRATE = """\
+process                    A              B              C          RAM page
+PTEs                       raw file anon  raw file anon  raw file anon  ref map
+read, faults [1, 1, 1]       1    0    0    1    0    0    1    0    0    1   0
+C writes                     1    0    0    1    0    0    0    0    1    1   0
+to page cache, cleared 2     0    0    0    0    0    0    0    0    1    1   0
+read, faults [1, 1, 0]       0    1    0    0    1    0    0    0    1    3   2
+to XIP, cleared 2            0    0    0    0    0    0    0    0    1    1   0
+read, faults [1, 1, 0]       1    0    0    1    0    0    0    0    1    1   0
+"""
+LOCKLESS = """\
+rules          XIP pages   lockless  taken in all
+6.1            none               8  8 of 8
+6.1            5                  5  5 of 8
+6.1            0                  0  an error
+6.1-nospecial  none               0  8 of 8
+6.1-nospecial  5                  0  5 of 8
+6.1-nospecial  0                  0  an error
+"""
 
 
 @pytest.mark.parametrize(
     ("words", "output"),
     [(["first_touch.py"], FIRST_TOUCH), (["first_touch.py", "seed"], FIRST_TOUCH)]
-    + [(["special_bit.py"], SPECIAL_BIT)],
-    ids=["first_touch", "first_touch seed", "special_bit"],
+    + [(["special_bit.py"], SPECIAL_BIT), (["migrate_under_mapping.py"], MIGRATE)]
+    + [(["lockless_gup.py"], LOCKLESS)],
+    ids=["first_touch", "first_touch seed", "special_bit", "migrate_under_mapping", "lockless_gup"],
 )
 def test_an_example_program(words: list[str], output: str) -> None:
     command = [sys.executable, str(EXAMPLES / words[0]), *words[1:]]

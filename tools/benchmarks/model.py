@@ -82,7 +82,7 @@ class Model:
         placement = Placement(self.machine)
         starts = np.zeros((PROCESSES, 2), np.int64)
         self.mms = [MmStruct(self.machine, number) for number in range(PROCESSES)]
-        block = memory.nvram_base_pfn
+        block = int(memory.nvram_base_pfn)
         for number, (size, kinds) in enumerate(zip(sizes, xip, strict=True)):
             frames = np.where(kinds, block + np.arange(size), ABSENT)
             block += size

@@ -34,6 +34,7 @@ _K_MIX: Final = 0xD6E8FEB86659FD93
 _WORD: Final = (1 << 64) - 1
 _SHIFT: Final = layout.FANOUT_SHIFT
 _SLOT_MASK: Final = layout.FANOUT - 1
+_FEW_PAGES: Final = 4
 
 
 def seal(ino: int, level: int, position: int, body: int) -> int:
@@ -83,6 +84,9 @@ class FileMap:
 
     def entries(self, inode: Inode, first: int, count: int) -> Entries:
         """Return the bodies of pages [first, first + count)."""
+        if count <= _FEW_PAGES:
+            # numpy's fixed cost a call is that of a dozen pages looked up one by one.
+            return np.array([self.entry(inode, first + i) for i in range(count)], np.uint64)
         bodies = np.zeros(count, np.uint64)
         if inode.height == 0:
             if first == 0 and count:

@@ -201,3 +201,31 @@ def test_random_maps_against_a_dict(seed: int) -> None:
         while volume.maps.take(inode, 0, 1000) is not None:
             pass
     assert volume.counters.free_blocks == free
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [[0], [511], [0, 511], [512], [0, 1024], [511, 1 << 18], [(1 << 18) - 1], [5, (1 << 36) - 1]],
+)
+def test_a_walk_starts_where_it_is_told_on_every_height(volume: Volume, pages: list[int]) -> None:
+    inode = Inode(INO)
+    for index in pages:
+        put(volume, inode, index, volume.maps.raw_home(100))
+    edges = [*pages, 1, 511, 512, 513, 1024, 1 << 18, (1 << 18) + 512, 1 << 27, (1 << 36) - 1]
+    for first in sorted({0, *edges, *(index + 1 for index in pages if index + 1 < 1 << 36)}):
+        walked = [
+            start + int(slot)
+            for start, bodies in volume.maps.leaves(inode, first)
+            for slot in np.flatnonzero(bodies)
+        ]
+        assert walked == [index for index in pages if index >= first], first
+
+
+def test_nothing_is_taken_behind_the_last_page_of_a_full_leaf(volume: Volume) -> None:
+    inode = Inode(INO)
+    put(volume, inode, 511, volume.maps.raw_home(100))
+    with volume.transaction():
+        assert volume.maps.take(inode, 512, 10) is None
+        taken = volume.maps.take(inode, 511, 10)
+    assert taken is not None
+    assert taken.tolist() == [100 | 1 << 41]

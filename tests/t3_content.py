@@ -290,3 +290,11 @@ def test_times_and_kinds_after_a_write(medium: RecordingMedium) -> None:
     fs.set_default_kind(ino, PageKind.PAGECACHE)
     fs.write(ino, 0, bytes(2 * PAGE))
     assert [fs.page(ino, i).kind for i in range(2)] == [PageKind.XIP, PageKind.PAGECACHE]
+
+
+def test_a_cut_within_the_last_page_of_a_full_map_node(fs: Filesystem) -> None:
+    ino = make(fs)
+    last = 511 * PAGE
+    fs.write(ino, last, b"x" * PAGE)
+    assert fs.setattr(ino, size_bytes=last + PAGE - 1).size_bytes == 2097151
+    assert bytes(fs.read(ino, last, PAGE)) == b"x" * 4095

@@ -155,7 +155,9 @@ class FileMap:
         if node == 0:
             return
         if level == 1:
-            yield position, node
+            # A tree of one leaf gets here without its number having been compared.
+            if position >= first:
+                yield position, node
             return
         span = _SHIFT * (level - 2)
         base = position << _SHIFT

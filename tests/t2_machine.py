@@ -72,13 +72,22 @@ class MmMachine(RuleBasedStateMachine):
 
     @initialize(
         short=st.booleans(), swap=st.booleans(),
-        first=st.lists(st.tuples(CHOICE, PROTS, st.booleans()), min_size=2, max_size=4),
+        first=st.lists(st.tuples(CHOICE, st.booleans()), max_size=5),
+        touches=st.lists(st.tuples(CHOICE, PAGE, st.booleans()), max_size=16),
     )  # fmt: skip
-    def boot(self, short: bool, swap: bool, first: list[tuple[int, str, bool]]) -> None:
-        """Make the machine and map a few things; one short of memory has 12 anonymous pages."""
+    def boot(
+        self, short: bool, swap: bool, first: list[tuple[int, bool]],
+        touches: list[tuple[int, int, bool]],
+    ) -> None:  # fmt: skip
+        """Make the machine, map a few things and use them, so that there is something to break.
+
+        A machine that is short of memory has 12 anonymous pages.
+        """
         self.world = World(self.rule_set, anon_pages=12 if short else 4096, swap=swap)
-        for what, prot, shared in first:
-            self.map_object(0, what, 0, 14, prot, shared)
+        for what, shared in first:
+            self.map_object(0, what, 0, 4 if short else 8, "rw", shared)
+        for label, page, write in touches:
+            self.touch(0, label, page, write)
 
     def teardown(self) -> None:
         if hasattr(self, "world") and not self.world.failed:

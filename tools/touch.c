@@ -435,7 +435,7 @@ static int read_words(char **words)
 int main(int argc, char **argv)
 {
 	static char *words[MAX_WORDS];
-	struct run run = { argv + 1, 0, argc - 1, 0, { { 0 } } };
+	struct run run = { .words = argv + 1, .end = argc - 1 };
 
 	if (argc == 2 && !strcmp(argv[1], "-")) {
 		run.words = words;

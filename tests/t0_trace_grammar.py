@@ -384,6 +384,95 @@ def test_another_thread_s_exec_ends_the_process_s_threads(script: Script) -> Non
     assert [event.mm for event in events if isinstance(event, Exit)] == [1, 2]
 
 
+def test_exec_after_the_leader_has_gone(script: Script) -> None:
+    """The leader's own exit came before: the next one under its id is the new program's."""
+    script.people[101] = Identity(PID, 1, "prog")
+    script.pf(BASE)
+    script.fault(0)
+    script.pf(BASE + PAGE, tid=101)
+    script.fault(1, tid=101)
+    script.exit(PID)
+    script.row(records.PREPARE_EXEC, 101, 101)
+    script.row(records.MA_WRITE, PID, 0x400000, 0x40FFFF, 1)
+    script.row(records.EXEC, PID, PID, 101)
+    script.pf(0x400000)
+    script.fault(0)
+    events = script.end()
+    assert [event.mm for event in events if isinstance(event, Exit)] == [1, 2]
+    assert not script.processes.threads
+
+
+def test_a_first_fault_that_nothing_closed_is_known_to_other_threads(script: Script) -> None:
+    """Thread 101 computes on after its fault while its leader forks and unmaps."""
+    script.maps.clear()
+    script.mmap(BASE, 32)
+    script.newtask(101, 0x10100)
+    script.pf(BASE, tid=101)
+    script.map(0, 15, tid=101)
+    script.newtask(200)
+    script.call("munmap", BASE, 32 * PAGE)
+    script.exit(101)
+    kinds = [type(event) for event in script.end()]
+    assert kinds == [Map, Fault, Around, Fork, Unmap, Exit]
+
+
+def test_gup_after_a_foreign_fault_is_not_taken_for_it(script: Script) -> None:
+    """A fault in a library's mapping, then an O_DIRECT read into the mount's: no system call."""
+    script.mmap(0x900000, 16, pgoff=3)
+    script.pf(0x901000)
+    script.fault(9)
+    script.pf(0x902000)
+    script.map(8, 20)
+    events = script.end()
+    found = [event for event in events if isinstance(event, Fault)]
+    assert [(f.address, f.index, f.origin) for f in found] == [
+        (BASE + 9 * PAGE, 9, GUP),
+        (BASE + 8 * PAGE, 8, GUP),
+    ]
+    assert [event.start for event in events if isinstance(event, Map)] == [BASE]
+    assert script.unfollowed == {}
+
+
+def test_untraced_cold_reads_in_one_window(script: Script) -> None:
+    """The probe says only the window; the look-up after it says the page."""
+    script.people[200] = Identity(200, 1, "other")
+    script.maps[200] = [MapsLine(0x70000, 0x80000, 1, True, 0, FILE)]
+    for index in (0, 1, 2):
+        script.map(0, 15, tid=200)
+        script.fault(index, tid=200)
+        script.add(index, tid=200)
+        script.map(0, 15, tid=200)
+    script.exit(200)
+    found = [event for event in script.events() if isinstance(event, Fault)]
+    assert [(f.address, f.index, f.verdict) for f in found] == [
+        (0x70000, 0, MAJOR),
+        (0x71000, 1, MAJOR),
+        (0x72000, 2, MAJOR),
+    ]
+
+
+def test_threads_whose_end_was_not_seen_are_ended(script: Script) -> None:
+    """Untraced ones make no exit record, and after a loss any may be missing."""
+    script.people[200] = Identity(200, 1, "other")
+    script.maps[200] = [MapsLine(0x70000, 0x78000, 1, True, 4, FILE)]
+    script.fault(6, tid=200)
+    script.pf(BASE)
+    script.fault(0)
+    script.grammar.feed(script.rows)
+    script.rows.clear()
+    del script.people[PID]
+    script.grammar.bury(script.now)
+    assert only(script.events(), Exit) == []
+    del script.people[200]
+    script.grammar.bury(script.now)
+    assert only(script.events(), Exit) == [Exit(script.now, 1)]
+    script.row(records.LOST, 0, 1)
+    script.events()
+    script.grammar.bury(script.now)
+    assert only(script.events(), Exit) == [Exit(script.now, 2)]
+    assert not script.processes.threads
+
+
 def test_a_descriptor_that_was_passed_on_is_seen_untraced(script: Script) -> None:
     script.people[200] = Identity(200, 1, "other")
     script.maps[200] = [MapsLine(0x70000, 0x78000, 1, True, 4, FILE)]

@@ -246,6 +246,39 @@ def test_past_the_end_is_sigbus(observer: Observer, touch: Path, file: Path) -> 
     assert [(f.index, f.verdict) for f in run.faults] == [(N - 1, "major"), (N + 1, "sigbus")]
 
 
+def test_a_program_that_nobody_announced(observer: Observer, touch: Path, file: Path) -> None:
+    """As with a passed descriptor: seen by its page-cache records, then followed to its end."""
+    words = f"pause map {file} shared rw read 0-20 pause write 0-30 pause"
+    with subprocess.Popen(
+        [str(touch), *words.split()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            seen: list[list[Event]] = []
+            for _ in range(3):
+                assert process.stdout.readline() == "paused\n"
+                seen.append(observer.drain())
+                observer.add_pids([process.pid] if len(seen) > 1 else [])
+                process.stdin.write("\n")
+                process.stdin.flush()
+            assert process.wait(timeout=30) == 0
+        except BaseException:
+            process.kill()
+            raise
+    seen.append(observer.drain())
+    before, after = (
+        [event for event in events if isinstance(event, Fault)] for events in seen[1:3]
+    )
+    assert [(f.index, f.origin, f.verdict) for f in before] == [
+        (index, "untraced", "major") for index in range(21)
+    ]
+    assert [(f.index, f.origin, f.protection) for f in after] == [
+        (index, "trap", index < 21) for index in range(31)
+    ]
+    assert len([event for event in seen[3] if isinstance(event, Exit)]) == 1
+
+
 def test_another_mount_s_faults_stay_out(
     observer: Observer, touch: Path, file: Path, tmp_path: Path
 ) -> None:

@@ -129,7 +129,7 @@ class Fault(NamedTuple):
     write: bool
     execute: bool
     user: bool
-    """False: the kernel faulted on the program's behalf."""
+    """False: the kernel faulted on the program's behalf. UNTRACED: taken for the program's own."""
     protection: bool
     """The page was mapped, but not for this access (COW or first write to a shared page)."""
     verdict: str

@@ -66,9 +66,12 @@ class Faults:
             thread.pf_vma = vma
             thread.pf_ino = vma.ino
             thread.pf_index = vma.index_at(address)
+            # At once: other threads may fork or unmap before anything closes this fault.
+            self._processes.tell(time_ns, thread.space, vma)
 
     def fault(self, thread: Thread, time_ns: int, ino: int, index: int) -> None:
         """mm_filemap_fault: the kernel looks page ``index`` up, at first or again."""
+        self._place_probe(thread, ino, index)
         known = thread.pf_open and thread.pf_ino >= 0
         matches = known and thread.pf_ino == ino and thread.pf_index == index
         if not matches and not self._attribute(thread, time_ns, ino, index, index, index):
@@ -82,16 +85,12 @@ class Faults:
         thread.pf_last_ns = time_ns
 
     def map_pages(self, thread: Thread, time_ns: int, ino: int, first: int, last: int) -> None:
-        """mm_filemap_map_pages: the kernel tries to map the cached ones of ``first..last``.
-
-        The record's range ends with the file (filemap_map_pages, 6.18), so for a fault past the end
-        it lies below the faulting page, or is empty.
-        """
+        """mm_filemap_map_pages: the kernel tries to map the cached ones of ``first..last``."""
         known = thread.pf_open and thread.pf_ino >= 0
         matches = (
             known
             and thread.pf_ino == ino
-            and first <= thread.pf_index < max(last + 1, first + self._around_pages)
+            and self._in_window(thread.pf_index, first, last)
             and not thread.pf_mapped_last
         )
         if not matches and not self._attribute(thread, time_ns, ino, None, first, last):
@@ -149,7 +148,6 @@ class Faults:
         if not thread.pf_reported:
             thread.pf_reported = True
             self._learn_prot(thread, vma)
-            self._processes.tell(thread.pf_time_ns, thread.space, vma)
             self._emit(thread.pf_last_ns, self._finished(thread))
         space, base = thread.space, (thread.pf_address & PAGE_MASK)
         for first, last in thread.pf_arounds:
@@ -245,14 +243,14 @@ class Faults:
             assert thread.pf_vma is not None
             self._forget(time_ns, thread, thread.pf_vma)
             thread.pf_ino = -1
-        if fresh and self._at_trap(thread, time_ns, ino, index, first):
+        if fresh and self._at_trap(thread, time_ns, ino, index, first, last):
             return True
         if self._calls.address_unknown(thread):
             return False
         return self._without_trap(thread, time_ns, ino, index, first, last)
 
     def _at_trap(
-        self, thread: Thread, time_ns: int, ino: int, index: int | None, first: int
+        self, thread: Thread, time_ns: int, ino: int, index: int | None, first: int, last: int
     ) -> bool:
         """Resolve the mapping at the open trap's address; False when there is none."""
         address = thread.pf_address
@@ -268,22 +266,49 @@ class Faults:
                 vma = self._minimal(thread, ino, index)
                 if vma is None:
                     return False
-        if vma.pgoff is None:
-            page = index if index is not None else self._window_index(vma, address, first)
-            pgoff = page - (((address & PAGE_MASK) - vma.start) >> PAGE_SHIFT)
-            vma.pgoff = max(pgoff, 0)
-        if vma.ino is None:
-            vma.ino = ino
-        page = vma.index_at(address)
-        if vma.ino != ino or (index is not None and page != index):
+        page = self._page_at(vma, address, index, first, last)
+        if page is None and vma.ino is None:
+            # Another file's mapping, whose fault is over: the record is of something later.
+            return False
+        if page is None or vma.ino not in (None, ino):
             self._unfollowed[_DISAGREED] += 1
             self._forget(time_ns, thread, vma)
             minimal = self._minimal(thread, ino, index)
-            if minimal is None:
+            if minimal is None or index is None:
                 return False
-            vma, page = minimal, index if index is not None else 0
+            vma, page = minimal, index
+        vma.ino = ino
         thread.pf_vma, thread.pf_ino, thread.pf_index = vma, ino, page
+        self._learn_prot(thread, vma)
+        self._processes.tell(thread.pf_time_ns, thread.space, vma)
         return True
+
+    def _page_at(
+        self, vma: Vma, address: int, index: int | None, first: int, last: int
+    ) -> int | None:
+        """Return the page that ``vma`` maps at ``address``; None when the record contradicts.
+
+        Completes the offset of a mapping that exec made.
+        """
+        if vma.pgoff is None:
+            page = index if index is not None else self._window_index(vma, address, first)
+            pgoff = page - (((address & PAGE_MASK) - vma.start) >> PAGE_SHIFT)
+            if pgoff < 0:
+                return None
+            vma.pgoff = pgoff
+            return page
+        page = vma.index_at(address)
+        if index is not None:
+            return page if page == index else None
+        return page if self._in_window(page, first, last) else None
+
+    def _in_window(self, page: int, first: int, last: int) -> bool:
+        """Tell whether a fault on ``page`` can have tried to map ``first..last``.
+
+        The record's range ends with the file (filemap_map_pages, 6.18), so for a fault past the end
+        it lies below the faulting page, or is empty.
+        """
+        return first <= page < max(last + 1, first + self._around_pages)
 
     def _minimal(self, thread: Thread, ino: int, index: int | None) -> Vma | None:
         """Map just the page that the record proves; None when it names no page."""
@@ -304,6 +329,21 @@ class Faults:
         vma_offset = ((address & PAGE_MASK) - vma.start) >> PAGE_SHIFT
         aligned = offset - offset % self._around_pages
         return first + offset - max(aligned, offset - min(offset, vma_offset))
+
+    def _place_probe(self, thread: Thread, ino: int, index: int) -> None:
+        """Correct the page of a fault without exception that began with a probe."""
+        if (
+            thread.pf_open
+            and thread.pf_origin != events.TRAP
+            and thread.pf_mapped_last
+            and not thread.pf_faults
+            and thread.pf_ino == ino
+            and thread.pf_arounds
+            and self._in_window(index, *thread.pf_arounds[-1])
+        ):
+            thread.pf_address += index - thread.pf_index << PAGE_SHIFT
+            thread.pf_index = index
+            thread.populate_next = thread.pf_address + PAGE_SIZE
 
     def _mapped_at(
         self, thread: Thread, ino: int, index: int, lowest: int = 0
@@ -338,8 +378,12 @@ class Faults:
             origin = events.UNTRACED
         write = populates and self._calls.populates_by_writing(thread, vma.prot, vma.shared)
         error = ERROR_USER | (ERROR_WRITE if write else 0)
-        self._open(thread, time_ns, address, error, True, origin)
+        # Whose access an untraced fault was is unknown; most are the program's own.
+        kernel = origin != events.UNTRACED
+        self._open(thread, time_ns, address, error, kernel, origin)
         thread.pf_vma, thread.pf_ino, thread.pf_index = vma, ino, vma.index_at(address)
+        self._learn_prot(thread, vma)
+        self._processes.tell(time_ns, thread.space, vma)
         thread.populate_next = address + PAGE_SIZE
         return True
 

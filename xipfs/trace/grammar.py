@@ -87,13 +87,22 @@ class Grammar:
             if not thread.pf_open or thread.pf_ino < 0 or thread.pf_reported:
                 continue
             answer = in_system_call(thread.tid)
-            if thread.pf_kernel:
-                # A system call is where it is in either case.
-                answer = None
             waits = thread.pf_added and not thread.pf_retries
+            if thread.pf_kernel or (waits and thread.pf_origin == events.UNTRACED):
+                # A system call is where it is, or may be, in either case.
+                answer = None
             old = now_ns - thread.pf_last_ns > SETTLE_NS
             if answer or (answer is None and old and not waits):
                 self.faults.report(thread)
+
+    def bury(self, now_ns: int) -> None:
+        """End the threads whose exit made no record: untraced ones, and after a loss any."""
+        for thread in self._processes.vanished():
+            self.faults.close(thread)
+            # No second exit follows, not even of a leader that an exec was about to replace.
+            thread.awaits_exit = False
+            self._processes.exit(now_ns, thread)
+        self._processes.forget_dead(now_ns)
 
     def _unknown(self, row: Row, kind: int) -> Thread | None:
         traced = kind not in (records.FAULT, records.MAP_PAGES)
@@ -116,6 +125,7 @@ class Grammar:
         elif kind == records.LOST:
             for thread in self._threads.values():
                 self.faults.close(thread)
+            self._processes.exits_lost = True
             self._emit(time_ns, events.Lost(time_ns, row[2]))
         elif kind == records.ADOPT:
             self._processes.adopt(self._adoptions(row[2]))

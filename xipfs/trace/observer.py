@@ -149,7 +149,7 @@ class Observer:
             for start in range(0, len(rows), _FEED_ROWS):
                 self._grammar.feed(rows[start : start + _FEED_ROWS].tolist())
             self._grammar.settle(cut_ns, proc.in_system_call)
-            self._processes.forget_dead(cut_ns)
+            self._grammar.bury(cut_ns)
             if self._processes.newcomers:
                 newcomers, self._processes.newcomers = self._processes.newcomers, []
                 self.add_pids(newcomers, timeout_s=0)

@@ -23,14 +23,18 @@ GRAVE_NS: Final = 2_000_000_000
 
 
 class Space:
-    """One address space: its number, the process it shows as, its mappings, its live threads."""
+    """One address space: its number, the process it shows as, its mappings, its live threads.
 
-    __slots__ = ("id", "pid", "tids", "vmas")
+    ``told``: the consumer has heard of it, and is told of its end.
+    """
+
+    __slots__ = ("id", "pid", "tids", "told", "vmas")
 
     def __init__(self, number: int, pid: int) -> None:
         self.id = number
         self.pid = pid
         self.tids: set[int] = set()
+        self.told = False
         self.vmas = VmaMap()
 
 
@@ -129,6 +133,9 @@ class Processes:
         self.comms: dict[int, str] = {}
         #: Threads seen at the mount that the pid filter does not have yet.
         self.newcomers: list[int] = []
+        #: Records were lost since the last ``vanished``: any exit may be among them.
+        self.exits_lost = False
+        self._untraced: set[int] = set()
         self._dead: dict[int, Thread] = {}
         self._look = look
         self._maps = maps
@@ -146,7 +153,7 @@ class Processes:
             return
         assert vma.ino is not None
         assert vma.pgoff is not None
-        vma.told = True
+        vma.told = space.told = True
         self.output.emit(
             time_ns,
             events.Map(
@@ -181,6 +188,7 @@ class Processes:
         thread.traced = traced
         if not traced:
             self.newcomers.append(tid)
+            self._untraced.add(tid)
         if len(thread.space.tids) == 1:
             self.read_maps(thread.space)
         return thread
@@ -271,6 +279,7 @@ class Processes:
                 continue
             space.vmas.insert(vma.piece(vma.start, vma.end))
         if told:
+            space.told = True
             self.output.emit(
                 time_ns,
                 events.Fork(time_ns, source.id, space.id, source.pid, child_pid, tuple(dontfork)),
@@ -285,14 +294,15 @@ class Processes:
         """
         leader = thread.pid
         self._leave(time_ns, thread)
+        other = None
         if thread.tid != leader:
             del self.threads[thread.tid]
-            old = self.threads.get(leader)
-            if old is not None:
-                self._leave(time_ns, old)
+            other = self.threads.get(leader)
+            if other is not None:
+                self._leave(time_ns, other)
         heir = Thread(leader, leader, self.new_space(leader))
         heir.exec_window = True
-        heir.awaits_exit = thread.tid != leader
+        heir.awaits_exit = other is not None
         self._enter(heir)
 
     def exec_done(self, time_ns: int, thread: Thread, old_tid: int) -> None:
@@ -323,9 +333,19 @@ class Processes:
         space = thread.space
         space.tids.discard(thread.tid)
         if not space.tids:
-            if any(vma.told for vma in space.vmas):
+            if space.told:
                 self.output.emit(time_ns, events.Exit(time_ns, space.id))
             space.vmas = VmaMap()
+
+    def vanished(self) -> list[Thread]:
+        """Return the threads that have ended without a record of it, as /proc says."""
+        doubtful = list(self.threads) if self.exits_lost else self._untraced & self.threads.keys()
+        self.exits_lost = False
+        gone = [self.threads[tid] for tid in doubtful if self._look(tid) is None]
+        self._untraced = {
+            tid for tid in self._untraced & self.threads.keys() if not self.threads[tid].traced
+        }
+        return gone
 
     def forget_dead(self, now_ns: int) -> None:
         """Drop threads that exited long enough ago, and names nobody bears."""

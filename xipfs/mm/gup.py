@@ -23,6 +23,7 @@ from xipfs.mm.flags import (
     FOLL_PIN,
     FOLL_TOUCH,
     FOLL_WRITE,
+    VM_ACCESS_FLAGS,
     VM_FAULT_ERROR,
     VM_FAULT_OOM,
     VM_IO,
@@ -238,15 +239,21 @@ def get_user_pages(
     return (done or error), held
 
 
-def fast_pages(mm: MmStruct, address: int, pages: int, *, write: bool) -> int:
+def fast_pages(mm: MmStruct, address: int, pages: int, *, write: bool, pin: bool = False) -> int:
     """Return how many pages the lockless walk can take before it must stop (rules G8, G9)."""
     if not mm.machine.pte_special:
         return 0
     for number in range(pages):
-        pte = mm.tables.get(address + number * PAGE_SIZE)
-        if not pte & PTE_PRESENT or (write and not pte & PTE_WRITE):
+        at = address + number * PAGE_SIZE
+        pte, vma = mm.tables.get(at), mm.find_vma(at)
+        # The PTEs of a PROT_NONE VMA lack the bit that lets user space in.
+        if not pte & PTE_PRESENT or vma is None or not vma.flags & VM_ACCESS_FLAGS:
+            return number
+        if write and not pte & PTE_WRITE:
             return number
         if pte & PTE_SPECIAL and not pte & PTE_DEVMAP:
+            return number
+        if pin and must_unshare(vma, pte >> 12, pte, FOLL_PIN):
             return number
     return pages
 
@@ -262,13 +269,25 @@ def get_user_pages_fast(
 ) -> tuple[int, list[int]]:
     """Lockless where the PTEs allow, the slow path for the rest (rules G8 to G10, G13).
 
-    The walk itself takes what the slow path would take without faulting, so it is that code
-    which runs here; ``fast_pages`` tells how far the lockless walk would have come.
+    The walk sees no VMA. So it takes the private copy of a page in a PFNMAP VMA, which the slow
+    path refuses before it looks at any PTE (rule G1; gup_pte_range, check_vma_flags in 6.1).
     """
+    machine = mm.machine
     flags = (FOLL_PIN if pin else FOLL_GET) | FOLL_TOUCH | (FOLL_WRITE if write else 0)
     flags |= FOLL_FORCE if force else 0
-    done, error, held = get_user_pages_locked(mm, address & PAGE_MASK, pages, flags)
-    return (done or error), held
+    at = address & PAGE_MASK
+    fast = fast_pages(mm, at, pages, write=write, pin=pin)
+    held = [mm.tables.get(at + number * PAGE_SIZE) >> 12 for number in range(fast)]
+    for page in held:
+        machine.hold(page, grab(machine.zero_pfn, page, flags, machine.rules.kernel.pin_bias))
+        machine.memory.flags[page] |= PG_REFERENCED
+    if fast and pin:
+        mm.has_pinned = True
+    if fast == pages:
+        return pages, held
+    rest = at + fast * PAGE_SIZE
+    done, error, slow = get_user_pages_locked(mm, rest, pages - fast, flags)
+    return (fast + done or error), held + slow
 
 
 def put_user_pages(mm: MmStruct, held: list[int], *, pin: bool = False) -> None:

@@ -42,8 +42,8 @@ FAULT_FIRST = (
     *("process_vm_readv", "process_vm_writev", "proc_mem_read", "proc_mem_write", "ptrace_peek"),
     "direct_write",
 )
-#: Calls over a range that keep what they did before the failure, as the kernel's do.
-PARTIAL = ("mlock", "munlock", "madvise", "mprotect", "mremap")
+#: Calls over a range that keep what they did before the next VMA, or a hole, fails them.
+RANGES = ("munlock", "madvise", "mprotect", "mremap")
 
 
 def has_nopfn(rules: Rules) -> bool:
@@ -202,8 +202,9 @@ class World:
         before = audit.counters(self.machine)
         self.steps.append(step)
         try:
+            partial = self._may_be_partial(step)
             done = self.replay.execute(step)
-            self._judge(done, before)
+            self._judge(done, before, partial=partial)
         except Exception as error:
             self.failed = True
             error.add_note(
@@ -213,20 +214,39 @@ class World:
             raise
         return done.outcome
 
-    def _judge(self, done: StepState, before: dict[str, object]) -> None:
+    def _judge(self, done: StepState, before: dict[str, object], *, partial: bool) -> None:
         op, outcome = done.step.op, done.outcome
         assert not done.stopped, done.stopped
         assert outcome.get("result") != "BUG", outcome
         defects = audit.check(self.machine, holders=self.bench.holders())
         assert (self.machine.bad_ptes, self.machine.bad_rss) == (0, 0)
-        self._judge_failure(op, outcome, before)
+        self._judge_failure(op, outcome, before, partial=partial)
         self._judge_defects(op, set(defects))
         self._judge_medium(done.step)
 
-    def _judge_failure(self, op: Json, outcome: Json, before: dict[str, object]) -> None:
+    def _may_be_partial(self, step: Step) -> bool:
+        """Whether a failure of ``step`` may leave a part of its work done, as the kernel's does.
+
+        mlock and MADV_POPULATE_ fault page by page (rule K19); the others go VMA by VMA, and tell
+        of a hole at the end.
+        """
+        op = step.op
+        if op["name"] == "mlock" or op.get("advice", "").startswith("MADV_POPULATE"):
+            return True
+        process = self.bench.processes.get(step.who)
+        if op["name"] not in RANGES or process is None:
+            return False
+        mapping = process.mapping(op["map"])
+        end = op["page"] + op.get("pages", op.get("old_pages"))
+        vma = process.mm.find_vma(mapping.at(op["page"]))
+        return vma is None or vma.end < mapping.at(end)
+
+    def _judge_failure(
+        self, op: Json, outcome: Json, before: dict[str, object], *, partial: bool
+    ) -> None:
         """T11: a failed call changes no counter, but for what its own faults put in place."""
         name = op["name"]
-        if outcome.get("result", "ok") in ("ok", "page") or name in PARTIAL:
+        if outcome.get("result", "ok") in ("ok", "page") or partial:
             return
         after = audit.counters(self.machine)
         spared: set[str] = set()

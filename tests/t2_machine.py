@@ -81,9 +81,9 @@ class MmMachine(RuleBasedStateMachine):
     ) -> None:  # fmt: skip
         """Make the machine, map a few things and use them, so that there is something to break.
 
-        A machine that is short of memory has 12 anonymous pages.
+        A machine that is short of memory has 3 anonymous pages.
         """
-        self.world = World(self.rule_set, anon_pages=12 if short else 4096, swap=swap)
+        self.world = World(self.rule_set, anon_pages=3 if short else 4096, swap=swap)
         for what, shared in first:
             self.map_object(0, what, 0, 4 if short else 8, "rw", shared)
         for label, page, write in touches:

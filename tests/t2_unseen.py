@@ -123,3 +123,81 @@ def test_the_lockless_walk_takes_a_private_copy_in_a_pfnmap_vma(tmp_path: Path, 
         ],
         um=um,
     )
+
+
+def seen(*vmas: tuple[int, int, str]) -> Json:
+    """The VMAs of the mapping: first page, pages, protection."""
+    return {"vmas": [{"page": page, "pages": n, "prot": prot} for page, n, prot in vmas]}
+
+
+def test_mprotect_write_of_locked_memory_copies_it_at_once(tmp_path: Path) -> None:
+    """mprotect_fixup() populates a private VMA that is VM_LOCKED and becomes writable."""
+    agrees(
+        tmp_path,
+        [
+            (mmap("tmpfs", "r", "private"), ok()),
+            (on("mlock", 0, 4), ok(rss_anon_pages=0, locked_pages=4)),
+            (on("mprotect", 1, 2, prot="rw"), ok(minflt=2, rss_anon_pages=2, locked_pages=4)),
+            (on("mprotect", 1, 2, prot="r"), ok(minflt=0, rss_anon_pages=2)),
+            (on("munlock", 0, 4), ok(locked_pages=0)),
+            (on("mprotect", 0, 1, prot="rw"), ok(minflt=0, rss_anon_pages=2)),
+        ],
+    )
+
+
+@pytest.mark.parametrize("thing", ["tmpfs", None])
+def test_memory_that_was_writable_stays_accounted_and_apart(
+    tmp_path: Path, thing: str | None
+) -> None:
+    """mprotect_fixup() sets VM_ACCOUNT for a private write and never takes it back."""
+    split = [(0, 1, "r--"), (1, 1, "r--"), (2, 2, "r--")]
+    agrees(
+        tmp_path,
+        [
+            (mmap(thing, "r", "private"), ok(map="m", **seen((0, 4, "r--")))),
+            (on("mprotect", 1, prot="rw"), ok(map="m")),
+            (on("mprotect", 1, prot="r"), ok(map="m", **seen(*split))),
+            (on("mprotect", 0, 4, prot="rw"), ok(map="m", **seen((0, 4, "rw-")))),
+            (on("mprotect", 1, prot="r"), ok(map="m")),
+            (on("mprotect", 1, prot="rw"), ok(map="m", **seen((0, 4, "rw-")))),
+        ],
+    )
+
+
+def test_an_area_with_copies_does_not_merge_into_one_without(tmp_path: Path) -> None:
+    """is_mergeable_anon_vma() asks for exactly one anon_vma in the VMA that grows (6.1)."""
+    apart = [(0, 1, "rw-"), (1, 1, "rw-"), (2, 2, "rw-")]
+    agrees(
+        tmp_path,
+        [
+            (mmap("tmpfs", "rw", "private"), ok()),
+            (on("madvise", 1, advice="MADV_RANDOM"), ok(map="m", **seen(*apart))),
+            (write(1), ok(minflt=1)),
+            (on("madvise", 1, advice="MADV_NORMAL"), ok(map="m", **seen(*apart))),
+            # The other way round the VMA with the copies grows over the one without.
+            (on("madvise", 0, advice="MADV_RANDOM"), ok()),
+            (on("madvise", 0, advice="MADV_NORMAL"),
+             ok(map="m", **seen((0, 2, "rw-"), (2, 2, "rw-")))),
+            (on("madvise", 2, 2, advice="MADV_RANDOM"), ok()),
+            (on("madvise", 2, 2, advice="MADV_NORMAL"), ok(map="m", **seen((0, 4, "rw-")))),
+        ],
+    )  # fmt: skip
+
+
+def test_mprotect_spares_the_fault_of_dirty_copies_only(tmp_path: Path) -> None:
+    """can_change_pte_writable() of 6.1 asks for a dirty PTE; MADV_FREE makes a clean one."""
+    agrees(
+        tmp_path,
+        [
+            (mmap(None, "rw", "private", "anonymous"), ok()),
+            (write(0), ok(minflt=1)),
+            (write(1), ok(minflt=1)),
+            (on("madvise", 0, advice="MADV_FREE"), ok()),
+            (on("mprotect", 0, 4, prot="r"), ok()),
+            (on("mprotect", 0, 4, prot="rw"),
+             ok(map="m", pages=[{"index": 0, "write": False, "dirty": False},
+                                {"index": 1, "write": True, "dirty": True}])),
+            (write(0), ok(minflt=1)),
+            (write(1), ok(minflt=0)),
+        ],
+    )  # fmt: skip

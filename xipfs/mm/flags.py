@@ -35,12 +35,15 @@ VM_WIPEONFORK: Final = 1 << 21
 VM_DAX: Final = 1 << 22
 #: Soft-dirty bits were cleared: first writes are of interest (the kernel's lack of VM_SOFTDIRTY).
 VM_SOFTDIRTY_TRACKED: Final = 1 << 23
+#: A private mapping that was once writable, so that its pages may all become anonymous memory.
+VM_ACCOUNT: Final = 1 << 24
 
 VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
 #: VMAs the kernel neither merges nor locks (6.1 linux/mm.h; MIXEDMAP joined later, rule K20).
 VM_SPECIAL: Final = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
 
-#: VMA flag to its two letters in smaps; VM_INSERTPAGE and VM_DAX show no letters of their own.
+#: VMA flag to its two letters in smaps; VM_INSERTPAGE and VM_DAX have none, and VM_ACCOUNT's are
+#: not shown.
 VMFLAG_LETTERS: Final[dict[int, str]] = {
     VM_READ: "rd",
     VM_WRITE: "wr",

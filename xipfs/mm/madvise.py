@@ -34,7 +34,7 @@ from xipfs.mm.flags import (
 from xipfs.mm.gup import check_vma_flags, get_user_pages_locked
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
-from xipfs.mm.mmap import change_flags, merge_around
+from xipfs.mm.mmap import change_flags, vma_merge
 from xipfs.mm.pte import PTE_DIRTY, PTE_PRESENT, PTE_YOUNG
 from xipfs.mm.swapin import pageout_page
 from xipfs.mm.vma import Vma
@@ -124,7 +124,7 @@ def _change(vma: Vma, start: int, end: int, advice: str) -> int:
     flags = vma.flags & ~cleared | given
     if flags != vma.flags:
         piece = change_flags(vma.mm, vma, start, end, flags)
-        merge_around(vma.mm, piece.start, piece.end)
+        vma_merge(vma.mm, piece)
     return 0
 
 

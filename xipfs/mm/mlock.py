@@ -10,7 +10,7 @@ import errno
 
 from xipfs.mm.flags import VM_LOCKED
 from xipfs.mm.mm_struct import MmStruct
-from xipfs.mm.mmap import change_flags, may_lock, merge_around
+from xipfs.mm.mmap import change_flags, may_lock, vma_merge
 from xipfs.mm.populate import mlock_errno, mm_populate
 from xipfs.mm.vma import Vma
 
@@ -67,4 +67,4 @@ def _mlock_fixup(vma: Vma, start: int, end: int, lock: int) -> None:
         return
     piece = change_flags(mm, vma, start, end, flags)
     mm.locked_vm += piece.pages if lock else -piece.pages
-    merge_around(mm, piece.start, piece.end)
+    vma_merge(mm, piece)

@@ -12,6 +12,7 @@ import errno
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE
 from xipfs.mm.flags import (
     VM_ACCESS_FLAGS,
+    VM_ACCOUNT,
     VM_LOCKED,
     VM_MAYEXEC,
     VM_MAYREAD,
@@ -22,7 +23,7 @@ from xipfs.mm.flags import (
     VM_WRITE,
 )
 from xipfs.mm.mm_struct import MmStruct, vma_close
-from xipfs.mm.populate import mm_populate
+from xipfs.mm.populate import mm_populate, populate_vma_page_range
 from xipfs.mm.pte import PTE_CHG_MASK, PTE_DIRTY, PTE_PRESENT, PTE_WRITE
 from xipfs.mm.vma import MappedFile, Vma
 from xipfs.mm.zap import free_pgtables, remove_vma, zap_page_range
@@ -81,6 +82,8 @@ def do_mmap(
         address = mm.unused_area(pages)
     end = address + (pages << PAGE_SHIFT)
     flags = calc_vm_flags(prot, shared=shared, file_writable=file_writable or file is None)
+    if flags & (VM_WRITE | VM_SHARED) == VM_WRITE:
+        flags |= VM_ACCOUNT
     wants_lock = locked or bool(mm.def_flags & VM_LOCKED)
     for old in mm.isolate(address, end):
         remove_vma(old)
@@ -138,8 +141,9 @@ def do_munmap(mm: MmStruct, start: int, end: int) -> int:
     return 0
 
 
-def can_merge(left: Vma, right: Vma) -> bool:
-    """Whether two VMAs are one to the kernel (can_vma_merge_*; rule K21)."""
+def can_merge(area: Vma, neighbour: Vma) -> bool:
+    """Whether ``area`` can be merged into the VMA next to it (can_vma_merge_*; rule K21)."""
+    left, right = sorted((area, neighbour), key=lambda vma: vma.start)
     ops = left.vm_ops
     return (
         left.end == right.start
@@ -149,32 +153,53 @@ def can_merge(left: Vma, right: Vma) -> bool:
         and not left.is_special
         and (ops is None or ops.close is None)
         and (left.file is None or right.pgoff == left.pgoff + left.pages)
-        and _anon_vmas_compatible(left, right)
+        and _anon_vma_fits(area, neighbour)
     )
 
 
-def _anon_vmas_compatible(left: Vma, right: Vma) -> bool:
-    if left.anon_vma == right.anon_vma:
+def _anon_vma_fits(area: Vma, neighbour: Vma) -> bool:
+    """is_mergeable_anon_vma(): the neighbour that grows must have an anon_vma, and only one.
+
+    Its test for "only one" fails for none as well, so an area with private copies does not merge
+    into a VMA that never had any, while the reverse works.
+    """
+    if area.anon_vma == neighbour.anon_vma:
         return True
-    if left.anon_vma and right.anon_vma:
+    if area.anon_vma and neighbour.anon_vma:
         return False
-    return left.chain <= 1 and right.chain <= 1
+    return neighbour.chain == 1 or not area.mm.machine.rules.kernel.merge_needs_anon_vma
 
 
-def merge_around(mm: MmStruct, start: int, end: int) -> None:
-    """Merge the VMAs of [start, end) with each other and their neighbours where they are alike."""
-    for vma in mm.overlapping(max(start - 1, 0), end + 1):
-        if mm.find_vma(vma.start) is not vma:
-            continue
-        while True:
-            _, after = mm.neighbours(vma)
-            if after is None or after.start > end or not can_merge(vma, after):
-                break
-            mm.unlink(after)
-            vma.anon_vma = vma.anon_vma or after.anon_vma
-            vma.chain = max(vma.chain, after.chain)
-            mm.adjust(vma, vma.start, after.end, vma.pgoff)
-            vma_close(after)
+def vma_merge(mm: MmStruct, area: Vma) -> Vma:
+    """Merge ``area`` with the VMA before it and the one after it, where they are alike.
+
+    Returns the VMA that ``area`` is now part of.
+    """
+    before, after = mm.neighbours(area)
+    with_before = before is not None and can_merge(area, before)
+    with_after = after is not None and can_merge(area, after)
+    if with_before and with_after:
+        assert before is not None
+        assert after is not None
+        ends = (before.anon_vma, after.anon_vma)
+        with_after = ends[0] == ends[1] or not all(ends)
+    if with_after:
+        assert after is not None
+        absorb(mm, area, after)
+    if not with_before:
+        return area
+    assert before is not None
+    absorb(mm, before, area)
+    return before
+
+
+def absorb(mm: MmStruct, left: Vma, right: Vma) -> None:
+    """Make ``left`` cover ``right``, its neighbour, too."""
+    mm.unlink(right)
+    left.anon_vma = left.anon_vma or right.anon_vma
+    left.chain = max(left.chain, right.chain)
+    mm.adjust(left, left.start, right.end, left.pgoff)
+    vma_close(right)
 
 
 def change_flags(mm: MmStruct, vma: Vma, start: int, end: int, flags: int) -> Vma:
@@ -200,19 +225,26 @@ def mprotect(mm: MmStruct, start: int, end: int, prot: int) -> int:
         if prot & VM_WRITE and not vma.flags & VM_MAYWRITE:
             return -errno.EACCES
         stop = min(vma.end, end)
-        new = vma.flags & ~VM_ACCESS_FLAGS | prot
-        if new != vma.flags:
-            piece = change_flags(mm, vma, max(vma.start, start), stop, new)
-            change_protection(piece)
-            merge_around(mm, piece.start, piece.end)
+        old = vma.flags
+        new = old & ~VM_ACCESS_FLAGS | prot
+        if new != old:
+            if prot & VM_WRITE and not old & VM_SHARED:
+                # Accounted once and for all: taking the permission back leaves the flag.
+                new |= VM_ACCOUNT
+            first = max(vma.start, start)
+            piece = vma_merge(mm, change_flags(mm, vma, first, stop, new))
+            change_protection(piece, first, stop)
+            if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and new & VM_WRITE:
+                # Memory that is locked takes its write faults now (mprotect_fixup).
+                populate_vma_page_range(piece, first, stop)
         at = stop
     return 0 if at >= end else -errno.ENOMEM
 
 
-def change_protection(vma: Vma) -> None:
-    """Rewrite the permission bits of every present PTE; pfn and kind stay (rules K9, P10)."""
+def change_protection(vma: Vma, start: int, end: int) -> None:
+    """Rewrite the permission bits of present PTEs; pfn and kind stay (rules K9, P10)."""
     mm = vma.mm
-    for address, pte in mm.tables.populated(vma.start, vma.end):
+    for address, pte in mm.tables.populated(start, end):
         if not pte & PTE_PRESENT:
             continue
         new = pte & PTE_CHG_MASK | PTE_PRESENT | vma.page_prot & PTE_WRITE
@@ -230,6 +262,8 @@ def can_change_pte_writable(vma: Vma, address: int, pte: int) -> bool:
     if vma.flags & VM_SHARED:
         return bool(vma.write_notified and pte & PTE_DIRTY)
     if not machine.rules.kernel.mprotect_upgrades_anon:
+        return False
+    if not pte & PTE_DIRTY and not machine.rules.kernel.mprotect_upgrades_clean:
         return False
     page = machine.vm_normal_page(vma, address, pte)
     exclusive = PG_ANON | PG_ANON_EXCLUSIVE

@@ -18,7 +18,7 @@ from xipfs.mm.flags import (
     VM_SHARED,
 )
 from xipfs.mm.mm_struct import MmStruct, vma_open
-from xipfs.mm.mmap import do_munmap, merge_around
+from xipfs.mm.mmap import absorb, can_merge, do_munmap
 from xipfs.mm.populate import mm_populate
 from xipfs.mm.vma import Vma
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
@@ -149,7 +149,9 @@ def _expand(vma: Vma, address: int, new_end: int) -> int:
         return -errno.ENOMEM
     old_end = vma.end
     mm.adjust(vma, vma.start, new_end, vma.pgoff)
-    merge_around(mm, vma.start, vma.end)
+    _, after = mm.neighbours(vma)
+    if after is not None and can_merge(vma, after):
+        absorb(mm, vma, after)
     if vma.flags & VM_LOCKED:
         mm.locked_vm += new_end - old_end >> PAGE_SHIFT
         mm_populate(mm, old_end, new_end, ignore_errors=True)

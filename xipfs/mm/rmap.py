@@ -7,7 +7,7 @@ place where a normal PTE counts and a raw one does not.
 from __future__ import annotations
 
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE, PG_LRU, PG_SWAPBACKED
-from xipfs.mm.flags import VM_ACCESS_FLAGS
+from xipfs.mm.flags import VM_ACCESS_FLAGS, VM_SOFTDIRTY_TRACKED
 from xipfs.mm.machine import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.vma import Vma
@@ -86,7 +86,7 @@ def anon_vma_prepare(vma: Vma) -> None:
             left.end == right.start
             and left.file is right.file
             and other.chain == 1
-            and not (left.flags ^ right.flags) & ~VM_ACCESS_FLAGS
+            and not (left.flags ^ right.flags) & ~(VM_ACCESS_FLAGS | VM_SOFTDIRTY_TRACKED)
             and right.pgoff == left.pgoff + left.pages
         ):
             vma.anon_vma = other.anon_vma

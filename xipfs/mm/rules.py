@@ -87,8 +87,13 @@ class Kernel:
     fork_copies_mixed: bool = True
     #: VM_SPECIAL contains VM_MIXEDMAP: such VMAs are neither locked nor merged (K19 to K21).
     mixed_is_special: bool = True
+    #: A VMA without anon_vma does not grow by one that has private copies (is_mergeable_anon_vma
+    #: since 3.0); before, it did.
+    merge_needs_anon_vma: bool = True
     #: mprotect makes exclusive anonymous pages writable at once (K9).
     mprotect_upgrades_anon: bool = True
+    #: ... clean ones too; 6.1 asks for a dirty PTE (can_change_pte_writable).
+    mprotect_upgrades_clean: bool = False
     #: Read faults map cached neighbours (F22).
     fault_around: bool = True
     #: A hole of an XIP file: the "sparse page" of filemap_xip, or the zero page as in DAX (F8, R4).
@@ -134,7 +139,12 @@ _OLD: Final = {
     "mremap_private_dup": "ok",
     "zero_page": "special",
 }
-_2_6: Final = {**_OLD, "insert_page_flag": VM_INSERTPAGE, "fork_copies_mixed": False}
+_2_6: Final = {
+    **_OLD,
+    "insert_page_flag": VM_INSERTPAGE,
+    "fork_copies_mixed": False,
+    "merge_needs_anon_vma": False,
+}
 
 
 def _kernel(name: str, **fields: object) -> Kernel:
@@ -180,12 +190,14 @@ ERAS: Final[dict[str, Kernel]] = {
             mixed_without_flag="SIGBUS",
             checks_zero_page=True,
             mixed_zero_is_raw=True,
+            mprotect_upgrades_clean=True,
         ),
         Kernel(
             "new",
             mixed_without_flag="SIGBUS",
             checks_zero_page=True,
             mixed_zero_is_raw=True,
+            mprotect_upgrades_clean=True,
             dax="counted",
             mkwrite_mismatch="SIGBUS",
         ),

@@ -201,3 +201,149 @@ def test_mprotect_spares_the_fault_of_dirty_copies_only(tmp_path: Path) -> None:
             (write(1), ok(minflt=0)),
         ],
     )  # fmt: skip
+
+
+def anonymous() -> Json:
+    return mmap(None, "rw", "private", "anonymous")
+
+
+def page(index: int, **bits: Any) -> Json:
+    """What is seen of one page of the mapping ``m``."""
+    return {"map": "m", "pages": [{"index": index, **bits}]}
+
+
+def test_madv_free_cleans_the_pte_of_a_page_that_a_child_maps_too(tmp_path: Path) -> None:
+    """madvise_free_pte_range() looks at the mapcount only of a page that is dirty itself."""
+    agrees(
+        tmp_path,
+        [
+            (anonymous(), ok()),
+            (write(0), ok()),
+            ({"name": "fork", "child": "child"}, {}),
+            (on("madvise", 0, advice="MADV_FREE"), ok(**page(0, dirty=False, young=False))),
+            (on("observe", who="child"), page(0, dirty=True, present=True)),
+        ],
+    )
+
+
+def test_willneed_brings_anonymous_pages_into_the_swap_cache(tmp_path: Path) -> None:
+    """madvise_willneed() of a VMA without file reads its swap entries; the touch is then minor."""
+    agrees(
+        tmp_path,
+        [
+            (anonymous(), ok()),
+            (write(0), ok()),
+            (on("madvise", 0, advice="MADV_PAGEOUT"), ok(**page(0, swapped=True, mincore=False))),
+            (on("madvise", 0, advice="MADV_WILLNEED"), ok(**page(0, swapped=True, mincore=True))),
+            (read(0), ok(data="W", minflt=1, majflt=0, **page(0, refcount=2))),
+        ],
+        swap=True,
+    )
+
+
+def test_locked_memory_leaves_the_swap_cache(tmp_path: Path) -> None:
+    """should_try_to_free_swap() is true of a VM_LOCKED VMA, so only the PTE's reference is left."""
+    agrees(
+        tmp_path,
+        [
+            (anonymous(), ok()),
+            (write(0), ok()),
+            (on("mprotect", 0, 4, prot="r"), ok()),
+            (on("madvise", 0, advice="MADV_PAGEOUT"), ok()),
+            (on("madvise", 0, advice="MADV_WILLNEED"), ok()),
+            (on("mlock", 0), ok(minflt=1, majflt=0, **page(0, refcount=1))),
+        ],
+        swap=True,
+    )
+
+
+def test_a_page_of_the_swap_cache_goes_back_to_its_entry(tmp_path: Path) -> None:
+    """MADV_PAGEOUT takes a page that one PTE maps, though a swapped-out child shares its entry."""
+    agrees(
+        tmp_path,
+        [
+            (anonymous(), ok()),
+            (write(0), ok()),
+            (on("madvise", 0, advice="MADV_PAGEOUT"), ok(rss_anon_pages=0)),
+            ({"name": "fork", "child": "child"}, {}),
+            (read(0), ok(data="W", majflt=1, **page(0, refcount=2, mapcount=1))),
+            (on("madvise", 0, advice="MADV_PAGEOUT"),
+             ok(rss_anon_pages=0, **page(0, swapped=True))),
+            (read(0, who="child"), ok(data="W", majflt=1)),
+            (read(0), ok(data="W", minflt=1, majflt=0)),
+        ],
+        swap=True,
+    )  # fmt: skip
+
+
+def test_soft_dirty_tracking_reaches_later_ptes_of_a_pfnmap_vma(tmp_path: Path) -> None:
+    """clear_refs_write() clears VM_SOFTDIRTY of every VMA; its walk passes PFNMAP ones over."""
+    agrees(
+        tmp_path,
+        [
+            (mmap("demand", "rw", "shared"), ok()),
+            (read(0), ok(minflt=1)),
+            ({"name": "clear_refs", "value": 4}, {"result": "ok"}),
+            (on("observe"), page(0, write=True)),
+            (write(0), ok(minflt=0)),
+            (read(1), ok(minflt=1, **page(1, write=False))),
+            (write(1), ok(minflt=1, **page(1, write=True, dirty=True))),
+        ],
+    )
+
+
+def test_shared_anonymous_memory_can_be_synced(tmp_path: Path) -> None:
+    """shmem has noop_fsync()."""
+    agrees(
+        tmp_path,
+        [
+            (mmap(None, "rw", "shared", "anonymous"), ok()),
+            (on("msync", 0, 4, flags=["sync"]), ok()),
+        ],
+    )
+
+
+def test_smaps_counts_shared_memory_that_is_swapped_out(tmp_path: Path) -> None:
+    """smap_gather_stats(): what the file has in swap, less what a private PTE hides."""
+    agrees(
+        tmp_path,
+        [
+            (mmap("tmpfs", "rw", "shared"), ok()),
+            (mmap("tmpfs", "rw", "private", label="p"), ok()),
+            (write(0, label="p"), ok()),
+            (read(0), ok()),
+            (on("madvise", 0, 2, advice="MADV_PAGEOUT"),
+             ok(map="m", vmas=[{"rss": 2, "swap": 2}])),
+            (on("observe", label="p"), {"map": "p", "vmas": [{"rss": 1, "swap": 1}]}),
+            (read(1), ok(data="b", majflt=1, map="m", vmas=[{"rss": 3, "swap": 1}])),
+        ],
+        swap=True,
+    )  # fmt: skip
+
+
+def test_reading_a_hole_of_shared_memory_fills_no_cache(tmp_path: Path) -> None:
+    """shmem_file_read_iter() copies from the zero page."""
+    file_read = {"name": "file_read", "object": "tmpfs", "page": 1, "bytes": 14}
+    agrees(
+        tmp_path,
+        [
+            (mmap("tmpfs", "rw", "shared"), ok()),
+            (on("madvise", 1, advice="MADV_REMOVE"), ok(**page(1, mincore=False))),
+            (dict(file_read), ok(data="")),
+            (on("observe"), page(1, mincore=False)),
+            (read(1), ok(data="", minflt=1, majflt=0, **page(1, mincore=True))),
+        ],
+    )
+
+
+def test_a_hole_can_be_punched_into_a_dax_file(tmp_path: Path) -> None:
+    """vfs_fallocate() reaches ext4, which unmaps the range and frees its blocks."""
+    agrees(
+        tmp_path,
+        [
+            (mmap("fsdax", "rw", "shared"), ok()),
+            (write(1), ok(minflt=1, **page(1, frame="dax:1", devmap=True))),
+            (on("madvise", 1, advice="MADV_REMOVE"), ok(**page(1, present=False))),
+            (read(1), ok(data="", minflt=1, **page(1, frame="zero", devmap=False))),
+        ],
+    )

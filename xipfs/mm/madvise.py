@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
-from xipfs.memory.frames import PG_ANON, PG_LRU
+from xipfs.memory.frames import PG_ANON, PG_DIRTY, PG_LRU, PG_SWAPCACHE
 from xipfs.mm.flags import (
     FOLL_TOUCH,
     FOLL_WRITE,
@@ -35,8 +35,8 @@ from xipfs.mm.gup import check_vma_flags, get_user_pages_locked
 from xipfs.mm.machine import Machine
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.mmap import change_flags, vma_merge
-from xipfs.mm.pte import PTE_DIRTY, PTE_PRESENT, PTE_YOUNG
-from xipfs.mm.swapin import pageout_page
+from xipfs.mm.pte import PTE_DIRTY, PTE_PRESENT, PTE_SWAP, PTE_YOUNG, pte_pfn
+from xipfs.mm.swapin import pageout_page, read_swap_cache
 from xipfs.mm.vma import Vma
 from xipfs.mm.zap import zap_page_range, zap_pte
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
@@ -175,9 +175,27 @@ def _free(vma: Vma, start: int, end: int) -> int:
             zap_pte(vma, address, pte)
             continue
         page = mm.machine.vm_normal_page(vma, address, pte)
-        if page >= 0 and mm.machine.memory.map[page] == 1:
-            mm.tables.set(address, pte & ~(PTE_YOUNG | PTE_DIRTY))
+        if page < 0 or not can_become_clean(mm.machine, page):
+            continue
+        mm.tables.set(address, pte & ~(PTE_YOUNG | PTE_DIRTY))
     return 0
+
+
+def can_become_clean(machine: Machine, page: int) -> bool:
+    """Whether MADV_FREE may take an anonymous page's content for worthless.
+
+    A page that is dirty itself or in the swap cache must be mapped once; of any other page this
+    PTE is made clean even if other processes have theirs (madvise_free_pte_range).
+    """
+    flags = machine.memory.flags[page]
+    if not flags & (PG_DIRTY | PG_SWAPCACHE):
+        return True
+    if machine.memory.map[page] != 1:
+        return False
+    if flags & PG_SWAPCACHE and not machine.swap.try_to_free(machine.memory, page):
+        return False
+    machine.memory.flags[page] &= ~PG_DIRTY
+    return True
 
 
 def _remove(vma: Vma, start: int, end: int) -> int:
@@ -194,8 +212,15 @@ def _remove(vma: Vma, start: int, end: int) -> int:
     return vma.file.punch_hole(first, end - start >> PAGE_SHIFT)
 
 
-def _nothing(_vma: Vma, _start: int, _end: int) -> int:
-    """MADV_WILLNEED: reads ahead where a page cache reads from a device; no PTE changes."""
+def _willneed(vma: Vma, start: int, end: int) -> int:
+    """MADV_WILLNEED: no PTE changes, but anonymous pages come back into the swap cache.
+
+    Of files only those would be read ahead whose device asks for it; no recorded one does.
+    """
+    if vma.file is None:
+        for _, pte in vma.mm.tables.populated(start, end):
+            if pte & PTE_SWAP:
+                read_swap_cache(vma, pte_pfn(pte))
     return 0
 
 
@@ -242,7 +267,7 @@ _ACTIONS: Final[dict[str, Callable[[Vma, int, int], int]]] = {
     "MADV_DONTNEED_LOCKED": _dontneed_locked,
     "MADV_FREE": _free,
     "MADV_REMOVE": _remove,
-    "MADV_WILLNEED": _nothing,
+    "MADV_WILLNEED": _willneed,
     "MADV_COLD": _cold,
     "MADV_PAGEOUT": _pageout,
 }

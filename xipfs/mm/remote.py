@@ -216,11 +216,15 @@ def clear_refs(mm: MmStruct, value: int) -> int:
 
     1, 2 and 3 clear the young bits of counted PTEs (all, of anonymous VMAs, of file VMAs): a raw
     PTE has no page, so it stays young. 4 write-protects every PTE, raw ones too, so that the next
-    write is seen as a soft-dirty bit, and makes shared VMAs write-notified.
+    write is seen as a soft-dirty bit, and makes shared VMAs write-notified. The PTEs of PFNMAP
+    VMAs are passed over, but 4 makes these write-notified too, for PTEs to come.
     """
     if not 1 <= value <= 5:
         return -errno.EINVAL
     for vma in list(mm) if value < 5 else []:
+        if value == 4 and mm.machine.soft_dirty:
+            vma.flags |= VM_SOFTDIRTY_TRACKED
+            vma.set_page_prot()
         if vma.flags & VM_PFNMAP:
             continue
         if (value == 2 and vma.file is not None) or (value == 3 and vma.file is None):
@@ -239,8 +243,6 @@ def _clear_soft_dirty(vma: Vma) -> None:
     if not mm.machine.soft_dirty:
         return
     memory = mm.machine.memory
-    vma.flags |= VM_SOFTDIRTY_TRACKED
-    vma.set_page_prot()
     for address, pte in mm.tables.populated(vma.start, vma.end):
         if not pte & PTE_PRESENT or not pte & PTE_WRITE:
             continue

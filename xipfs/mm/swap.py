@@ -65,6 +65,18 @@ class Swap:
         memory.put_page(pfn)
         return True
 
+    def reuse_entry(self, memory: PhysicalMemory, pfn: int) -> int:
+        """Take ``pfn`` out of the cache and return its entry, held by one PTE more.
+
+        What try_to_unmap() leaves in the PTE, and __remove_mapping() does to the page afterwards.
+        """
+        entry = self._entry_of.pop(pfn)
+        del self.cache[entry]
+        self.counts[entry] += 1
+        memory.flags[pfn] &= ~PG_SWAPCACHE
+        memory.put_page(pfn)
+        return entry
+
     def put_page(self, memory: PhysicalMemory, pfn: int) -> None:
         """Drop a PTE's reference; an unmapped cached page without users of its entry goes too."""
         cached = memory.flags[pfn] & PG_SWAPCACHE and memory.map[pfn] == 0

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE, PG_LRU, PG_SWAPCACHE
-from xipfs.mm.flags import FAULT_FLAG_WRITE, VM_FAULT_ERROR, VM_FAULT_MAJOR, VM_FAULT_OOM
+from xipfs.mm.flags import (
+    FAULT_FLAG_WRITE,
+    VM_FAULT_ERROR,
+    VM_FAULT_MAJOR,
+    VM_FAULT_OOM,
+    VM_LOCKED,
+)
 from xipfs.mm.insert import maybe_mkwrite
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.pte import (
@@ -50,7 +56,8 @@ def do_swap_page(vmf: Vmf) -> int:
     cached = memory.flags[pfn] & PG_SWAPCACHE
     swap.free(entry)
     mm.swapents -= 1
-    if cached and write and memory.ref[pfn] == 2:
+    if cached and (vma.flags & VM_LOCKED or (write and memory.ref[pfn] == 2)):
+        # Locked memory has no use for a copy in swap (should_try_to_free_swap).
         swap.try_to_free(memory, pfn)
     pte = mk_pte(pfn, vma.page_prot)
     exclusive = bool(vmf.orig_pte & PTE_SWP_EXCLUSIVE) or memory.ref[pfn] == 1
@@ -87,18 +94,25 @@ def swapin_readahead(vma: Vma, address: int, entry: int) -> int:
     the page next door; it is clamped to the VMA and to the page-table page.
     """
     mm = vma.mm
-    swap, memory = mm.machine.swap, mm.machine.memory
+    swap = mm.machine.swap
     page = address >> PAGE_SHIFT
     first, end = _readahead_window(vma, page)
     low = max(first << PAGE_SHIFT, vma.start, address >> LEAF_SHIFT << LEAF_SHIFT)
     high = min(end << PAGE_SHIFT, vma.end, (address >> LEAF_SHIFT) + 1 << LEAF_SHIFT)
     entries = [pte_pfn(pte) for _, pte in mm.tables.populated(low, high) if pte & PTE_SWAP]
     for neighbour in entries or [entry]:
-        if neighbour not in swap.cache:
-            pfn = read_page(vma, neighbour)
-            if pfn >= 0:
-                swap.add_to_cache(memory, neighbour, pfn)
+        read_swap_cache(vma, neighbour)
     return swap.cache.get(entry, -1)
+
+
+def read_swap_cache(vma: Vma, entry: int) -> None:
+    """Bring ``entry`` into the swap cache if it is not there (read_swap_cache_async)."""
+    machine = vma.mm.machine
+    if entry in machine.swap.cache:
+        return
+    pfn = read_page(vma, entry)
+    if pfn >= 0:
+        machine.swap.add_to_cache(machine.memory, entry, pfn)
 
 
 def _readahead_window(vma: Vma, page: int) -> tuple[int, int]:
@@ -137,9 +151,8 @@ def pageout_page(mm: MmStruct, vma: Vma, address: int, pte: int) -> bool:
         return False
     if memory.ref[page] != 1 + cached:
         return False
-    if cached and not swap.try_to_free(memory, page):
-        return False
-    entry = swap.allocate(1)
+    # A page of the swap cache goes back to the entry it has, which others may hold as well.
+    entry = swap.reuse_entry(memory, page) if cached else swap.allocate(1)
     if machine.data is not None:
         swap.data[entry] = bytes(machine.data.of(page))
     exclusive = PTE_SWP_EXCLUSIVE if flags & PG_ANON_EXCLUSIVE else 0

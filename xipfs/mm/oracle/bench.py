@@ -136,6 +136,8 @@ class Bench:
     def anonymous_file(self, pages: int) -> RecordedObject:
         """Return the nameless shared-memory file behind a shared anonymous mapping."""
         description = {"kind": "tmpfs-file", "pages": pages, "cached": [False] * pages}
+        # Shared memory has an fsync that does nothing (noop_fsync), so msync succeeds.
+        description["fsync"] = True
         file = TmpfsFile("shared anonymous", description, self.machine, self.frames)
         self.nameless.append(file)
         return file

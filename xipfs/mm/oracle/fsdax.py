@@ -19,6 +19,7 @@ from xipfs.mm.oracle.frames import Frames
 from xipfs.mm.oracle.objects import RecordedObject
 from xipfs.mm.pte import PTE_DIRTY, PTE_WRITE
 from xipfs.mm.vma import Vma, Vmf, VmOperations
+from xipfs.mm.zap import unmap_mapping_range
 
 Json = dict[str, Any]
 
@@ -34,6 +35,7 @@ class FsdaxFile(RecordedObject):
         #: Pages written to since their last fsync: the dirty tags of the mapping's entries.
         self._dirty: set[int] = set()
         self.fsync = self._fsync
+        self.punch_hole = self._punch_hole
         self.can_truncate = True
 
     def on_mmap(self, vma: Vma) -> int:
@@ -76,6 +78,14 @@ class FsdaxFile(RecordedObject):
                 pte = tables.get(address)
                 if vma.flags & VM_SHARED and pte & (PTE_WRITE | PTE_DIRTY):
                     tables.set(address, pte & ~(PTE_WRITE | PTE_DIRTY))
+
+    def _punch_hole(self, first: int, pages: int) -> int:
+        """MADV_REMOVE: unmap, and give the blocks back; private copies stay (rule K7)."""
+        unmap_mapping_range(self, first, pages, even_cows=False)
+        for index in range(first, min(first + pages, self.pages)):
+            self._pfns[index] = self.frames.zero
+            self._dirty.discard(index)
+        return 0
 
     def read_page(self, index: int) -> int:
         """Pages of the medium themselves; beyond the end there is nothing to read."""

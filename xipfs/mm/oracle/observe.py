@@ -6,9 +6,18 @@ import dataclasses
 from typing import Any, Final
 
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE
-from xipfs.mm.flags import VM_LOCKED, VM_MAYSHARE, VM_PFNMAP, VM_READ, VM_WRITE, VMFLAG_LETTERS
+from xipfs.mm.flags import (
+    VM_LOCKED,
+    VM_MAYSHARE,
+    VM_PFNMAP,
+    VM_READ,
+    VM_SHARED,
+    VM_WRITE,
+    VMFLAG_LETTERS,
+)
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.oracle.bench import Bench, Mapping, Process
+from xipfs.mm.oracle.pagecache import TmpfsFile
 from xipfs.mm.pte import (
     PTE_DEVMAP,
     PTE_DIRTY,
@@ -95,6 +104,7 @@ def _sums(vma: Vma) -> dict[str, int]:
     if vma.flags & VM_PFNMAP:
         return sums
     machine = vma.mm.machine
+    sums["swap"] = _shmem_swapped(vma)
     for address, pte in vma.mm.tables.populated(vma.start, vma.end):
         if not pte & PTE_PRESENT:
             sums["swap"] += 1
@@ -106,6 +116,21 @@ def _sums(vma: Vma) -> dict[str, int]:
         sums["anon"] += bool(machine.memory.flags[page] & PG_ANON)
         sums["pss"] += (PAGE_SIZE << _PSS_SHIFT) // max(machine.memory.map[page], 1)
     return sums
+
+
+def _shmem_swapped(vma: Vma) -> int:
+    """Pages of a shared-memory file that smaps finds swapped out (smap_gather_stats).
+
+    Where the VMA may hold private copies, only those that no PTE hides.
+    """
+    if not isinstance(vma.file, TmpfsFile):
+        return 0
+    may_copy = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+    tables = vma.mm.tables
+    return sum(
+        vma.file.is_swapped(index) and not (may_copy and tables.get(vma.address_of(index)))
+        for index in range(vma.pgoff, vma.pgoff + vma.pages)
+    )
 
 
 def page(bench: Bench, process: Process, mapping: Mapping, index: int) -> Json:

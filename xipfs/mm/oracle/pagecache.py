@@ -79,8 +79,8 @@ class CachedFile(RecordedObject):
         if vmf.pgoff >= self.pages:
             return VM_FAULT_SIGBUS
         absent = vmf.pgoff not in self.cache and vmf.pgoff not in self.unread
-        vmf.page = self.read_page(vmf.pgoff)
         self.unread.discard(vmf.pgoff)
+        vmf.page = self.read_page(vmf.pgoff)
         self.machine.memory.get_page(vmf.page)
         return VM_FAULT_MAJOR if absent else 0
 
@@ -125,6 +125,14 @@ class TmpfsFile(CachedFile):
             self.drop(cached)
         for stored in [page for page in self.stored if page >= index]:
             del self.stored[stored]
+
+    def read_page(self, index: int) -> int:
+        """A hole is read as zeros and stays one; only a fault fills it (shmem_file_read_iter)."""
+        return self.frames.zero if index in self.unread else super().read_page(index)
+
+    def is_swapped(self, index: int) -> bool:
+        """Whether page ``index`` was written to swap and is not back yet."""
+        return index < self.pages and index not in self.cache and index not in self.unread
 
     def _punch_hole(self, first: int, pages: int) -> int:
         """MADV_REMOVE: unmap, and forget the content; private copies stay (rule K7)."""

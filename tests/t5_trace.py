@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from conftest import needs
 from live import INSTANCES, PAGE, LiveMount, Mounts
 
 from xipfs.trace.events import Around, Event, Exit, Fault, Fork, Lost, Map, Move, Unmap, Zap
+from xipfs.trace.grammar import SETTLE_NS
 from xipfs.trace.observer import Observer
 
 pytestmark = [needs("root", "fuse", "tracefs")]
@@ -258,6 +260,7 @@ def test_a_program_that_nobody_announced(observer: Observer, touch: Path, file: 
             seen: list[list[Event]] = []
             for _ in range(3):
                 assert process.stdout.readline() == "paused\n"
+                time.sleep(10 * SETTLE_NS / 1e9)  # it may not have reached its read(2) yet
                 seen.append(observer.drain())
                 observer.add_pids([process.pid] if len(seen) > 1 else [])
                 process.stdin.write("\n")

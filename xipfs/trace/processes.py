@@ -100,17 +100,20 @@ class Output:
     """Collects events with the time they took effect; ``take`` returns them in that order."""
 
     def __init__(self) -> None:
-        self._items: list[tuple[int, int, events.Event]] = []
+        self._times: list[int] = []
+        self._events: list[events.Event] = []
 
     def emit(self, time_ns: int, event: events.Event) -> None:
         """Add ``event``; among equal times the order of the calls stays."""
-        self._items.append((time_ns, len(self._items), event))
+        self._times.append(time_ns)
+        self._events.append(event)
 
     def take(self) -> list[events.Event]:
         """Return and forget all events."""
-        self._items.sort(key=lambda item: item[:2])
-        taken = [item[2] for item in self._items]
-        self._items.clear()
+        order = sorted(range(len(self._times)), key=self._times.__getitem__)
+        taken = [self._events[at] for at in order]
+        self._times.clear()
+        self._events.clear()
         return taken
 
 

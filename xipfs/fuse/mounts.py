@@ -29,11 +29,6 @@ class Mount:
     source: str
     fstype: str
 
-    @property
-    def s_dev(self) -> int:
-        """The device as tracepoints print it: major << 20 | minor."""
-        return self.major << 20 | self.minor
-
 
 def _unescape(field: bytes) -> str:
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field))

@@ -7,7 +7,6 @@ the zero page, which is not counted at all (recorded on 6.1).
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 
 from xipfs.memory.frames import PG_ANON, PG_ANON_EXCLUSIVE, PG_DIRTY, PG_REFERENCED
 from xipfs.mm import rules
@@ -48,14 +47,6 @@ _NO_PAGE = 0
 _UNSHARE = -errno.EMLINK
 #: The answer for a page that faults for ever: no errno, since the call never returns.
 LIVELOCK = -1 << 20
-
-
-@dataclass
-class Held:
-    """What one get_user_pages call holds: pfns with their references, to be released."""
-
-    pages: list[int]
-    references: int = 1
 
 
 def check_vma_flags(vma: Vma, gup_flags: int) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from xipfs.mm.machine import MM_ANONPAGES, MM_FILEPAGES, MM_SHMEMPAGES, Machine
 from xipfs.mm.pte import LEAF_SHIFT, PageTables
 from xipfs.mm.vma import Vma
-from xipfs.units import PAGE_SHIFT
 
 #: Where addresses are chosen when the caller names none.
 MMAP_BASE = 1 << 32
@@ -153,10 +152,6 @@ class MmStruct:
         step = 1 << LEAF_SHIFT
         assert pages > 0, pages
         return (top + step - 1 >> LEAF_SHIFT << LEAF_SHIFT) + step
-
-    def total_pages(self) -> int:
-        """Return the length of all VMAs in pages."""
-        return sum(vma.end - vma.start for vma in self._vmas) >> PAGE_SHIFT
 
 
 def vma_open(vma: Vma) -> None:

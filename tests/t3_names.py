@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 
 import pytest
 from imagecheck import check
-from media import RecordingMedium, new_medium, open_medium
+from media import PowerCut, RecordingMedium, new_medium, open_medium
 
 from xipfs.clock import ManualClock
 from xipfs.errors import FsError
@@ -377,6 +378,64 @@ def test_xattr_flags(fs: Filesystem, flags: int) -> None:
         fs.setxattr(ino, b"x" * 256, b"")
     with fails(errno.EINVAL):
         fs.setxattr(ino, b"user.x", b"", 3)
+
+
+def test_only_three_namespaces_of_attributes_are_kept(fs: Filesystem) -> None:
+    ino = file(fs, b"a")
+    for name in (b"system.posix_acl_access", b"system.posix_acl_default", b"os2.x", b"x"):
+        for call in (
+            lambda name=name: fs.setxattr(ino, name, b"1"),
+            lambda name=name: fs.getxattr(ino, name),
+            lambda name=name: fs.removexattr(ino, name),
+        ):
+            with fails(errno.EOPNOTSUPP):
+                call()
+    for name in (b"user.", b"trusted.", b"security."):
+        with fails(errno.EINVAL):
+            fs.setxattr(ino, name, b"1")
+        fs.setxattr(ino, name + b"x", b"1")
+    assert fs.listxattr(ino) == [b"user.x", b"trusted.x", b"security.x"]
+
+
+def test_a_truncate_that_takes_a_mode_bit_is_one_change(medium: RecordingMedium) -> None:
+    """At whatever fence the power goes: both have happened, or neither."""
+    fs = open_medium(medium)
+    ino = fs.mknod(ROOT, b"a", stat.S_IFREG | 0o4755, 0, 0, 0).ino
+    fs.write(ino, 0, bytes(10_000))
+    fs.close()
+    seen = set()
+    for size in (100, 20_000):
+        for cut_at in range(1, 40):
+            cut = RecordingMedium(medium.durable, cut_at=cut_at)
+            with contextlib.suppress(PowerCut):
+                open_medium(cut).setattr(ino, size_bytes=size, mode=0o755)
+            attr = open_medium(RecordingMedium(cut.durable)).getattr(ino)
+            seen.add((attr.size_bytes, stat.S_IMODE(attr.mode)))
+    assert seen == {(10_000, 0o4755), (100, 0o755), (20_000, 0o755)}
+
+
+def test_accesses_move_atime_as_relatime_does(fs: Filesystem, clock: ManualClock) -> None:
+    day_ns = 24 * 3600 * 10**9
+    clock.advance(1000)
+    ino = file(fs, b"a")
+    made = fs.getattr(ino)
+
+    def accessed(after_ns: int) -> bool:
+        clock.advance(after_ns)
+        before = fs.getattr(ino)
+        fs.accessed(ino)
+        after = fs.getattr(ino)
+        assert (after.mtime_ns, after.ctime_ns) == (before.mtime_ns, before.ctime_ns)
+        return after.atime_ns > before.atime_ns
+
+    assert accessed(10)
+    assert fs.getattr(ino).atime_ns == made.atime_ns + 10
+    assert not accessed(10)
+    assert not accessed(day_ns - 11)
+    assert accessed(1)
+    fs.setattr(ino, mode=0o600)
+    assert accessed(10)
+    assert not accessed(10)
 
 
 def test_statfs_counts_to_the_block(fs: Filesystem) -> None:

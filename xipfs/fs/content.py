@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from xipfs.errors import FsError, OutOfFramesError
-from xipfs.fs.core import Core
+from xipfs.fs.core import Amend, Core
 from xipfs.fs.pagecache import CachedPage
 from xipfs.fs.segments import Segment, segments
 from xipfs.fs.types import PageKind, WriteOrigin
@@ -94,7 +94,7 @@ class Content:
             done += len(chunk)
         return done
 
-    def grow(self, ino: int, size_bytes: int, now_ns: int) -> None:
+    def grow(self, ino: int, size_bytes: int, amend: Amend) -> None:
         """Move the end of the file up to ``size_bytes``; what is new reads as zeros."""
         if size_bytes > MAX_FILE_BYTES:
             raise FsError(errno.EFBIG)
@@ -103,7 +103,7 @@ class Content:
         with self._core.change():
             inode = self._core.inode(ino)
             inode.size_bytes = size_bytes
-            inode.mtime_ns = inode.ctime_ns = now_ns
+            amend(inode)
             self._core.put(inode)
 
     def resident(self, ino: int, index: int, home: int) -> tuple[CachedPage, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from xipfs.clock import Clock
@@ -16,6 +16,9 @@ from xipfs.image.record import Inode
 from xipfs.image.volume import Volume
 from xipfs.memory.frames import PhysicalMemory
 from xipfs.units import Ino
+
+#: Changes an inode that is about to be put, in the transaction of the one who puts it.
+Amend = Callable[[Inode], None]
 
 
 class Core:

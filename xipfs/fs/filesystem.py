@@ -8,13 +8,11 @@ damage raises ImageError (EIO) naming the structure and where it lies.
 
 from __future__ import annotations
 
-import errno
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from xipfs.clock import Clock
-from xipfs.errors import FsError
+from xipfs.fs.attributes import Attributes
 from xipfs.fs.content import Content
 from xipfs.fs.core import Core, attr_of
 from xipfs.fs.imagelock import ImageLock
@@ -23,15 +21,13 @@ from xipfs.fs.pagecache import CacheStatistics, PageHook
 from xipfs.fs.placement import Placement
 from xipfs.fs.reclaim import Reclaim
 from xipfs.fs.rename import Rename
-from xipfs.fs.types import Attr, PageKind, PageRun, PageState, StatFs, WriteOrigin
+from xipfs.fs.types import Attr, AttrChange, PageKind, PageRun, PageState, StatFs, WriteOrigin
 from xipfs.fs.xattr import ExtendedAttributes
 from xipfs.image import layout
 from xipfs.image.volume import Volume
 from xipfs.memory.frames import PhysicalMemory
 from xipfs.memory.region import Buffer, Medium, Region
 from xipfs.units import PAGE_SHIFT, Ino, Pfn
-
-_TIME_MAX_NS = (1 << 63) - 1
 
 
 class Filesystem:
@@ -59,6 +55,7 @@ class Filesystem:
         self._content = Content(self._core)
         self._placement = Placement(self._core, self._content)
         self._reclaim = Reclaim(self._core)
+        self._attributes = Attributes(self._core, self._content, self._reclaim)
         self._names = Namespace(self._core, self._reclaim)
         self._rename = Rename(self._core, self._names)
         self._xattrs = ExtendedAttributes(self._core)
@@ -215,21 +212,13 @@ class Filesystem:
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
     ) -> Attr:
-        """Change what is given: permission bits, owner, size, times; EFBIG, EISDIR, EROFS."""
-        self._core.check_writable()
-        if size_bytes is not None:
-            self._set_size(ino, size_bytes)
-        with self._core.change():
-            inode = self._core.inode(ino)
-            if mode is not None:
-                inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
-            inode.uid = inode.uid if uid is None else uid
-            inode.gid = inode.gid if gid is None else gid
-            inode.atime_ns = inode.atime_ns if atime_ns is None else _clamped(atime_ns)
-            inode.mtime_ns = inode.mtime_ns if mtime_ns is None else _clamped(mtime_ns)
-            inode.ctime_ns = self._core.now_ns()
-            self._core.put(inode)
-        return attr_of(inode)
+        """Change what is given, at once: permissions, owner, size, times; EFBIG, EISDIR, EROFS."""
+        change = AttrChange(mode, uid, gid, size_bytes, atime_ns, mtime_ns)
+        return self._attributes.set(ino, change)
+
+    def accessed(self, ino: int) -> None:
+        """Move the access time after a read, as relatime does; nothing on a read-only mount."""
+        self._attributes.accessed(ino)
 
     def hold(self, ino: int) -> None:
         """Take a reference: the inode's storage stays while there is one, names or not."""
@@ -373,20 +362,6 @@ class Filesystem:
         """Set the kind of pages not yet written; files made in a directory inherit its kind."""
         self._placement.set_default_kind(ino, kind)
 
-    def _set_size(self, ino: int, size_bytes: int) -> None:
-        inode = self._core.regular(ino)
-        if size_bytes < 0:
-            raise FsError(errno.EINVAL)
-        if size_bytes < inode.size_bytes:
-            self._reclaim.shrink(ino, size_bytes, self._core.now_ns())
-        else:
-            self._content.grow(ino, size_bytes, self._core.now_ns())
-
     def _write_all_home(self) -> None:
         for ino in self._core.cache.files():
             self._core.cache.sync_file(ino)
-
-
-def _clamped(time_ns: int) -> int:
-    """Return the nearest time that the inode's signed 64 bits hold (years 1677 to 2262)."""
-    return min(max(time_ns, -_TIME_MAX_NS - 1), _TIME_MAX_NS)

@@ -13,7 +13,7 @@ import stat
 import numpy as np
 
 from xipfs.errors import ImageError
-from xipfs.fs.core import Core
+from xipfs.fs.core import Amend, Core
 from xipfs.image import layout
 from xipfs.image.record import Inode
 from xipfs.units import pages_of
@@ -33,7 +33,7 @@ class Reclaim:
         capacity = core.volume.journal_capacity_bytes - _RESERVED_BYTES
         self._pages_per_step = max(capacity // _BYTES_PER_PAGE, 1)
 
-    def shrink(self, ino: int, size_bytes: int, now_ns: int) -> None:
+    def shrink(self, ino: int, size_bytes: int, amend: Amend) -> None:
         """Cut the file to ``size_bytes``; the pages behind it are freed."""
         core = self._core
         inode = core.inode(ino)
@@ -41,7 +41,7 @@ class Reclaim:
         core.cache.drop_from(ino, pages_of(size_bytes))
         with core.change():
             inode.size_bytes = size_bytes
-            inode.mtime_ns = inode.ctime_ns = now_ns
+            amend(inode)
             done = self._free_pages(inode, pages_of(size_bytes))
             if not done and not inode.orphan:
                 core.volume.inodes.orphan(inode)

@@ -18,14 +18,13 @@ from typing import Final
 
 from xipfs.errors import FsError, ImageError, UsageError
 from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.xattr import NAMESPACES
 from xipfs.image import layout
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, pages_of
 
 #: Reserved in the root of every image for the mount's control files.
 RESERVED_NAME: Final = b".xipfs"
 _CHUNK_BYTES: Final = 1 << 20
-#: Attributes the image can hold; what belongs to another filesystem's ACLs is counted as skipped.
-_XATTR_NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 
 
 @dataclass
@@ -259,7 +258,7 @@ class Copy:
                 return
             raise _unreadable(path, error) from error
         for name in map(os.fsencode, names):
-            if name.startswith(_XATTR_NAMESPACES):
+            if name.startswith(NAMESPACES):
                 value = os.getxattr(path, name, follow_symlinks=False)
                 self._fs.setxattr(ino, name, value)
             else:

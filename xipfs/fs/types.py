@@ -46,6 +46,18 @@ class Attr:
 
 
 @dataclass(frozen=True, slots=True)
+class AttrChange:
+    """What a setattr changes; None leaves a field as it is. Only permission bits of the mode."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size_bytes: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StatFs:
     """What statfs(2) tells; blocks of ``block_size`` bytes, inodes as many as blocks allow."""
 

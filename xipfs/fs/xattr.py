@@ -10,6 +10,8 @@ from xipfs.fs.core import Core
 
 XATTR_CREATE: Final = 1
 XATTR_REPLACE: Final = 2
+#: POSIX ACLs (system.*) would have to be enforced, not only kept: refused like all others.
+NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 _NAME_MAX: Final = 255
 
 
@@ -20,7 +22,8 @@ class ExtendedAttributes:
         self._core = core
 
     def get(self, ino: int, name: bytes) -> bytes:
-        """Return the value; ENODATA if there is none."""
+        """Return the value; ENODATA if there is none, EOPNOTSUPP for a namespace not kept."""
+        _check_namespace(name)
         try:
             return self._core.volume.xattrs.load(self._core.inode(ino))[name]
         except KeyError:
@@ -31,9 +34,10 @@ class ExtendedAttributes:
         return list(self._core.volume.xattrs.load(self._core.inode(ino)))
 
     def set(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
-        """Set or replace; EEXIST, ENODATA by the flags, ERANGE for a name, ENOSPC."""
+        """Set or replace; EEXIST, ENODATA by the flags, ERANGE for a name, ENOSPC, EOPNOTSUPP."""
         if not 0 < len(name) <= _NAME_MAX:
             raise FsError(errno.ERANGE)
+        _check_namespace(name)
         if flags not in (0, XATTR_CREATE, XATTR_REPLACE):
             raise FsError(errno.EINVAL)
         with self._core.change():
@@ -47,7 +51,8 @@ class ExtendedAttributes:
             self._save(ino, attributes)
 
     def remove(self, ino: int, name: bytes) -> None:
-        """Remove; ENODATA if there is none."""
+        """Remove; ENODATA if there is none, EOPNOTSUPP for a namespace not kept."""
+        _check_namespace(name)
         with self._core.change():
             attributes = self._core.volume.xattrs.load(self._core.inode(ino))
             if attributes.pop(name, None) is None:
@@ -59,3 +64,10 @@ class ExtendedAttributes:
         self._core.volume.xattrs.save(inode, attributes)
         inode.ctime_ns = self._core.now_ns()
         self._core.put(inode)
+
+
+def _check_namespace(name: bytes) -> None:
+    if not name.startswith(NAMESPACES):
+        raise FsError(errno.EOPNOTSUPP)
+    if name in NAMESPACES:
+        raise FsError(errno.EINVAL)

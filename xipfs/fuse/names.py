@@ -186,7 +186,9 @@ class NameOperations(pyfuse3.Operations):
     @handler
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> bytes:
         """READLINK."""
-        return self.fs.readlink(inode)
+        target = self.fs.readlink(inode)
+        self.fs.accessed(inode)
+        return target
 
     # Attributes
 
@@ -263,7 +265,11 @@ class NameOperations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[bytes]:
         """LISTXATTR."""
-        return [] if self.control.owns(inode) else self.fs.listxattr(inode)
+        if self.control.owns(inode):
+            return []
+        names = self.fs.listxattr(inode)
+        # Who may not read trusted attributes does not see them; the kernel leaves that to us.
+        return names if ctx.uid == 0 else [n for n in names if not n.startswith(b"trusted.")]
 
     @handler
     async def removexattr(

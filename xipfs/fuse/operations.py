@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import pyfuse3
 
+from xipfs.fs.attributes import bytes_changed_by_other
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import WriteOrigin
 from xipfs.fuse.control import ControlHandle
@@ -28,6 +29,7 @@ class OpenFile:
 
     ino: int
     pid: int
+    noatime: bool = False
 
 
 class Operations(NameOperations):
@@ -56,14 +58,20 @@ class Operations(NameOperations):
             return pyfuse3.FileInfo(fh=fh, direct_io=True, nonseekable=True)
         if flags & os.O_TRUNC:
             await self.hooks.before_change(inode, 0)
-            self.fs.setattr(inode, size_bytes=0)
-        return await self._open_file(fh, inode, ctx)
+            self._empty(inode, privileged=ctx.uid == 0)
+        return await self._open_file(fh, inode, flags, ctx)
+
+    def _empty(self, ino: int, *, privileged: bool) -> None:
+        """O_TRUNC. Of all changes of bytes, only here the kernel leaves the set-id bits to us."""
+        mode = self.fs.getattr(ino).mode
+        kept = None if privileged else bytes_changed_by_other(mode)
+        self.fs.setattr(ino, size_bytes=0, mode=kept)
 
     async def _open_file(
-        self, fh: pyfuse3.FileHandleT, ino: int, ctx: pyfuse3.RequestContext
+        self, fh: pyfuse3.FileHandleT, ino: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         self.fs.hold(ino)
-        self._files[fh] = OpenFile(ino, ctx.pid)
+        self._files[fh] = OpenFile(ino, ctx.pid, bool(flags & os.O_NOATIME))
         try:
             await self.hooks.before_open_reply(ctx.pid)
         except BaseException:
@@ -86,7 +94,7 @@ class Operations(NameOperations):
         """CREATE: make the file and open it."""
         self._refuse_reserved(parent_inode, name, errno.EEXIST)
         attr = self.fs.mknod(parent_inode, name, mode & ~ctx.umask, 0, ctx.uid, ctx.gid)
-        info = await self._open_file(self._new_fh(), attr.ino, ctx)
+        info = await self._open_file(self._new_fh(), attr.ino, flags, ctx)
         self.fs.hold(attr.ino)
         return info, entry_of(attr)
 
@@ -99,6 +107,8 @@ class Operations(NameOperations):
         if isinstance(file, ControlHandle):
             return await file.read(off, size)
         data = self.fs.read(file.ino, off, size)
+        if not file.noatime:
+            self.fs.accessed(file.ino)
         self.hooks.page_io(file.pid, file.ino, off, len(data), write=False)
         return data
 
@@ -155,6 +165,8 @@ class Operations(NameOperations):
         if self.control.owns(ino):
             self.control.readdir(start_id, token)
             return
+        if start_id == 0:
+            self.fs.accessed(ino)
         for place, name in ((1, b"."), (2, b"..")):
             if start_id < place:
                 # The kernel takes no reference for these two.

@@ -15,6 +15,7 @@ from xipfs.fs.build import make_image
 from xipfs.fs.filesystem import Filesystem
 from xipfs.image.superblock import geometry
 from xipfs.memory.region import LINE_SIZE, Buffer, RegionStatistics
+from xipfs.memory.wear import Wear
 from xipfs.units import PAGE_SIZE
 
 WORD = 8
@@ -41,6 +42,7 @@ class RecordingMedium:
         self.stored_bytes = 0
         self.flushed_lines = 0
         self.synced = 0
+        self.wear = Wear(len(content))
 
     @property
     def size_bytes(self) -> int:
@@ -68,6 +70,7 @@ class RecordingMedium:
         self.store(offset, value.to_bytes(WORD, "little"))
 
     def flush(self, offset: int, size: int) -> None:
+        self.wear.flushed(offset, size)
         for line in range(offset // LINE_SIZE, (offset + size - 1) // LINE_SIZE + 1):
             at = line * LINE_SIZE
             self._flushing[line] = bytes(self.now[at : at + LINE_SIZE])

@@ -178,6 +178,22 @@ def test_stat_before_any_fault(live: Mounts) -> None:
     )
 
 
+@on_a_mount
+def test_stat_tells_the_cost_on_a_named_medium(live: Mounts) -> None:
+    mount = live.mount(None, "medium=nor")
+    before = mount.stats()["cost"]
+    (mount / "file").write_bytes(bytes(2 * PAGE))
+    os.sync()
+    cost = mount.stats()["cost"]
+    assert cost["medium"] == "nor"
+    assert cost["nvram_written_bytes"] - before["nvram_written_bytes"] >= 2 * PAGE
+    fences, lines = cost["nvram_fences"], cost["nvram_written_bytes"] // 64
+    assert cost["write_ns_estimated"] == fences * 340_000 + lines * 64 * 10**9 // 1_500_000
+    told = said(mount, "stat", "MNT")
+    assert "modelled cost on nor, one access after another\n" in told
+    assert f"write_ns_estimated    {cost['write_ns_estimated']:14}" in told
+
+
 @needs("root", "fuse", "tracefs")
 def test_stat_tells_each_process_under_80_columns(live: Mounts, touch: Path) -> None:
     mount = live.mount(None, "observe=tracefs")

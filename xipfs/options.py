@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from xipfs.errors import UsageError
 from xipfs.memory.frames import STRUCT_PAGE_SIZES
+from xipfs.memory.profiles import load_profile
 from xipfs.units import PAGE_SIZE, format_size, parse_size
 
 Observe = Literal["auto", "tracefs", "requests", "off"]
@@ -23,6 +24,7 @@ HELP: Final[dict[str, str]] = {
     "rw": "mount read-write (default)",
     "ram=SIZE": "page-cache RAM of the modelled machine (default 64M)",
     "struct_page=N": "bytes of one struct page: 32, 56 or 64 (default 64)",
+    "medium=NAME|FILE:TABLE": "estimate costs on nor, pcm, optane, dram, cxl (default none)",
     "rules=NAME": "rule set that faults are charged by (default 6.1)",
     "observe=MODE": "auto, tracefs, requests or off (default auto)",
     "readahead=off|KIB": "kernel read-ahead (default off under tracefs, else the kernel's 128)",
@@ -38,6 +40,7 @@ class MountOptions:
     ro: bool = False
     ram_bytes: int = 64 << 20
     struct_page_bytes: int = 64
+    medium: str | None = None
     rules: str = "6.1"
     observe: Observe = "auto"
     readahead_kib: int | None = None
@@ -92,6 +95,9 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
     if name == "readahead":
         kib = 0 if value == "off" else _integer(name, value, 0)
         return replace(options, readahead_kib=kib)
+    if name == "medium":
+        load_profile(value)  # a mistake is told now, not when the first figures are asked for
+        return replace(options, medium=value)
     if name == "promote":
         return replace(options, promote=_integer(name, value, 1))
     if name == "policy":
@@ -99,7 +105,16 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
     return replace(options, rules=value)
 
 
-_VALUED: Final = ("ram", "struct_page", "rules", "observe", "readahead", "policy", "promote")
+_VALUED: Final = (
+    "ram",
+    "struct_page",
+    "medium",
+    "rules",
+    "observe",
+    "readahead",
+    "policy",
+    "promote",
+)
 
 
 def _integer(name: str, value: str, least: int) -> int:

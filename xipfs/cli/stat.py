@@ -83,6 +83,24 @@ def _row(vmstat: Json, before: Json | None) -> str:
     return " ".join(f"{vmstat[name] - earlier.get(name, 0):9d}" for _, name in COLUMNS)
 
 
+def _cost_lines(cost: Json) -> list[str]:
+    """Return what the region's use would have cost; nothing unless a medium was named."""
+    if cost["medium"] is None:
+        return []
+    lines = ["", f"modelled cost on {cost['medium']}, one access after another"]
+    for name in ("nvram_read_bytes", "nvram_written_bytes"):
+        lines.append(f"{name:22}{cost[name]:14}  ({format_size(cost[name])})")
+    for name in ("read_ns_estimated", "write_ns_estimated"):
+        lines.append(f"{name:22}{cost[name]:14}  ({cost[name] / 1e6:.3f} ms)")
+    lines.append(f"{'ram_frame_seconds':22}{cost['ram_frame_seconds']:14}")
+    for hot in cost["wear"]["hottest"][:1]:
+        lines.append(
+            f"{'hottest block':22}{hot['block']:14}  "
+            f"({hot['line_writes']} line writes, {hot['cell_writes_mean']:.1f} a cell)"
+        )
+    return lines
+
+
 def as_text(stats: Json) -> str:
     """Return one snapshot for people, under 80 columns."""
     observer, memory, kernel = stats["observer"], stats["memory"], stats["kernel"]
@@ -106,6 +124,7 @@ def as_text(stats: Json) -> str:
     lines.append("")
     for name in ("ram_bytes", "nvram_bytes", "memmap_bytes", "memmap_saved_bytes"):
         lines.append(f"{name:22}{memory[name]:14}  ({format_size(memory[name])})")
+    lines += _cost_lines(stats["cost"])
     processes = [process for process in stats["processes"] if process["pgfault"]]
     if processes:
         lines += ["", f"{'pid':>8} {'command':16}" + "".join(f"{h:>9}" for h, _ in COLUMNS[:6])]

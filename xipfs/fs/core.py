@@ -30,7 +30,7 @@ class Core:
         self.volume = volume
         self.medium = volume.medium
         self.memory = memory
-        self.cache = PageCache(memory, volume.medium)
+        self.cache = PageCache(memory, volume.medium, clock)
         self.clock = clock
         self.read_only = read_only
         #: References by inode number: looked-up names and open handles.

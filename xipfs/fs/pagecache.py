@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from xipfs.clock import Clock
 from xipfs.errors import OutOfFramesError
 from xipfs.image.layout import BLOCK_SHIFT
 from xipfs.memory.frames import PhysicalMemory
@@ -38,10 +39,13 @@ _EVICTED_FILLS_MAX: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
-    """Pages evicted for want of RAM, and dirty pages written to their homes."""
+    """Pages evicted for want of RAM, filled from their homes, written to them; RAM over time."""
 
     evictions: int
+    filled: int
     written_home: int
+    ram_frame_ns: int
+    """Nanoseconds for which frames were in use, summed over the frames."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,15 +67,19 @@ class PageCache:
     ``on_cut`` that a file lost its pages from an index on.
     """
 
-    def __init__(self, memory: PhysicalMemory, medium: Medium) -> None:
+    def __init__(self, memory: PhysicalMemory, medium: Medium, clock: Clock) -> None:
         self._memory = memory
         self._medium = medium
+        self._clock = clock
+        self._frame_ns = 0
+        self._counted_ns = clock.monotonic_ns()
         self._by_age: OrderedDict[Pfn, CachedPage] = OrderedDict()
         self._by_file: dict[Ino, dict[PageIndex, CachedPage]] = {}
         self.on_unmap: PageHook = nothing
         self.on_evict: PageHook = nothing
         self.on_cut: PageHook = nothing
         self.evictions = 0
+        self.filled = 0
         self.written_home = 0
         self._evicted_fills: OrderedDict[tuple[int, int], None] = OrderedDict()
 
@@ -80,7 +88,14 @@ class PageCache:
 
     def statistics(self) -> CacheStatistics:
         """Return the counts since the mount."""
-        return CacheStatistics(self.evictions, self.written_home)
+        self._count_frames()
+        return CacheStatistics(self.evictions, self.filled, self.written_home, self._frame_ns)
+
+    def _count_frames(self) -> None:
+        """Add what the resident pages have used since the last call; comes before each change."""
+        now_ns = self._clock.monotonic_ns()
+        self._frame_ns += len(self._by_age) * (now_ns - self._counted_ns)
+        self._counted_ns = now_ns
 
     def get(self, ino: int, index: int) -> CachedPage | None:
         """Return the page if it is resident; this is no touch."""
@@ -114,6 +129,8 @@ class PageCache:
         if load:
             frame = self._memory.ram_bytes_of(pfn).data
             frame[:] = self._medium.load(home << BLOCK_SHIFT, PAGE_SIZE)
+            self.filled += 1
+        self._count_frames()
         page = CachedPage(Ino(ino), PageIndex(index), pfn, home)
         self._by_age[pfn] = page
         self._by_file.setdefault(page.ino, {})[page.index] = page
@@ -152,6 +169,7 @@ class PageCache:
 
     def drop(self, page: CachedPage) -> None:
         """Forget ``page`` without writing it; a pinned frame lives on until it is unpinned."""
+        self._count_frames()
         del self._by_age[page.pfn]
         pages = self._by_file[page.ino]
         del pages[page.index]

@@ -25,6 +25,7 @@ from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver
 from xipfs.fuse.views import file_pages, live_snapshot
+from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, Move, Tally
 from xipfs.migrate.policies.threshold import Threshold
 from xipfs.mm.rules import Rules
@@ -64,6 +65,7 @@ class Live:
         self.accountant = Accountant(fs, Rules.parse(options.rules), observer.comm)
         self.engine = Engine(fs)
         self.heat = Heat()
+        self.profile = None if options.medium is None else load_profile(options.medium)
         self.policy: Policy | None = None
         if options.policy == "threshold":
             assert options.promote is not None

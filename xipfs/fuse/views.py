@@ -9,6 +9,7 @@ from xipfs import __version__
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind, PageRun
 from xipfs.stats import snapshot
+from xipfs.stats.cost import cost
 from xipfs.units import PageIndex, pages_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "reason": figures.reason,
         },
         "memory": snapshot.memory(live.fs),
+        "cost": cost(live.fs, live.profile),
         "migration": {
             "policy": live.options.policy,
             "fail_reasons": engine.fail_reasons,

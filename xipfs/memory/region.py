@@ -24,10 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from xipfs.errors import ImageError
+from xipfs.memory.wear import LINE_SIZE as LINE_SIZE
+from xipfs.memory.wear import Wear
 from xipfs.units import PAGE_SIZE
-
-#: The unit in which a processor's cache writes memory back, in bytes.
-LINE_SIZE: Final = 64
 
 Buffer = bytes | bytearray | memoryview
 """Contiguous bytes: what can be stored."""
@@ -54,6 +53,11 @@ class Medium(Protocol):
     @property
     def writable(self) -> bool:
         """Whether store may be called."""
+        ...
+
+    @property
+    def wear(self) -> Wear:
+        """How often each block was written."""
         ...
 
     def load(self, offset: int, size: int) -> memoryview:
@@ -119,6 +123,7 @@ class Region:
         self._words = self._bytes.view(np.uint64)
         self._view = memoryview(self._mmap)
         self._readable = self._view.toreadonly()
+        self._wear = Wear(self._bytes.size)
         self._stores = self._stored_bytes = self._flushed_lines = self._fences = 0
 
     @property
@@ -130,6 +135,11 @@ class Region:
     def writable(self) -> bool:
         """Whether the file is mapped for writing."""
         return self._writable
+
+    @property
+    def wear(self) -> Wear:
+        """Line writes by block since the region was opened."""
+        return self._wear
 
     def load(self, offset: int, size: int) -> memoryview:
         """Return a read-only view of ``size`` bytes at ``offset``: no copy."""
@@ -153,7 +163,7 @@ class Region:
 
     def flush(self, offset: int, size: int) -> None:
         """Count the lines of the range; a mapped file needs no more."""
-        self._flushed_lines += ((offset + size - 1) // LINE_SIZE) - (offset // LINE_SIZE) + 1
+        self._flushed_lines += self._wear.flushed(offset, size)
 
     def fence(self) -> None:
         """Count the fence; stores to a mapped file reach other readers in program order."""

@@ -71,6 +71,7 @@ def test_the_snapshot_has_the_agreed_shape(mnt: LiveMount) -> None:
         "pgfault_pagecache",
         "pgfault_cow",
         "pgfault_extra",
+        "pgfault_hint",
         "pgmigrate_success",
         "pgmigrate_fail",
         "pgpromote_success",

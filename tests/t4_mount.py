@@ -338,7 +338,13 @@ def test_observe_off_counts_nothing_and_says_so(live: Mounts) -> None:
     assert stats["observer"]["mode"] == "off"
     assert stats["observer"]["reason"] == "switched off with observe=off"
     assert stats["vmstat"]["pgfault"] == 0
-    assert stats["kernel"] == {"faults": None, "major": None, "minor": None, "around": 0}
+    assert stats["kernel"] == {
+        "faults": None,
+        "major": None,
+        "minor": None,
+        "around": 0,
+        "hinted": 0,
+    }
 
 
 def test_requests_are_counted_as_estimated_faults(live: Mounts) -> None:

@@ -157,6 +157,7 @@ def test_stat_before_any_fault(live: Mounts) -> None:
         pgfault_cow                        0
         pgfault_sigbus                     0
         pgfault_extra                      0
+        pgfault_hint                       0
         pgmigrate_success                  0
         pgmigrate_fail                     0
         pgpromote_success                  0

@@ -27,6 +27,7 @@ HELP: Final[dict[str, str]] = {
     "medium=NAME|FILE:TABLE": "estimate costs on nor, pcm, optane, dram, cxl (default none)",
     "rules=NAME": "rule set that faults are charged by (default 6.1)",
     "observe=MODE": "auto, tracefs, requests or off (default auto)",
+    "hint=PAGES_PER_S": "take so many mapped pages away a second, to see what is touched again",
     "readahead=off|KIB": "kernel read-ahead (default off under tracefs, else the kernel's 128)",
     "policy=off|threshold,promote=N": "promote a page at its Nth fault (default off)",
     "allow_other": "let other users in (permissions are always checked)",
@@ -43,6 +44,7 @@ class MountOptions:
     medium: str | None = None
     rules: str = "6.1"
     observe: Observe = "auto"
+    hint_pages_per_s: int = 0
     readahead_kib: int | None = None
     policy: str = "off"
     promote: int | None = None
@@ -98,6 +100,8 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
     if name == "medium":
         load_profile(value)  # a mistake is told now, not when the first figures are asked for
         return replace(options, medium=value)
+    if name == "hint":
+        return replace(options, hint_pages_per_s=_integer(name, value, 0))
     if name == "promote":
         return replace(options, promote=_integer(name, value, 1))
     if name == "policy":
@@ -111,6 +115,7 @@ _VALUED: Final = (
     "medium",
     "rules",
     "observe",
+    "hint",
     "readahead",
     "policy",
     "promote",
@@ -127,6 +132,10 @@ def _check(options: MountOptions) -> MountOptions:
     if options.struct_page_bytes not in STRUCT_PAGE_SIZES:
         sizes = ", ".join(map(str, STRUCT_PAGE_SIZES))
         raise UsageError(f"struct_page={options.struct_page_bytes}", expected=f"one of {sizes}")
+    if options.hint_pages_per_s and options.observe in ("requests", "off"):
+        raise UsageError(
+            f"hint= with observe={options.observe}", expected="observe=tracefs, which sees faults"
+        )
     if options.policy not in ("off", "threshold"):
         raise UsageError(f"policy={options.policy}", expected="off or threshold")
     if options.policy == "threshold" and options.promote is None:

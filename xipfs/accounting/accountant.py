@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from xipfs.accounting.charges import Charge, Ledger, PteKind
+from xipfs.accounting.hints import Hints, Page
 from xipfs.accounting.live_file import LiveFile
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP, access, maps_what
@@ -61,6 +62,7 @@ class Accountant:
         self._comm = comm
         self.machine = Machine(fs.memory, rules)
         self.ledger = Ledger()
+        self.hints = Hints()
         self.unfollowed: Counter[str] = Counter()
         self.around_pages = 0
         self._files: dict[int, LiveFile] = {}
@@ -111,6 +113,16 @@ class Accountant:
         file = self._files.get(ino)
         if file is not None:
             unmap_mapping_range(file.mapped, first, 0, even_cows=True)
+
+    def mark_hints(self, count: int) -> list[Page]:
+        """Choose up to ``count`` mapped pages for hint faults, mark and return them, sorted.
+
+        The caller has them invalidated; nothing may be consumed between the two.
+        """
+        pages = sorted(self.hints.sample(self._mms, count))
+        for ino, index in pages:
+            self.hints.mark(self._file(ino).mapped, index)
+        return pages
 
     # What the observer tells.
 
@@ -181,6 +193,7 @@ class Accountant:
         mm = self._mms.pop(event.mm, None)
         if mm is not None:
             exit_mmap(mm)
+        self.hints.exit(event.mm)
         self.ledger.exit(event.mm)
 
     def _around(self, event: ev.Around) -> None:
@@ -199,6 +212,8 @@ class Accountant:
         self.around_pages += filemap_map_pages(
             vma, [(page, pfn) for page, pfn in frames if pfn is not None]
         )
+        # Mapped without a fault, so none will answer a hint.
+        self.hints.forget(event.mm, (vma.address_of(page) for page in cached))
         tables = mm.tables
         if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
             self.unfollowed["fault-around windows over XIP or evicted pages"] += 1
@@ -217,7 +232,9 @@ class Accountant:
     def _fault(self, event: ev.Fault) -> Charge | None:
         if event.verdict == ev.SIGSEGV:
             return None  # the access was not allowed: no fault handler ran
-        kind, major, extra = self._outcome(event)
+        hinted = self.hints.take(event.mm, event.address)
+        kind, major, faults = self._outcome(event)
+        hint = hinted and not faults and kind is not PteKind.NONE
         charge = Charge(
             event.time_ns,
             event.pid,
@@ -225,15 +242,16 @@ class Accountant:
             event.index,
             kind,
             event.write,
-            major,
-            extra,
+            major and not hint,
+            max(faults - 1, 0),
+            hint,
         )
         self._fs.touch(event.ino, event.index)
         self.ledger.charge(event.mm, self._comm(event.pid), charge)
         return charge
 
     def _outcome(self, event: ev.Fault) -> tuple[PteKind, bool, int]:
-        """Take the fault by the rules; return what its PTE maps, major or not, further faults."""
+        """Take the fault by the rules; return what its PTE maps, major or not, faults taken."""
         # Both are taken in any case: they belong to this page's next fault, whatever comes of it.
         filled = self._fs.take_fill_mark(event.ino, event.index)
         evicted = self._fs.take_evicted_fill(event.ino, event.index)
@@ -242,7 +260,7 @@ class Accountant:
         if evicted and not filled and caused_read and not _copies(mm, event):
             # RAM was so short that the page went again, with its PTE, before we came to charge
             # it. Taking the fault now would fill a second frame for it.
-            return PteKind.PAGECACHE, True, 0
+            return PteKind.PAGECACHE, True, 1
         try:
             taken = access(mm, event.address, write=event.write)
         except KernelBug as bug:
@@ -253,7 +271,7 @@ class Accountant:
             kind = _KIND[maps_what(mm, event.address)]
         elif taken.signal == "SIGSEGV":
             self.unfollowed["faults outside the mappings known of their process"] += 1
-        return kind, bool(taken.major) or (filled and caused_read), max(taken.faults - 1, 0)
+        return kind, bool(taken.major) or (filled and caused_read), taken.faults
 
 
 def _copies(mm: MmStruct, event: ev.Fault) -> bool:

@@ -33,6 +33,8 @@ class Charge(NamedTuple):
     major: bool
     extra: int
     """Further faults that the rules would have taken for this access."""
+    hint: bool = False
+    """The modelled PTE let the access pass: the fault is xipfs's own doing (see ``hints``)."""
 
 
 @dataclass
@@ -46,9 +48,13 @@ class FaultCounters:
     pgfault_cow: int = 0
     pgfault_sigbus: int = 0
     pgfault_extra: int = 0
+    pgfault_hint: int = 0
 
     def add(self, charge: Charge) -> None:
-        """Count one charge."""
+        """Count one charge; a hint fault in ``pgfault_hint`` and nowhere else."""
+        if charge.hint:
+            self.pgfault_hint += 1
+            return
         self.pgfault += 1
         self.pgmajfault += charge.major
         self.pgfault_extra += charge.extra

@@ -20,10 +20,11 @@ from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
+from xipfs.fuse.hints import HintScanner
 from xipfs.fuse.migration import Migrator
 from xipfs.fuse.mounts import Mount
-from xipfs.fuse.notify import Notifier, session_fd
-from xipfs.fuse.observing import LiveObserver, NoObserver
+from xipfs.fuse.notify import Notifier, runs, session_fd
+from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver
 from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, Move, Tally
@@ -65,6 +66,7 @@ class Live:
         self.accountant = Accountant(fs, Rules.parse(options.rules), observer.comm)
         self.engine = Engine(fs)
         self.heat = Heat()
+        self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.policy: Policy | None = None
         if options.policy == "threshold":
@@ -87,6 +89,13 @@ class Live:
         self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
         nursery.start_soon(self._drain_forever)
         nursery.start_soon(self._invalidate_evicted)
+        if self.options.hint_pages_per_s and isinstance(self.observer, TracefsObserver):
+            self.hinter = HintScanner(
+                self.accountant, self.notifier, self.drain_settled, self.options.hint_pages_per_s
+            )
+            nursery.start_soon(self.hinter.run)
+        elif self.options.hint_pages_per_s:
+            log.info("hint= needs observe=tracefs: no page is taken away")
         if self.policy is not None:
             nursery.start_soon(self._carry_out_plans)
 
@@ -158,7 +167,7 @@ class Live:
 
     def _account(self, events: list[Event]) -> None:
         charges = self.accountant.consume(events)
-        self.heat.add(charges)
+        self.heat.add(charge for charge in charges if not charge.hint)
         if self.policy is not None and (moves := self.policy.plan(charges)):
             self._plan += moves
             self._planned.set()
@@ -244,18 +253,3 @@ class Live:
             outcome = tally
             yield {"progress": {"pages_done": done, "pages_total": total}}
         yield {"result": vars(outcome)}
-
-
-def runs(pages: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Merge sorted (ino, index) pairs into (ino, first, count) runs.
-
-    >>> runs([(2, 5), (2, 6), (2, 9), (3, 10)])
-    [(2, 5, 2), (2, 9, 1), (3, 10, 1)]
-    """
-    merged: list[tuple[int, int, int]] = []
-    for ino, index in pages:
-        if merged and merged[-1][0] == ino and merged[-1][1] + merged[-1][2] == index:
-            merged[-1] = (ino, merged[-1][1], merged[-1][2] + 1)
-        else:
-            merged.append((ino, index, 1))
-    return merged

@@ -80,6 +80,11 @@ class Notifier:
             await trio.to_thread.run_sync(self._send, message, limiter=self._limiter)
         self.invalidations += 1
 
+    async def invalidate_all(self, pages: list[tuple[int, int]]) -> None:
+        """Drop the (ino, index) ``pages``, sorted, from the kernel's cache, run by run."""
+        for ino, first, count in runs(pages):
+            await self.invalidate_pages(ino, first, count)
+
     def _send(self, message: bytes) -> None:
         try:
             os.write(self._fd, message)
@@ -87,3 +92,18 @@ class Notifier:
             # ENOENT: the inode is not cached. ENODEV, ENOTCONN: the mount is going away.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
                 raise
+
+
+def runs(pages: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Merge sorted (ino, index) pairs into (ino, first, count) runs.
+
+    >>> runs([(2, 5), (2, 6), (2, 9), (3, 10)])
+    [(2, 5, 2), (2, 9, 1), (3, 10, 1)]
+    """
+    merged: list[tuple[int, int, int]] = []
+    for ino, index in pages:
+        if merged and merged[-1][0] == ino and merged[-1][1] + merged[-1][2] == index:
+            merged[-1] = (ino, merged[-1][1], merged[-1][2] + 1)
+        else:
+            merged.append((ino, index, 1))
+    return merged

@@ -31,6 +31,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "major": figures.major,
             "minor": figures.minor,
             "around": live.accountant.around_pages,
+            "hinted": 0 if live.hinter is None else live.hinter.pages_hinted,
         },
         "observer": {
             "mode": figures.mode,

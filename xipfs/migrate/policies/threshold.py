@@ -25,7 +25,7 @@ class Threshold:
         """Return the promotions that these charges, in time order, have earned."""
         moves = []
         for charge in charges:
-            if charge.kind is not PteKind.XIP:
+            if charge.kind is not PteKind.XIP or charge.hint:
                 continue
             page = (charge.ino, charge.page)
             self._faults[page] += 1

@@ -97,6 +97,9 @@ class Conversation:
                         await send.send(json.dumps(answer).encode() + b"\n")
                 except trio.BrokenResourceError:
                     pass  # the reader closed the file; nobody is left to tell
+                except Exception:
+                    # This task runs beside the mount's own; what left it would end them all.
+                    log.exception("an answer of the control file could not be sent")
 
     async def _answer(self, data: bytes) -> AsyncIterator[Json]:
         try:

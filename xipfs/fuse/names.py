@@ -14,7 +14,7 @@ import pyfuse3
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fuse.control import CONTROL_NAME, ControlTree
-from xipfs.fuse.translate import entry_of, handler, no_entry
+from xipfs.fuse.translate import entry_of, handler, no_entry, unanswered
 
 
 class RequestHooks(Protocol):
@@ -80,12 +80,13 @@ class NameOperations(pyfuse3.Operations):
         self.fs.hold(attr.ino)
         return entry_of(attr)
 
+    @unanswered
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         """FORGET has no reply; control inodes are never counted."""
         for ino, count in inode_list:
             await self._forget_one(ino, count)
 
-    @handler
+    @unanswered
     async def _forget_one(self, ino: int, count: int) -> None:
         if not self.control.owns(ino):
             await self._drop(ino, count)

@@ -7,6 +7,7 @@ anything else becomes EIO and a traceback in the log.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -47,6 +48,23 @@ def handler(
             raise pyfuse3.FUSEError(errno.EIO) from error
 
     return answered  # type: ignore[return-value]  # wraps() hides that self stays first
+
+
+def unanswered(
+    method: Callable[Concatenate[_S, _P], Coroutine[Any, Any, None]],
+) -> Callable[Concatenate[_S, _P], Coroutine[Any, Any, None]]:
+    """Do the same for a request without a reply: an error is only logged, and nothing raised.
+
+    pyfuse3 catches nothing at all around FORGET: even a FUSEError would end the mount.
+    """
+    answering = handler(method)
+
+    @functools.wraps(method)
+    async def silent(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        with contextlib.suppress(pyfuse3.FUSEError):
+            await answering(self, *args, **kwargs)
+
+    return silent  # type: ignore[return-value]  # wraps() hides that self stays first
 
 
 def entry_of(attr: Attr) -> pyfuse3.EntryAttributes:

@@ -163,10 +163,14 @@ class LiveMount:
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         wait_until("the killed daemon's end", lambda: not self.running())
 
-    def _force(self) -> None:
-        """End a mount that does not end by itself."""
+    def abort(self) -> None:
+        """Fail every request that waits for the daemon."""
         with contextlib.suppress(OSError):
             self._abort_file.write_text("1")
+
+    def _force(self) -> None:
+        """End a mount that does not end by itself."""
+        self.abort()
         if self.running():
             self.kill()
         while is_mounted(self.directory):

@@ -127,7 +127,7 @@ def test_a_cached_read(script: Script) -> None:
     script.pf(BASE + 5 * PAGE + 17)
     script.map(0, 15)
     assert script.end() == [
-        Map(2000, 1, PID, BASE, BASE + 32 * PAGE, FILE, 0, 3, False, True),
+        Map(2000, 1, PID, BASE, BASE + 32 * PAGE, FILE, 0, 3, False, True, fresh=False),
         Fault(2000, 1, PID, PID, BASE + 5 * PAGE + 17, FILE, 5, False, False, True, False, MINOR,
               "trap"),
         Around(3000, 1, PID, BASE, FILE, 0, 15),

@@ -115,7 +115,7 @@ def scene(fs: Filesystem) -> Iterator[Scene]:
 def holders(scene: Scene) -> dict[int, int]:
     """Who holds pages besides PTEs: the page cache what is resident, the machine two pages."""
     fs = scene.fs
-    held = {scene.books.machine.zero_pfn: 1, scene.books._sparse_pfn: 1}
+    held = {scene.books.machine.zero_pfn: 1, scene.books.sparse_pfn: 1}
     for ino in scene.inos:
         for run in fs.runs(ino):
             for index in range(run.first, run.first + run.count):

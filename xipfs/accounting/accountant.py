@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable
 
 from xipfs.accounting.charges import Charge, Ledger, PteKind
 from xipfs.accounting.hints import Hints, Page
+from xipfs.accounting.kernel_ptes import SILENT_CALL, KernelPtes
 from xipfs.accounting.live_file import LiveFile
 from xipfs.fs.filesystem import Filesystem
+from xipfs.mm import audit
 from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP, access, maps_what
-from xipfs.mm.bug import KernelBug
+from xipfs.mm.bug import InvariantError, KernelBug
 from xipfs.mm.fault import filemap_map_pages
 from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_MAYWRITE, VM_READ, VM_SHARED, VM_WRITE
 from xipfs.mm.fork import dup_mmap
@@ -57,7 +59,14 @@ class Accountant:
     charged or mapped exactly; ``around_pages`` the PTEs that fault-around filled without a fault.
     """
 
-    def __init__(self, fs: Filesystem, rules: Rules, comm: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        fs: Filesystem,
+        rules: Rules,
+        comm: Callable[[int], str],
+        *,
+        readahead: bool = False,
+    ) -> None:
         self._fs = fs
         self._comm = comm
         self.machine = Machine(fs.memory, rules)
@@ -66,16 +75,18 @@ class Accountant:
         self.unfollowed: Counter[str] = Counter()
         self.around_pages = 0
         self._files: dict[int, LiveFile] = {}
-        self._mms: dict[int, MmStruct] = {}
-        #: Pages that the real kernel's page cache holds, by inode: what fault-around can map.
-        self._kernel_cached: dict[int, set[int]] = {}
-        self._sparse_pfn = fs.memory.alloc_anon()
+        #: The modelled address spaces by their number in the events.
+        self.mms: dict[int, MmStruct] = {}
+        self.kernel = KernelPtes(readahead=readahead)
+        self.sparse_pfn = fs.memory.alloc_anon()
         self._handlers: dict[type, Callable[..., Charge | None]] = {
             ev.Map: self._map,
             ev.Unmap: self._unmap,
             ev.Protect: self._protect,
             ev.Move: self._move,
             ev.Zap: self._zap,
+            ev.Doubt: self._doubt,
+            ev.Lost: self._lost,
             ev.Fork: self._fork,
             ev.Exit: self._exit,
             ev.Fault: self._fault,
@@ -95,6 +106,16 @@ class Accountant:
                     charges.append(charge)
         return charges
 
+    def check(self) -> str:
+        """Recount the modelled machine (T1 to T9); return what is broken, empty if nothing is."""
+        held: dict[int, int] = {self.machine.zero_pfn: 1, self.sparse_pfn: 1}
+        held |= dict.fromkeys(self._fs.resident_frames(), 1)
+        try:
+            audit.check(self.machine, holders=held)
+        except InvariantError as broken:
+            return str(broken)
+        return ""
+
     # What the filesystem tells: its pages lose their frames or their place.
 
     def is_mapped(self, ino: int) -> bool:
@@ -112,6 +133,7 @@ class Accountant:
         """Zap every PTE of a file from page ``first`` on, private copies too (rule K15)."""
         file = self._files.get(ino)
         if file is not None:
+            self.kernel.cut(file.mapped, first)
             unmap_mapping_range(file.mapped, first, 0, even_cows=True)
 
     def mark_hints(self, count: int) -> list[Page]:
@@ -119,7 +141,7 @@ class Accountant:
 
         The caller has them invalidated; nothing may be consumed between the two.
         """
-        pages = sorted(self.hints.sample(self._mms, count))
+        pages = sorted(self.hints.sample(self.mms, count))
         for ino, index in pages:
             self.hints.mark(self._file(ino).mapped, index)
         return pages
@@ -129,14 +151,14 @@ class Accountant:
     def _file(self, ino: int) -> LiveFile:
         file = self._files.get(ino)
         if file is None:
-            file = LiveFile(self._fs, self.machine, ino, self._sparse_pfn)
+            file = LiveFile(self._fs, self.machine, ino, self.sparse_pfn)
             self._files[ino] = file
         return file
 
     def _mm(self, number: int) -> MmStruct:
-        mm = self._mms.get(number)
+        mm = self.mms.get(number)
         if mm is None:
-            mm = self._mms[number] = MmStruct(self.machine, number)
+            mm = self.mms[number] = MmStruct(self.machine, number)
         return mm
 
     def _map(self, event: ev.Map) -> None:
@@ -154,9 +176,11 @@ class Accountant:
             address=event.start,
         )
         assert address == event.start, (event, address)
+        self.kernel.map(event)
 
     def _unmap(self, event: ev.Unmap) -> None:
         do_munmap(self._mm(event.mm), event.start, event.end)
+        self.kernel.unmap(event.mm, event.start, event.end)
 
     def _protect(self, event: ev.Protect) -> None:
         mm = self._mm(event.mm)
@@ -168,6 +192,7 @@ class Accountant:
         mprotect(mm, event.start, event.end, prot)
 
     def _move(self, event: ev.Move) -> None:
+        self.kernel.move(event)
         move_mapping(
             self._mm(event.mm),
             event.start,
@@ -179,21 +204,30 @@ class Accountant:
 
     def _zap(self, event: ev.Zap) -> None:
         mm = self._mm(event.mm)
+        self.kernel.zap(event.mm, event.start, event.end)
         for vma in mm.overlapping(event.start, event.end):
             zap_page_range(vma, max(vma.start, event.start), min(vma.end, event.end))
 
+    def _doubt(self, event: ev.Doubt) -> None:
+        self.kernel.doubt(event.mm, event.start, event.end, SILENT_CALL)
+
+    def _lost(self, _event: ev.Lost) -> None:
+        self.kernel.lost(self.mms.values())
+
     def _fork(self, event: ev.Fork) -> None:
+        self.kernel.fork(event, self._mm(event.mm))
         child = dup_mmap(self._mm(event.mm), event.child_mm)
         assert isinstance(child, MmStruct), child  # only page-table memory could be short
         for start, end in event.dontfork:
             do_munmap(child, start, end)
-        self._mms[event.child_mm] = child
+        self.mms[event.child_mm] = child
 
     def _exit(self, event: ev.Exit) -> None:
-        mm = self._mms.pop(event.mm, None)
+        mm = self.mms.pop(event.mm, None)
         if mm is not None:
             exit_mmap(mm)
         self.hints.exit(event.mm)
+        self.kernel.exit(event.mm)
         self.ledger.exit(event.mm)
 
     def _around(self, event: ev.Around) -> None:
@@ -206,8 +240,9 @@ class Accountant:
         vma = mm.find_vma(event.address)
         if vma is None or vma.file is None or vma.file.name != event.ino:
             return
-        kernel_cached = self._kernel_cached.get(event.ino, set())
-        cached = [page for page in range(event.first, event.last + 1) if page in kernel_cached]
+        window = range(event.first, event.last + 1)
+        cached = [page for page in window if self.kernel.is_cached(event.ino, page)]
+        self.kernel.around(event, vma)
         frames = [(page, self._fs.resident_pfn(event.ino, page)) for page in cached]
         self.around_pages += filemap_map_pages(
             vma, [(page, pfn) for page, pfn in frames if pfn is not None]
@@ -219,17 +254,14 @@ class Accountant:
             self.unfollowed["fault-around windows over XIP or evicted pages"] += 1
 
     def _cache_add(self, event: ev.CacheAdd) -> None:
-        pages = range(event.first, event.first + event.pages)
-        self._kernel_cached.setdefault(event.ino, set()).update(pages)
+        self.kernel.cache_add(event)
 
     def _cache_delete(self, event: ev.CacheDelete) -> None:
-        cached = self._kernel_cached.get(event.ino)
-        if cached is not None:
-            cached.difference_update(range(event.first, event.first + event.pages))
-            if not cached:
-                del self._kernel_cached[event.ino]
+        file = self._files.get(event.ino)
+        self.kernel.cache_delete(event, None if file is None else file.mapped)
 
     def _fault(self, event: ev.Fault) -> Charge | None:
+        self.kernel.fault(event, self._mm(event.mm).find_vma(event.address))
         if event.verdict == ev.SIGSEGV:
             return None  # the access was not allowed: no fault handler ran
         hinted = self.hints.take(event.mm, event.address)

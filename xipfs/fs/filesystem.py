@@ -338,6 +338,10 @@ class Filesystem:
         page = self._core.cache.get(ino, index)
         return None if page is None else page.pfn
 
+    def resident_frames(self) -> list[Pfn]:
+        """Return the frames that the page cache holds."""
+        return self._core.cache.frames()
+
     def touch(self, ino: int, index: int) -> None:
         """Make the page the hottest if it is resident."""
         self._placement.touch(ino, index)

@@ -110,6 +110,10 @@ class PageCache:
         """Return the files that have resident pages."""
         return list(self._by_file)
 
+    def frames(self) -> list[Pfn]:
+        """Return the frames of all resident pages."""
+        return list(self._by_age)
+
     def touch(self, page: CachedPage) -> None:
         """Make ``page`` the hottest."""
         self._by_age.move_to_end(page.pfn)

@@ -24,7 +24,8 @@ from xipfs.fuse.hints import HintScanner
 from xipfs.fuse.migration import Migrator
 from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, runs, session_fd
-from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver
+from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, readahead_kib
+from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, Move, Tally
@@ -63,7 +64,12 @@ class Live:
         self.fs = fs
         self.options = options
         self.observer = observer
-        self.accountant = Accountant(fs, Rules.parse(options.rules), observer.comm)
+        self.accountant = Accountant(
+            fs,
+            Rules.parse(options.rules),
+            observer.comm,
+            readahead=readahead_kib(options, observer) != 0,
+        )
         self.engine = Engine(fs)
         self.heat = Heat()
         self.hinter: HintScanner | None = None
@@ -87,7 +93,9 @@ class Live:
         self.mount = mount
         self.notifier = Notifier(session_fd())
         self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
+        self.verifier = Verifier(self)
         nursery.start_soon(self._drain_forever)
+        nursery.start_soon(self.verifier.audit_forever)
         nursery.start_soon(self._invalidate_evicted)
         if self.options.hint_pages_per_s and isinstance(self.observer, TracefsObserver):
             self.hinter = HintScanner(
@@ -220,7 +228,7 @@ class Live:
 
     def questions(self) -> Mapping[str, Question]:
         """Return what ``.xipfs/NAME.NUMBER.json`` answers."""
-        return {"hottest": self._hottest, "pages": self._pages}
+        return {"hottest": self._hottest, "pages": self._pages, "verify": self._verify}
 
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
@@ -233,6 +241,12 @@ class Live:
     async def _pages(self, ino: int) -> Json:
         await self.drain_settled()
         return file_pages(self.fs, ino)
+
+    async def _verify(self, pid: int) -> Json:
+        # Nobody follows init, so its number stands for all.
+        if not isinstance(self.observer, TracefsObserver):
+            return {"unavailable": f"its observer is {self.observer.figures().mode}"}
+        return await self.verifier.verify(None if pid == 1 else pid)
 
     async def _migrate(self, request: Json) -> AsyncIterator[Json]:
         ino, to = int(request["ino"]), KINDS.get(request["to"])

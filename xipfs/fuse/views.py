@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from xipfs import __version__
@@ -40,6 +41,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "unfollowed": snapshot.unfollowed(figures, live.accountant),
             "missing": figures.missing,
             "reason": figures.reason,
+            "audit": asdict(live.verifier.audited),
         },
         "memory": snapshot.memory(live.fs),
         "cost": cost(live.fs, live.profile),

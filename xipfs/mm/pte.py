@@ -118,6 +118,16 @@ class PageTables:
             self.leaf_count += 1
         pool.entries[leaf + (address >> PAGE_SHIFT & _SLOT_MASK)] = pte
 
+    def fill(self, start: int, end: int, pte: int) -> None:
+        """Store ``pte`` at every page of [start, end): leaf by leaf, not page by page."""
+        address = start
+        while address < end:
+            stop = min(end, ((address >> LEAF_SHIFT) + 1) << LEAF_SHIFT)
+            self.set(address, pte)
+            first = self._leaf(address >> LEAF_SHIFT) + (address >> PAGE_SHIFT & _SLOT_MASK)
+            self.pool.array[first : first + (stop - address >> PAGE_SHIFT)] = pte
+            address = stop
+
     def populated(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (address, pte) of the non-empty entries of [start, end), in address order.
 

@@ -50,6 +50,8 @@ class Map(NamedTuple):
     shared: bool
     prot_known: bool
     """False for a mapping made by exec: ``prot`` is then what its faults have needed so far."""
+    fresh: bool = True
+    """False for one read from /proc: it may hold PTEs from before it was told."""
 
 
 class Unmap(NamedTuple):
@@ -89,6 +91,15 @@ class Move(NamedTuple):
 
 class Zap(NamedTuple):
     """madvise dropped the PTEs of ``[start, end)``; the mapping stays."""
+
+    time_ns: int
+    mm: int
+    start: int
+    end: int
+
+
+class Doubt(NamedTuple):
+    """A call may have changed PTEs of ``[start, end)`` without telling which."""
 
     time_ns: int
     mm: int
@@ -185,6 +196,7 @@ Event = (
     | Protect
     | Move
     | Zap
+    | Doubt
     | Fork
     | Exit
     | Fault

@@ -316,7 +316,7 @@ class Faults:
             return None
         self._unfollowed["mapping known by one page only"] += 1
         start = thread.pf_address & PAGE_MASK
-        vma = Vma(start, start + PAGE_SIZE, ino=ino, pgoff=index, prot_known=False)
+        vma = Vma(start, start + PAGE_SIZE, ino=ino, pgoff=index, prot_known=False, fresh=False)
         thread.space.vmas.insert(vma)
         return vma
 

@@ -170,6 +170,7 @@ class Processes:
                 vma.prot,
                 vma.shared,
                 vma.prot_known,
+                vma.fresh,
             ),
         )
 
@@ -250,6 +251,7 @@ class Processes:
                     pgoff=line.pgoff,
                     prot=line.prot,
                     shared=line.shared,
+                    fresh=False,
                 )
             )
 

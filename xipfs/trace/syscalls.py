@@ -54,6 +54,8 @@ class SystemCalls:
                 "mprotect": self._mprotect,
                 "pkey_mprotect": self._mprotect,
                 "madvise": self._madvise,
+                "mlock": self._mlock,
+                "mlock2": self._mlock,
                 "process_madvise": self._process_madvise,
                 "remap_file_pages": self._remap_file_pages,
             }.items()
@@ -204,8 +206,23 @@ class SystemCalls:
             if any(vma.told for vma in pieces):
                 name = {_MADV_PAGEOUT: "PAGEOUT", _MADV_REMOVE: "REMOVE"}
                 self._unfollowed[f"MADV_{name.get(advice, 'POPULATE_WRITE')}"] += 1
+                self._doubt(time_ns, thread.space, pieces)
         elif advice not in _MADV_HARMLESS and advice != _MADV_POPULATE_READ and result == 0:
             self._unfollowed[f"madvise advice {advice}"] += 1
+
+    def _mlock(self, time_ns: int, thread: Thread, _result: int) -> None:
+        """It breaks COW of private writable pages that are mapped already, without a fault."""
+        start, length = thread.call_args[:2]
+        pieces = thread.space.vmas.isolate(
+            start & PAGE_MASK, _page_up(length + (start & ~PAGE_MASK)) + (start & PAGE_MASK)
+        )
+        writable = [vma for vma in pieces if vma.prot & PROT_WRITE and not vma.shared]
+        self._doubt(time_ns, thread.space, writable)
+
+    def _doubt(self, time_ns: int, space: Space, pieces: list[Vma]) -> None:
+        for vma in pieces:
+            if vma.told:
+                self._output.emit(time_ns, events.Doubt(time_ns, space.id, vma.start, vma.end))
 
     def _zap(self, time_ns: int, space: Space, pieces: list[Vma]) -> None:
         for vma in pieces:

@@ -20,7 +20,18 @@ from xipfs.units import PAGE_SHIFT
 class Vma:
     """One range ``[start, end)``; ``ino`` and ``pgoff`` are None while unknown."""
 
-    __slots__ = ("dontfork", "end", "ino", "pgoff", "prot", "prot_known", "shared", "start", "told")
+    __slots__ = (
+        "dontfork",
+        "end",
+        "fresh",
+        "ino",
+        "pgoff",
+        "prot",
+        "prot_known",
+        "shared",
+        "start",
+        "told",
+    )
 
     def __init__(
         self,
@@ -32,6 +43,7 @@ class Vma:
         prot: int = 0,
         shared: bool = False,
         prot_known: bool = True,
+        fresh: bool = True,
     ) -> None:
         assert start < end, (start, end)
         self.start = start
@@ -41,6 +53,8 @@ class Vma:
         self.prot = prot
         self.shared = shared
         self.prot_known = prot_known
+        #: Nothing was mapped in it before it was known.
+        self.fresh = fresh
         self.dontfork = False
         self.told = False
 
@@ -67,6 +81,7 @@ class Vma:
             prot=self.prot,
             shared=self.shared,
             prot_known=self.prot_known,
+            fresh=self.fresh,
         )
         cut.dontfork = self.dontfork
         cut.told = self.told

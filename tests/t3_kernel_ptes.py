@@ -1,0 +1,106 @@
+"""The kernel's column alone: what each event leaves mapped.
+
+f = file page, a = private copy, ? = unknown, . = nothing.
+"""
+
+from __future__ import annotations
+
+import pytest
+from t3_accounting import BASE, MM, PAGE, PID, READ, RW, Scene, fs
+
+from xipfs.accounting.kernel_ptes import ANON, BEFORE, FILE, NONE, SETTLED_NS
+from xipfs.trace import events as ev
+
+__all__ = ["fs"]  # a fixture
+
+CHILD = MM + 1
+
+
+@pytest.fixture
+def scene(fs: object) -> Scene:
+    made = Scene(fs)  # type: ignore[arg-type]
+    made.file("XXXXXXXX")
+    return made
+
+
+def picture(scene: Scene, mm: int = MM, at: int = BASE) -> str:
+    letters = {NONE: ".", FILE: "f", ANON: "a"}
+    states = (scene.books.kernel.state(mm, at + page * PAGE) for page in range(8))
+    return "".join(letters.get(state, "?") for state in states)
+
+
+def test_faults(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), scene.fault(0), scene.fault(1, write=True))
+    scene.run(scene.fault(2), scene.fault(2, write=True), scene.fault(9, verdict=ev.SIGBUS, at=7))
+    assert picture(scene) == "faa....."
+
+
+def test_a_shared_write_maps_the_file_page(scene: Scene) -> None:
+    scene.run(scene.map(8, RW, shared=True), scene.fault(0, write=True))
+    assert picture(scene) == "f......."
+
+
+def test_fault_around_maps_cached_settled_pages_that_are_not_mapped(scene: Scene) -> None:
+    late = SETTLED_NS + 10
+    scene.run(scene.map(8, RW), scene.fault(1, write=True))
+    scene.run(ev.CacheAdd(5, scene.ino, 0, 4), ev.CacheAdd(late - 1, scene.ino, 5, 2))
+    scene.run(scene.fault(6))  # a fault on a page that is over shows that it is uptodate
+    scene.run(ev.Around(late, MM, PID, BASE, scene.ino, 0, 7))
+    #   0 cached long ago, 1 a copy, 2 and 3 as 0, 4 and 7 not cached, 5 just added, 6 faulted
+    assert picture(scene) == "faff.?f."
+
+
+def test_the_page_cache_takes_file_pages_away_and_the_end_of_file_copies_too(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), *(scene.fault(page) for page in range(8)))
+    scene.run(scene.fault(5, write=True))
+    scene.run(ev.CacheDelete(0, scene.ino, 4, 2))
+    assert picture(scene) == "ffff.aff"
+    scene.books.cut(scene.ino, 3)
+    assert picture(scene) == "fff....."
+
+
+def test_zap_unmap_and_move(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), *(scene.fault(page) for page in range(8)))
+    scene.run(scene.fault(6, write=True))
+    scene.run(ev.Zap(0, MM, BASE, BASE + 2 * PAGE))
+    scene.run(ev.Unmap(0, MM, BASE + 3 * PAGE, BASE + 4 * PAGE))
+    assert picture(scene) == "..f.ffaf"
+    new = BASE + 64 * PAGE
+    scene.run(ev.Move(0, MM, BASE + 4 * PAGE, BASE + 8 * PAGE, new, new + 4 * PAGE, False))
+    assert (picture(scene), picture(scene, at=new)) == ("..f.....", "ffaf....")
+
+
+@pytest.mark.parametrize(("copies", "child"), [((), "........"), ((3,), "fffaf...")])
+def test_fork_copies_mappings_that_ever_had_a_private_copy(
+    scene: Scene, copies: tuple[int, ...], child: str
+) -> None:
+    scene.run(scene.map(8, RW), *(scene.fault(page) for page in range(5)))
+    scene.run(*(scene.fault(page, write=True) for page in copies))
+    scene.run(ev.Fork(0, MM, CHILD, PID, PID + 1, ()))
+    assert picture(scene, CHILD) == child
+    scene.run(ev.Exit(0, CHILD))
+    assert picture(scene, CHILD) == "........"
+
+
+def test_what_is_not_known_is_unknown(scene: Scene) -> None:
+    scene.run(scene.map(4, READ)._replace(fresh=False), scene.fault(1))
+    assert picture(scene) == "?f??....", "mapped before we watched, but for what faulted since"
+    scene.run(ev.Doubt(0, MM, BASE, BASE + 2 * PAGE))
+    assert picture(scene) == "????...."
+    scene.books.kernel.learn(MM, BASE, FILE)
+    assert picture(scene) == "f???...."
+    scene.run(ev.Lost(0, 1))
+    assert picture(scene) == "????...."
+
+
+def test_zaps_beside_other_threads_are_not_believed(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), scene.fault(0), scene.fault(1)._replace(tid=PID + 1))
+    scene.run(ev.Zap(0, MM, BASE, BASE + PAGE))
+    assert picture(scene) == "?f......"
+
+
+def test_a_range_too_large_to_doubt_blurs_its_address_space(scene: Scene) -> None:
+    kernel = scene.books.kernel
+    kernel.doubt(MM, BASE, BASE + (5 << 20) * PAGE, BEFORE)
+    assert kernel.blurred == {MM: BEFORE}
+    assert picture(scene) == "........"

@@ -1,0 +1,204 @@
+"""``xipfs verify``: what is believed of page tables is what the kernel has, page by page.
+
+Real programs stop where nobody expects it; the kernel's own pagemap, kpagecount and smaps say what
+they have mapped. Programs with one thread must come out with nothing different and nothing
+unknown.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import needs
+from live import PAGE, LiveMount, Mounts, xipfs
+from t5_accounting import Toucher, fill
+
+from xipfs.fs.types import PageKind
+
+pytestmark = [needs("root", "fuse", "tracefs")]
+
+N = 31
+
+
+def verify(mount: LiveMount, *words: str, code: int = 0) -> dict[str, Any]:
+    done = xipfs("verify", mount.directory, "--json", *words, check=False)
+    assert done.returncode == code, (done.stdout, done.stderr)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def process(answer: dict[str, Any], pid: int) -> dict[str, Any]:
+    return next(line for line in answer["processes"] if line["pid"] == pid)
+
+
+@pytest.fixture(scope="module")
+def mount(shared: Mounts) -> LiveMount:
+    image = shared.image()
+    fill(image, {"x": PageKind.XIP, "p": PageKind.PAGECACHE, "warm": PageKind.XIP})
+    return shared.mount(image, "observe=tracefs")
+
+
+Start = Callable[[str], Toucher]
+
+
+@pytest.fixture
+def start(mount: LiveMount, touch: Path) -> Iterator[Start]:
+    """Start touch with words in which {x} and {p} are files; return it at its first pause."""
+    running: list[Toucher] = []
+
+    def begin(words: str) -> Toucher:
+        names = {name: str(mount / name) for name in ("x", "p")}
+        program = Toucher(touch, mount / "warm", words.format(**names))
+        running.append(program)
+        program.until_paused()
+        return program
+
+    yield begin
+    for program in running:
+        program.process.kill()
+        program.process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("words", "mapped"),
+    [
+        ("map {x} private rw read 0-30 pause", 31),
+        ("map {x} private rw write 0-6 read 7-12 pause", 13),
+        ("map {p} shared rw write 0-6 read 3-12 pause", 13),
+        ("map {p} private rw read 0-30 write 5-9 pause", 31),
+        ("map {x} private rw read 0-30 write 3-4 advise 2-10 dontneed pause", 22),
+        ("map {x} private rw read 0-30 write 3-4 unmap 2-10 pause", 22),
+        ("map {x} private rw read 0-30 write 3-4 protect 0-10 none pause", 31),
+        ("map {p} private rw read 0-10 write 3-4 remap 31 pause", 11),
+        ("map {x} private rw populate pause", 31),
+        ("map {p} shared r populate pause", 31),
+        ("map {x} private rw advise 4-9 populate_read pause", 6),
+        ("map {x} private rw write 0-4 fork {{ read 5-9 write 0-2 pause }}", 10),
+        ("part {x} private rw 7 9 read 0-8 write 8 pause", 9),
+    ],
+)
+def test_a_stopped_program_has_what_is_believed(
+    mount: LiveMount, start: Start, words: str, mapped: int
+) -> None:
+    program = start(words)
+    answer = verify(mount)
+    assert answer["pages_differ"] == 0
+    assert answer["pages_unknown"] == {}
+    assert answer["copies_differ"] == 0
+    assert answer["invariants_broken"] == ""
+    assert answer["mapcounts_differ"] == 0
+    assert answer["mapcounts_compared"] >= 0
+    lines = [line for line in answer["processes"] if line["comm"] == "touch"]
+    assert max(line["pages_resident"] for line in lines) >= mapped
+    for line in lines:
+        assert line["pages_resident"] == line["rss_pages_smaps"]
+    # Or more: what is cached by now is mapped around.
+    if "fork" not in words:
+        assert process(answer, program.pid)["pages_resident"] >= mapped
+    program.go()
+    program.finish()
+
+
+def test_the_files_pages_go_under_a_mapping(mount: LiveMount, start: Start) -> None:
+    """Cut by another process, and moved by xipfs: pages of the file go, private copies by rule."""
+    program = start("map {p} private rw read 0-30 write 0-2 write 28-29 pause pause")
+    before = process(verify(mount), program.pid)
+    mount.migrate("p", "xip", "0-9")
+    moved = process(verify(mount), program.pid)
+    # Pages 3 to 9 are not mapped any more; 0 to 2 are copies and stay.
+    assert moved["pages_resident"] == before["pages_resident"] - 7
+    os.truncate(mount / "p", 20 * PAGE)
+    cut = verify(mount)
+    # The size moved, so the kernel dropped all of the file (AUTO_INVAL_DATA): copies 0 to 2 stay.
+    assert process(cut, program.pid)["pages_resident"] == before["pages_resident"] - 31 + 3
+    assert (cut["pages_differ"], cut["pages_unknown"], cut["copies_differ"]) == (0, {}, 0)
+    os.truncate(mount / "p", 31 * PAGE)
+    mount.migrate("p", "pagecache")
+    program.go()
+    program.until_paused()
+    program.go()
+    program.finish()
+
+
+def copy_behind_its_back(pid: int, address: int) -> None:
+    """Write to a page of another process: the kernel copies it and no event of that process tells.
+
+    process_vm_writev faults on behalf of ``pid`` in our context.
+    """
+
+    class Iovec(ctypes.Structure):
+        _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+    buffer = ctypes.create_string_buffer(b"z")
+    local = Iovec(ctypes.cast(buffer, ctypes.c_void_p), 1)
+    remote = Iovec(address, 1)
+    libc = ctypes.CDLL(None, use_errno=True)
+    written = libc.process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    assert written == 1, os.strerror(ctypes.get_errno())
+
+
+def test_a_wrong_belief_is_found_told_and_put_right(mount: LiveMount, start: Start) -> None:
+    program = start("map {x} private rw read 0-30 pause")
+    start_of = next(
+        int(line.split("-")[0], 16)
+        for line in Path(f"/proc/{program.pid}/maps").read_text().splitlines()
+        if line.endswith(str(mount / "x"))
+    )
+    assert verify(mount)["pages_differ"] == 0
+    audited = mount.cat_stats()["observer"]["audit"]["pages_differed"]
+    copy_behind_its_back(program.pid, start_of + 11 * PAGE)
+    deadline = time.monotonic() + 20
+    done = xipfs("verify", mount.directory, "--json", check=False)
+    answer = json.loads(done.stdout)
+    if answer["pages_differ"]:
+        assert done.returncode == 1
+        assert process(answer, program.pid)["differences"] == [
+            {
+                "address": start_of + 11 * PAGE,
+                "ino": (mount / "x").stat().st_ino,
+                "index": 11,
+                "shadow": "file",
+                "kernel": "anon",
+            }
+        ]
+    else:
+        # The background audit came first; it has counted it.
+        assert mount.cat_stats()["observer"]["audit"]["pages_differed"] == audited + 1
+    again = verify(mount, "--pid", str(program.pid), code=1)
+    assert again["pages_differ"] == 0, "the first column was put right"
+    assert again["copies_differ"] == 1, "what VM_MIXEDMAP would have been charged is still missing"
+    assert time.monotonic() < deadline
+    program.go()
+    program.finish()
+
+
+def test_the_audit_looks_at_one_address_space_a_second(mount: LiveMount, start: Start) -> None:
+    program = start("map {x} private rw read 0-30 pause")
+    before = mount.cat_stats()["observer"]["audit"]
+    time.sleep(2.5)
+    after = mount.cat_stats()["observer"]["audit"]
+    assert after["address_spaces"] > before["address_spaces"]
+    assert after["pages_compared"] > before["pages_compared"]
+    assert after["pages_differed"] == before["pages_differed"]
+    program.go()
+    program.finish()
+
+
+def test_what_cannot_be_verified(mount: LiveMount, live: Mounts) -> None:
+    done = xipfs("verify", mount.directory, "--pid", "1", check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "xipfs verify: --pid 1; expected a process that uses the mount\n",
+    )
+    other = live.mount(None, "observe=off")
+    done = xipfs("verify", other.directory, check=False)
+    assert done.returncode == 1
+    assert "its observer is off" in done.stderr
+    assert "observe=tracefs" in done.stderr

@@ -1,0 +1,288 @@
+"""The first column: what the kernel itself has mapped, page by page, beside what the model has.
+
+The model says what VM_MIXEDMAP would have mapped; this says what the running kernel did map, from
+the same events, so that it can be compared with /proc/PID/pagemap and every missed or misread event
+shows. Per address space and page it is nothing, a page of the file, a private (anonymous) copy, or
+unknown with a reason: what the events do not decide is never guessed. Writable is not kept: the
+kernel shows it nowhere, so no claim about it could be checked.
+
+The rules, measured and read (mm/memory.c, mm/filemap.c, 6.18):
+
+- A fault maps its page: a private write as a copy, everything else as a page of the file.
+- Fault-around maps those of its pages that are cached, uptodate, unlocked, not marked for
+  read-ahead, and not mapped yet (filemap_map_pages). A page is surely uptodate once a fault on it
+  was over, or ``SETTLED_NS`` after it was added; before that its READ may have been under way.
+- A page that leaves the page cache is mapped nowhere as a file page; copies stay.
+- The end of a file that moves down takes copies too (unmap_mapping_range, even_cows).
+- fork copies the PTEs of a mapping that has ever had a private copy (vma_needs_copy: anon_vma);
+  of others the child has none.
+
+States are kept as the model keeps its PTEs: leaves of 512 entries, where something was mapped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from xipfs.mm.flags import VM_MAYSHARE, VM_WRITE
+from xipfs.mm.mm_struct import MmStruct
+from xipfs.mm.pte import PageTables
+from xipfs.mm.table_pool import TablePool
+from xipfs.mm.vma import MappedFile, Vma
+from xipfs.trace import events as ev
+from xipfs.units import PAGE_MASK, PAGE_SHIFT
+
+NONE: Final = 0
+FILE: Final = 1
+ANON: Final = 2
+#: From here on unknown; the state less this is the reason's place in ``REASONS``.
+UNKNOWN: Final = 3
+
+REASONS: Final = (
+    "mapped before its process was followed",
+    "cached a moment before fault-around: its READ may have been under way",
+    "may have carried the read-ahead mark",
+    "get_user_pages, for reading or for writing",
+    "fault of a process not followed yet",
+    "madvise or mlock, which tell no page",
+    "zapped while other threads ran",
+    "forked while other threads ran",
+    "forked beside a mapping that it may have been merged with",
+    "records were lost",
+)
+(
+    BEFORE,
+    IN_FLIGHT,
+    READAHEAD,
+    GUP,
+    UNTRACED,
+    SILENT_CALL,
+    THREADS_ZAP,
+    THREADS_FORK,
+    MERGED,
+    LOST,
+) = range(UNKNOWN, UNKNOWN + len(REASONS))
+
+#: After this time a page that was added to the page cache is not waiting for its READ any more.
+SETTLED_NS: Final = 1_000_000_000
+#: A larger range (16 GiB) is not doubted page by page; its address space as a whole is.
+DOUBT_PAGES_MAX: Final = 4 << 20
+
+
+class KernelPtes:
+    """The kernel's PTEs over files of one mount, by the numbers of their address spaces.
+
+    ``changes`` counts, by address space, what has happened to it: two equal counts around a look at
+    /proc mean that the look and the column are of one moment. ``readahead``: the kernel may mark
+    pages. Memory: 8 bytes a page in leaves of 512.
+    """
+
+    def __init__(self, *, readahead: bool) -> None:
+        self._readahead = readahead
+        self._pool = TablePool()
+        self._tables: dict[int, PageTables] = {}
+        self._threads: dict[int, set[int]] = {}
+        #: When each cached page was added; 0: it is surely uptodate.
+        self._cached: dict[int, dict[int, int]] = {}
+        self.pids: dict[int, int] = {}
+        #: Address spaces of which nothing is claimed any more, and why.
+        self.blurred: dict[int, int] = {}
+        self.changes: Counter[int] = Counter()
+
+    # Looking
+
+    def state(self, mm: int, address: int) -> int:
+        """Return the state of the page at ``address``."""
+        tables = self._tables.get(mm)
+        return NONE if tables is None else tables.get(address & PAGE_MASK)
+
+    def populated(self, mm: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (address, state) of the pages in [start, end) that are not NONE."""
+        tables = self._tables.get(mm)
+        if tables is not None:
+            yield from tables.populated(start, end)
+
+    def is_cached(self, ino: int, index: int) -> bool:
+        """Return whether the kernel's page cache holds the page."""
+        return index in self._cached.get(ino, ())
+
+    # What happens to an address space
+
+    def map(self, event: ev.Map) -> None:
+        """A mapping is told; what is in it already is not known if it is older than our watch."""
+        self._touch(event.mm)
+        self.pids[event.mm] = event.pid
+        if not event.fresh:
+            self.doubt(event.mm, event.start, event.end, BEFORE)
+
+    def zap(self, mm: int, start: int, end: int) -> None:
+        """The PTEs of [start, end) went away; with threads about, one may have come back."""
+        self._touch(mm)
+        threaded = len(self._threads.get(mm, ())) > 1
+        for address, _ in self.populated(mm, start, end):
+            self._set(mm, address, THREADS_ZAP if threaded else NONE)
+
+    def unmap(self, mm: int, start: int, end: int) -> None:
+        """Nothing of [start, end) is mapped any more."""
+        self._touch(mm)
+        for address, _ in self.populated(mm, start, end):
+            self._set(mm, address, NONE)
+
+    def move(self, event: ev.Move) -> None:
+        """mremap takes the PTEs along."""
+        moved = list(self.populated(event.mm, event.start, event.end))
+        self.unmap(event.mm, event.start, event.end)
+        for address, state in moved:
+            self._set(event.mm, event.new_start + address - event.start, state)
+
+    def fork(self, event: ev.Fork, parent: MmStruct) -> None:
+        """The child has what copy_page_range copies."""
+        self._touch(event.child_mm)
+        self.pids[event.child_mm] = event.child_pid
+        threaded = len(self._threads.get(event.mm, ())) > 1
+        for vma in parent:
+            copied = vma.anon_vma != 0
+            doubt = THREADS_FORK if threaded else 0
+            if not copied and any(_may_be_one(vma, other) for other in parent.neighbours(vma)):
+                copied, doubt = True, MERGED
+            if copied:
+                for address, state in self.populated(event.mm, vma.start, vma.end):
+                    self._set(event.child_mm, address, doubt or state)
+        for start, end in event.dontfork:
+            self.unmap(event.child_mm, start, end)
+
+    def exit(self, mm: int) -> None:
+        """The address space is gone."""
+        tables = self._tables.pop(mm, None)
+        if tables is not None:
+            for address, _ in tables.populated(0, 1 << 57):
+                tables.set(address, NONE)
+            tables.free(0, 1 << 57)
+        self._threads.pop(mm, None)
+        self.pids.pop(mm, None)
+        self.blurred.pop(mm, None)
+        self.changes.pop(mm, None)
+
+    def fault(self, event: ev.Fault, vma: Vma | None) -> None:
+        """One fault is over."""
+        self._touch(event.mm)
+        self.pids.setdefault(event.mm, event.pid)
+        self._threads.setdefault(event.mm, set()).add(event.tid)
+        if vma is None or event.verdict == ev.SIGSEGV:
+            return
+        if event.verdict == ev.SIGBUS:
+            self._set(event.mm, event.address, NONE)
+            return
+        cached = self._cached.get(event.ino)
+        if cached is not None and event.index in cached:
+            cached[event.index] = 0
+        self._set(event.mm, event.address, self._after_fault(event, vma))
+
+    def _after_fault(self, event: ev.Fault, vma: Vma) -> int:
+        private = not vma.flags & VM_MAYSHARE
+        before = self.state(event.mm, event.address)
+        if private and event.origin == ev.UNTRACED:
+            return UNTRACED
+        if private and event.origin == ev.GUP and vma.flags & VM_WRITE:
+            return GUP
+        if private and event.write:
+            return ANON
+        # A protection fault that is no private write leaves what was mapped.
+        return before if event.protection and before != NONE else FILE
+
+    def around(self, event: ev.Around, vma: Vma) -> None:
+        """Fault-around tried the pages first..last of the file."""
+        self._touch(event.mm)
+        cached = self._cached.get(event.ino, {})
+        first = max(event.first, vma.pgoff)
+        last = min(event.last, vma.pgoff + vma.pages - 1)
+        for index in range(first, last + 1):
+            added_ns = cached.get(index)
+            address = vma.address_of(index)
+            if added_ns is None or self.state(event.mm, address) != NONE:
+                continue
+            state = FILE
+            if added_ns and self._readahead:
+                state = READAHEAD
+            elif added_ns and event.time_ns - added_ns < SETTLED_NS:
+                state = IN_FLIGHT
+            self._set(event.mm, address, state)
+
+    def doubt(self, mm: int, start: int, end: int, reason: int) -> None:
+        """Something happened in [start, end) that no event tells page by page."""
+        self._touch(mm)
+        if end - start >> PAGE_SHIFT > DOUBT_PAGES_MAX:
+            self.blurred[mm] = reason
+        elif end > start:
+            self._tables.setdefault(mm, PageTables(self._pool)).fill(start, end, reason)
+
+    def lost(self, mms: Iterable[MmStruct]) -> None:
+        """Records were overwritten unread: nothing that was believed is sure any more."""
+        for mm in mms:
+            assert isinstance(mm.name, int)
+            for vma in mm:
+                self.doubt(mm.name, vma.start, vma.end, LOST)
+
+    def learn(self, mm: int, address: int, state: int) -> None:
+        """Take over what /proc says of a page that was unknown, or believed wrongly."""
+        assert state in (NONE, FILE, ANON), state
+        self._set(mm, address, state)
+
+    # What happens to a file
+
+    def cache_add(self, event: ev.CacheAdd) -> None:
+        """The page cache took pages in."""
+        cached = self._cached.setdefault(event.ino, {})
+        for index in range(event.first, event.first + event.pages):
+            cached[index] = event.time_ns
+
+    def cache_delete(self, event: ev.CacheDelete, file: MappedFile | None) -> None:
+        """The page cache dropped pages: no PTE maps them any more."""
+        cached = self._cached.get(event.ino)
+        if cached is not None:
+            for index in range(event.first, event.first + event.pages):
+                cached.pop(index, None)
+            if not cached:
+                del self._cached[event.ino]
+        if file is not None:
+            self._drop(file, event.first, event.first + event.pages, even_cows=False)
+
+    def cut(self, file: MappedFile, first: int) -> None:
+        """The file ends before page ``first`` from now on."""
+        self._drop(file, first, 1 << 52, even_cows=True)
+
+    def _drop(self, file: MappedFile, first: int, stop: int, *, even_cows: bool) -> None:
+        for vma in file.i_mmap.overlapping(first, stop):
+            number = vma.mm.name
+            assert isinstance(number, int)
+            start = vma.address_of(max(first, vma.pgoff))
+            end = vma.address_of(min(stop, vma.pgoff + vma.pages))
+            shared = bool(vma.flags & VM_MAYSHARE)
+            self._touch(number)
+            for address, state in self.populated(number, start, end):
+                if state == FILE or even_cows or (shared and state != ANON):
+                    self._set(number, address, NONE)
+
+    def _touch(self, mm: int) -> None:
+        self.changes[mm] += 1
+
+    def _set(self, mm: int, address: int, state: int) -> None:
+        tables = self._tables.get(mm)
+        if tables is None:
+            if state == NONE:
+                return
+            tables = self._tables[mm] = PageTables(self._pool)
+        tables.set(address & PAGE_MASK, state)
+
+
+def _may_be_one(vma: Vma, other: Vma | None) -> bool:
+    """Whether the kernel may keep both as one mapping, of which ``other`` has private copies.
+
+    The model's MIXEDMAP mappings never merge; those of the kernel below do.
+    """
+    if other is None or other.file is not vma.file or not other.anon_vma:
+        return False
+    distance = (other.start - vma.start) >> PAGE_SHIFT
+    return other.flags == vma.flags and other.pgoff - vma.pgoff == distance

@@ -1,0 +1,187 @@
+"""Verification on a live mount: look at /proc and at the events until both are of one moment.
+
+A look is good if no event of that address space lies between the drain before it and the drain
+after it; a program that never stands still for a look is told as unknown, not guessed. Looks wait
+for mmap locks, so they are taken in a worker thread (see ``trace.pagemap``).
+
+The same comparison runs in the background, one address space a second. What it finds wrong was
+wrong silently; it is counted, put right, and shown as ``observer.audit``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from xipfs.accounting import verify
+from xipfs.accounting.verify import Comparison, Look
+from xipfs.fuse.observing import TracefsObserver
+from xipfs.units import PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from xipfs.fuse.live import Live
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS: Final = 5
+_AUDIT_INTERVAL_S: Final = 1.0
+#: A larger address space is left to ``xipfs verify``: 32 MiB of pagemap a second are enough.
+_AUDIT_PAGES_MAX: Final = 4 << 20
+RESTLESS: Final = "its process never stood still"
+UNTOLD: Final = "in a mapping that made no fault since it was found"
+
+
+@dataclass
+class AuditFigures:
+    """What the background audit did so far, in pages; ``differed`` is expected to stay 0."""
+
+    address_spaces: int = 0
+    pages_compared: int = 0
+    pages_differed: int = 0
+    pages_learned: int = 0
+    restless: int = 0
+    too_large: int = 0
+
+
+class Verifier:
+    """Compares the columns of one mount; used from the trio thread."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._books = live.accountant
+        self._dev = live.mount.major << 20 | live.mount.minor
+        self._last_audited = 0
+        self.audited = AuditFigures()
+
+    # One look
+
+    async def _look(self, numbers: list[int]) -> tuple[dict[int, Look], set[int], bool]:
+        """Return good looks, the address spaces that moved meanwhile, and whether none did."""
+        books = self._books
+        await self._live.drain_settled()
+        before = Counter(books.kernel.changes)
+        wanted = {
+            number: (books.kernel.pids[number], verify.mappings(books.mms[number]))
+            for number in numbers
+            if number in books.kernel.pids and number in books.mms
+        }
+
+        def read() -> dict[int, Look | None]:
+            return {
+                n: verify.look_at(pid, self._dev, ranges) for n, (pid, ranges) in wanted.items()
+            }
+
+        looks = await trio.to_thread.run_sync(read)
+        await self._live.drain_settled()
+        still = before == books.kernel.changes
+        alive = {number for number in wanted if number in books.kernel.pids}
+        moved = {n for n in alive if books.kernel.changes[n] != before[n] or looks[n] is None}
+        good = {n: look for n, look in looks.items() if n in alive - moved and look is not None}
+        return good, moved, still
+
+    # On request
+
+    async def verify(self, pid: int | None) -> dict[str, Any]:
+        """Compare every living address space, or that of ``pid``; return the JSON of the verb."""
+        books = self._books
+        results: dict[int, Comparison] = {}
+        rss: dict[int, int] = {}
+        counts: tuple[int, int] | None = None
+        for _ in range(_ATTEMPTS):
+            numbers = [n for n, own in books.kernel.pids.items() if pid is None or own == pid]
+            looks, restless, still = await self._look(numbers)
+            # With no await until the end of the round: all of it is of one moment.
+            fresh = {number: verify.compare(books, number, look) for number, look in looks.items()}
+            results |= fresh
+            rss |= {number: look.rss_pages for number, look in looks.items()}
+            unknown = any(result.pages_unknown for result in fresh.values())
+            whole = pid is None and still and len(fresh) == len(books.kernel.pids)
+            if whole and not unknown:
+                counts = verify.compare_mapcounts(list(fresh.values()), list(looks.values()))
+            copies = verify.recount(books, [n for n in results if n in books.mms])
+            broken = books.check()
+            for number, result in fresh.items():
+                verify.learn(books, number, result)
+            if whole or (pid is not None and not restless):
+                break
+        return self._answer(results, rss, restless - results.keys(), counts, copies, broken)
+
+    def _answer(
+        self,
+        results: dict[int, Comparison],
+        rss: dict[int, int],
+        restless: set[int],
+        counts: tuple[int, int] | None,
+        copies: tuple[int, int],
+        broken: str,
+    ) -> dict[str, Any]:
+        books = self._books
+        unknown: Counter[str] = Counter()
+        for number in restless & books.mms.keys():
+            mapped = verify.mappings(books.mms[number])
+            unknown[RESTLESS] += sum(end - start >> PAGE_SHIFT for start, end in mapped)
+        processes = []
+        for number, result in results.items():
+            if rss[number] > result.resident_pages:
+                result.pages_unknown[UNTOLD] += rss[number] - result.resident_pages
+            unknown += result.pages_unknown
+            processes.append(
+                {
+                    "pid": result.pid,
+                    "comm": self._live.observer.comm(result.pid),
+                    "pages_compared": result.pages_compared,
+                    "pages_differ": result.pages_differ,
+                    "pages_unknown": dict(result.pages_unknown),
+                    "pages_resident": result.resident_pages,
+                    "rss_pages_smaps": rss[number],
+                    "differences": result.differences,
+                }
+            )
+        return {
+            "pages_compared": sum(result.pages_compared for result in results.values()),
+            "pages_differ": sum(result.pages_differ for result in results.values()),
+            "pages_unknown": dict(unknown),
+            "mapcounts_compared": None if counts is None else counts[0],
+            "mapcounts_differ": None if counts is None else counts[1],
+            "copies_compared": copies[0],
+            "copies_differ": copies[1],
+            "invariants_broken": broken,
+            "audit": asdict(self.audited),
+            "processes": processes,
+        }
+
+    # In the background
+
+    async def audit_forever(self) -> None:
+        """Compare one address space a second, in turn."""
+        while isinstance(self._live.observer, TracefsObserver):
+            await trio.sleep(_AUDIT_INTERVAL_S)
+            numbers = sorted(self._books.kernel.pids)
+            later = [number for number in numbers if number > self._last_audited]
+            if numbers:
+                self._last_audited = (later or numbers)[0]
+                await self._audit(self._last_audited)
+
+    async def _audit(self, number: int) -> None:
+        figures, books = self.audited, self._books
+        if number not in books.mms:
+            return
+        mapped = verify.mappings(books.mms[number])
+        if sum(end - start for start, end in mapped) >> PAGE_SHIFT > _AUDIT_PAGES_MAX:
+            figures.too_large += 1
+            return
+        looks, moved, _ = await self._look([number])
+        figures.restless += len(moved)
+        for look in looks.values():
+            result = verify.compare(books, number, look)
+            figures.address_spaces += 1
+            figures.pages_compared += result.pages_compared
+            figures.pages_differed += result.pages_differ
+            figures.pages_learned += sum(result.pages_unknown.values())
+            verify.learn(books, number, result)
+            if result.pages_differ:
+                log.info("audit: %s", result.differences)

@@ -111,6 +111,11 @@ CALLS: dict[str, Callable[[Filesystem], object]] = {
     "promote": lambda fs: fs.promote(ino(fs, b"file"), 3),
     "promote deep in a tree": lambda fs: fs.promote(ino(fs, b"sparse"), 600),
     "demote": lambda fs: fs.demote(ino(fs, b"cached"), 2),
+    "promote a range": lambda fs: fs.move(ino(fs, b"file"), range(2, 9), PageKind.PAGECACHE),
+    "promote over holes": lambda fs: fs.move(
+        ino(fs, b"sparse"), range(512, 1024), PageKind.PAGECACHE
+    ),
+    "demote a range": lambda fs: fs.move(ino(fs, b"cached"), range(6), PageKind.XIP),
 }
 
 
@@ -150,6 +155,41 @@ def test_a_cut_anywhere_in_a_call(call: str) -> None:
             seen[which] += 1
     assert seen["before"]
     assert seen["after"]
+
+
+def test_a_cut_in_the_demotion_of_dirty_pages_leaves_old_or_new_words() -> None:
+    """Pages 1-3 are dirty in RAM. Their kinds change together, and only once they are at home."""
+
+    def dirty(medium: RecordingMedium) -> tuple[Filesystem, int]:
+        fs = open_medium(medium)
+        cached = ino(fs, b"cached")
+        fs.write(cached, PAGE, b"\xee" * 3 * PAGE)
+        return fs, cached
+
+    medium = RecordingMedium(BASE)
+    fs, cached = dirty(medium)
+    start = medium.fences
+    assert fs.move(cached, range(1, 5), PageKind.XIP).moved == [1, 2, 3, 4]
+    assert medium.fences - start == 5, "one for the bytes, four for one transaction"
+    old = pattern(9, 1)
+    kinds_seen = set()
+    for fence in range(start + 1, start + 6):
+        medium = RecordingMedium(BASE, cut_at=fence)
+        fs, cached = dirty(medium)
+        with pytest.raises(PowerCut):
+            fs.move(cached, range(1, 5), PageKind.XIP)
+        for seed in range(5):
+            again = open_medium(RecordingMedium(medium.after_cut(random.Random(seed))))
+            kinds = [again.page(cached, index).kind for index in range(6)]
+            assert kinds[0] == kinds[5] == PageKind.PAGECACHE
+            assert len(set(kinds[1:5])) == 1, f"fence {fence - start}, random.Random({seed})"
+            kinds_seen.add(kinds[1])
+            content = bytes(again.read(cached, 0, 6 * PAGE))
+            assert content[:PAGE] + content[4 * PAGE :] == old * (PAGE + PAGE + 100)
+            words = {content[at : at + 8] for at in range(PAGE, 4 * PAGE, 8)}
+            allowed = {b"\xee" * 8} if kinds[1] is PageKind.XIP else {b"\xee" * 8, old * 8}
+            assert words <= allowed, f"fence {fence - start}, random.Random({seed})"
+    assert kinds_seen == {PageKind.XIP, PageKind.PAGECACHE}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -272,3 +272,53 @@ def test_runs_cover_the_file_to_its_end(fs: Filesystem) -> None:
     ]
     empty = fs.mknod(ROOT, b"empty", 0o100644, 0, 0, 0).ino
     assert list(fs.runs(empty)) == []
+
+
+def test_a_range_moves_but_for_its_pinned_pages_and_holes(fs: Filesystem) -> None:
+    ino = make(fs, P, 4)
+    fs.write(ino, 6 * PAGE, b"far")
+    fs.move(ino, range(7), P)
+    pfn = fs.fault_in(ino, 2)
+    assert pfn is not None
+    fs.memory.get_page(pfn[0])
+    result = fs.move(ino, range(7), X)
+    assert (result.moved, result.already, result.refused) == ([0, 1, 3, 6], 0, {errno.EAGAIN: [2]})
+    assert letters(fs, ino) == "XXPX..X"
+    fs.memory.put_page(pfn[0])
+    result = fs.move(ino, range(7), X)
+    assert (result.moved, result.already, result.refused) == ([2], 4, {})
+    assert bytes(fs.read(ino, 0, 4 * PAGE)) == b"".join(bytes([i + 1]) * PAGE for i in range(4))
+
+
+def test_a_range_wider_than_ram_goes_through_it(fs: Filesystem) -> None:
+    ino = make(fs, X, 10)
+    assert fs.move(ino, range(10), P).moved == list(range(10))
+    assert letters(fs, ino) == "ppppppPPPP"
+    assert fs.move(ino, range(1, 9), X).moved == list(range(1, 9))
+    assert letters(fs, ino) == "pXXXXXXXXP"
+    assert bytes(fs.read(ino, 0, 10 * PAGE)) == b"".join(bytes([i + 1]) * PAGE for i in range(10))
+
+
+def test_a_range_is_one_transaction(fs: Filesystem, medium: RecordingMedium) -> None:
+    ino = make(fs, X, 4)
+    before = medium.fences
+    fs.move(ino, range(4), P)
+    assert medium.fences - before == 4
+    before = medium.fences
+    fs.move(ino, range(4), X)
+    assert medium.fences - before == 4, "clean frames are not written"
+
+
+def test_promotion_where_frames_are_pinned_moves_what_fits(fs: Filesystem) -> None:
+    cached = make(fs, P, 3, b"cached")
+    ino = make(fs, X, 4)
+    for index in range(3):
+        pfn = fs.fault_in(cached, index)
+        assert pfn is not None
+        fs.memory.get_page(pfn[0])
+    result = fs.move(ino, range(4), P)
+    assert (result.moved, result.refused) == ([0], {errno.ENOMEM: [1, 2, 3]})
+    assert letters(fs, ino) == "PXXX"
+    with fails(errno.ENOMEM):
+        fs.memory.get_page(fs.page(ino, 0).pfn or 0)
+        fs.promote(ino, 1)

@@ -16,6 +16,7 @@ from xipfs.fs.attributes import Attributes
 from xipfs.fs.content import Content
 from xipfs.fs.core import Core, attr_of
 from xipfs.fs.imagelock import ImageLock
+from xipfs.fs.moving import Moved, Moving
 from xipfs.fs.namespace import Namespace
 from xipfs.fs.pagecache import CacheStatistics, PageHook
 from xipfs.fs.placement import Placement
@@ -54,6 +55,7 @@ class Filesystem:
         self._core = Core(volume, self.memory, clock, read_only=not medium.writable)
         self._content = Content(self._core)
         self._placement = Placement(self._core, self._content)
+        self._moving = Moving(self._core)
         self._reclaim = Reclaim(self._core)
         self._attributes = Attributes(self._core, self._content, self._reclaim)
         self._names = Namespace(self._core, self._reclaim)
@@ -356,11 +358,19 @@ class Filesystem:
 
     def promote(self, ino: int, index: int) -> bool:
         """Move an XIP page to a RAM frame, durably; False if there was nothing to move; ENOMEM."""
-        return self._placement.promote(ino, index)
+        return self._moving.move_one(ino, index, PageKind.PAGECACHE)
 
     def demote(self, ino: int, index: int) -> bool:
         """Move a pagecache page to the region, durably; False if nothing to move; EAGAIN."""
-        return self._placement.demote(ino, index)
+        return self._moving.move_one(ino, index, PageKind.XIP)
+
+    def move(self, ino: int, pages: range, to: PageKind) -> Moved:
+        """Move a range of pages, a transaction for each step of many; tell what became of it."""
+        return self._moving.move(ino, pages, to)
+
+    def wanted(self, ino: int, pages: range, to: PageKind) -> list[int]:
+        """Return those of ``pages`` that are no holes and not of kind ``to``."""
+        return self._moving.wanted(ino, pages, to)
 
     def set_default_kind(self, ino: int, kind: PageKind) -> None:
         """Set the kind of pages not yet written; files made in a directory inherit its kind."""

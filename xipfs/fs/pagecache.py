@@ -13,9 +13,11 @@ exceeds 1 + mapcount (rule P7). The model's PTEs of a victim are zapped through 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
 
 from xipfs.clock import Clock
 from xipfs.errors import OutOfFramesError
@@ -125,11 +127,9 @@ class PageCache:
         Raise OutOfFramesError if every frame is pinned.
         """
         assert self.get(ino, index) is None, (ino, index)
-        try:
-            pfn = self._memory.alloc_ram()
-        except OutOfFramesError:
-            self._evict_coldest()
-            pfn = self._memory.alloc_ram()
+        if not self._memory.ram_free and not self._evict(1):
+            raise OutOfFramesError(f"all {self._memory.ram_pages} page-cache frames are pinned")
+        pfn = self._memory.alloc_ram()
         if load:
             frame = self._memory.ram_bytes_of(pfn).data
             frame[:] = self._medium.load(home << BLOCK_SHIFT, PAGE_SIZE)
@@ -140,23 +140,58 @@ class PageCache:
         self._by_file.setdefault(page.ino, {})[page.index] = page
         return page
 
+    def admit_many(self, ino: int, pages: list[int], homes: list[int]) -> list[CachedPage]:
+        """Give ``pages`` frames filled from ``homes``; return those that got one, in order.
+
+        Fewer than asked for if the other frames are all pinned. No page of this call evicts
+        another one of it, so there must not be more than there are frames.
+        """
+        assert len(pages) <= self._memory.ram_pages, (len(pages), self._memory.ram_pages)
+        if (short := len(pages) - len(self._memory.ram_free)) > 0:
+            self._evict(short)
+        count = min(len(pages), len(self._memory.ram_free))
+        pfns = sorted(self._memory.alloc_ram() for _ in range(count))
+        frames = self._memory.ram_frames
+        for start, stop in _runs(homes[:count]):
+            size = (stop - start) * PAGE_SIZE
+            source = np.frombuffer(self._medium.load(homes[start] << BLOCK_SHIFT, size), np.uint8)
+            frames[_rows(pfns[start:stop])] = source.reshape(-1, PAGE_SIZE)
+        self._count_frames()
+        of_file = self._by_file.setdefault(Ino(ino), {}) if count else {}
+        admitted = [
+            CachedPage(Ino(ino), PageIndex(index), pfn, home)
+            for index, pfn, home in zip(pages, pfns, homes, strict=False)
+        ]
+        for page in admitted:
+            assert page.index not in of_file, (ino, page.index)
+            self._by_age[page.pfn] = of_file[page.index] = page
+        self.filled += count
+        return admitted
+
     def bytes_of(self, page: CachedPage) -> memoryview:
         """Return the frame's bytes, writable."""
         return self._memory.ram_bytes_of(page.pfn).data
 
-    def write_home(self, page: CachedPage) -> None:
-        """Store a dirty page to its home and flush it; the caller fences."""
-        if page.dirty:
-            offset = page.home << BLOCK_SHIFT
-            self._medium.store(offset, self.bytes_of(page))
-            self._medium.flush(offset, PAGE_SIZE)
+    def write_home_many(self, pages: Iterable[CachedPage]) -> int:
+        """Store and flush the dirty ones of ``pages``, run by run; the caller fences.
+
+        Return how many there were.
+        """
+        dirty = sorted((page for page in pages if page.dirty), key=lambda page: page.home)
+        frames = self._memory.ram_frames
+        for start, stop in _runs([page.home for page in dirty]):
+            run = dirty[start:stop]
+            offset = run[0].home << BLOCK_SHIFT
+            self._medium.store(offset, frames[[page.pfn for page in run]].reshape(-1).data)
+            self._medium.flush(offset, len(run) * PAGE_SIZE)
+        for page in dirty:
             page.dirty = False
-            self.written_home += 1
+        self.written_home += len(dirty)
+        return len(dirty)
 
     def sync_file(self, ino: int) -> None:
         """Write the file's dirty pages home, durably."""
-        for page in self._by_file.get(Ino(ino), {}).values():
-            self.write_home(page)
+        self.write_home_many(self._by_file.get(Ino(ino), {}).values())
         self._medium.fence()
 
     def take_evicted_fill(self, ino: int, index: int) -> bool:
@@ -189,21 +224,25 @@ class PageCache:
                 self.unmap(page)
                 self.drop(page)
 
-    def _evict_coldest(self) -> None:
-        """Drop the least recently used page that is not pinned; write it home first.
+    def _evict(self, count: int) -> int:
+        """Drop the ``count`` least recently used pages that are not pinned; return how many.
 
-        Pinned pages met on the way become the hottest, so the next search does not meet them
-        again at once.
+        Dirty ones are written home first, durably. Pinned pages met on the way become the
+        hottest, so the next search does not meet them again at once.
         """
         memory = self._memory
+        victims: list[CachedPage] = []
         for _ in range(len(self._by_age)):
             page = next(iter(self._by_age.values()))
+            self.touch(page)
             pinned = memory.refcount[page.pfn] != 1 + memory.mapcount[page.pfn]
-            if pinned or not self.unmap(page):
-                self.touch(page)
-                continue
-            self.write_home(page)
+            if not pinned and self.unmap(page):
+                victims.append(page)
+                if len(victims) == count:
+                    break
+        if self.write_home_many(victims):
             self._medium.fence()
+        for page in victims:
             self.drop(page)
             if page.filled_by_read:
                 self._evicted_fills[page.ino, page.index] = None
@@ -211,5 +250,24 @@ class PageCache:
                     self._evicted_fills.popitem(last=False)
             self.evictions += 1
             self.on_evict(page.ino, page.index)
-            return
-        raise OutOfFramesError(f"all {memory.ram_pages} page-cache frames are pinned")
+        return len(victims)
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the slices of ``numbers`` that count up by one.
+
+    >>> list(_runs([7, 8, 9, 4, 5]))
+    [(0, 3), (3, 5)]
+    """
+    start = 0
+    for place in range(1, len(numbers) + 1):
+        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+            yield start, place
+            start = place
+
+
+def _rows(pfns: list[Pfn]) -> slice | list[Pfn]:
+    """Return ``pfns``, which are sorted, as an index of frames: a slice where they lie together."""
+    if pfns[-1] - pfns[0] == len(pfns) - 1:
+        return slice(pfns[0], pfns[-1] + 1)
+    return pfns

@@ -1,12 +1,4 @@
-"""Where each page lives, and moving it: the durable half of a migration.
-
-promote (XIP to pagecache) and demote (pagecache to XIP) are the middle of the migration protocol:
-the caller has invalidated the kernel's range before, and will see the next fault after. Here: zap
-the model's PTEs, check for pins, copy, flush and fence, commit the kind, drop the old copy. The
-page's home block is the same before and after, so a cut at any step finds one authoritative copy:
-the home, if the dirty frame was not written yet with its old durable bytes. Size and times do not
-move.
-"""
+"""Where each page lives: its kind, its frame, what a fault on it finds (moving: fs/moving.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +16,7 @@ from xipfs.fs.types import PageKind, PageRun, PageState
 from xipfs.image import layout
 from xipfs.image.filemap import Entries
 from xipfs.image.record import Inode
-from xipfs.units import Ino, PageIndex, Pfn, pages_of
+from xipfs.units import PageIndex, Pfn, pages_of
 
 
 class Placement:
@@ -102,53 +94,6 @@ class Placement:
         """Return whether a read filled the page, it was evicted, and nobody asked since."""
         return self._core.cache.take_evicted_fill(ino, index)
 
-    def promote(self, ino: int, index: int) -> bool:
-        """Move an XIP page to a RAM frame; its block stays its home.
-
-        Return False if it is a pagecache page already or a hole. Raise FsError: ENOMEM (every
-        frame is pinned), EROFS; all is then as it was.
-        """
-        core = self._core
-        core.check_writable()
-        inode = core.regular(ino)
-        body = self._body(inode, index)
-        if kind_of(body) is not PageKind.XIP:
-            return False
-        core.cache.on_unmap(Ino(ino), PageIndex(index))
-        home = body & layout.ENTRY_BLOCK_MASK
-        try:
-            page = core.cache.admit(ino, index, home, load=True)
-        except OutOfFramesError as error:
-            raise FsError(errno.ENOMEM, str(error)) from error
-        try:
-            self._commit_kind(ino, index, home, pagecache=True)
-        except BaseException:
-            core.cache.drop(page)
-            raise
-        return True
-
-    def demote(self, ino: int, index: int) -> bool:
-        """Move a pagecache page to its home in the region and drop its frame.
-
-        Return False if it is an XIP page already or a hole. Raise FsError: EAGAIN (somebody else
-        refers to the frame), EROFS; all is then as it was.
-        """
-        core = self._core
-        core.check_writable()
-        body = self._body(core.regular(ino), index)
-        if kind_of(body) is not PageKind.PAGECACHE:
-            return False
-        page = core.cache.get(ino, index)
-        if page is not None:
-            if not core.cache.unmap(page):
-                raise FsError(errno.EAGAIN, f"page {index} of inode {ino} is pinned")
-            core.cache.write_home(page)
-            core.medium.fence()
-        self._commit_kind(ino, index, body & layout.ENTRY_BLOCK_MASK, pagecache=False)
-        if page is not None:
-            core.cache.drop(page)
-        return True
-
     def set_default_kind(self, ino: int, kind: PageKind) -> None:
         """Set the kind that pages written from now on into holes of this file take."""
         if kind is PageKind.HOLE:
@@ -157,17 +102,6 @@ class Placement:
             inode = self._core.inode(ino)
             inode.pagecache = kind is PageKind.PAGECACHE
             self._core.put(inode)
-
-    def _commit_kind(self, ino: int, index: int, home: int, *, pagecache: bool) -> None:
-        volume = self._core.volume
-        with self._core.change():
-            inode = self._core.inode(ino)
-            body = volume.maps.raw_home(home, pagecache=pagecache)
-            volume.maps.assign_one(inode, index, body)
-            # An entry in a node leaves the inode as it is; the root entry is the inode's own.
-            self._core.put(inode)
-            moved = 1 if pagecache else -1
-            volume.counters.count_pages(xip=-moved, pagecache=moved)
 
     def _body(self, inode: Inode, index: int) -> int:
         if not 0 <= index < layout.MAX_FILE_PAGES:

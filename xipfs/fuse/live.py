@@ -249,21 +249,34 @@ class Live:
         return await self.verifier.verify(None if pid == 1 else pid)
 
     async def _migrate(self, request: Json) -> AsyncIterator[Json]:
-        ino, to = int(request["ino"]), KINDS.get(request["to"])
+        """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such)."""
+        to = KINDS.get(request["to"])
         if to is None:
             raise UsageError(f"kind {request['to']!r}", expected=" or ".join(KINDS))
         if self.fs.read_only:
             raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
+        batch = [self._file_to_move(each) for each in request.get("files", [request])]
+        total = sum(len(run) for file in batch for run in self.migrator.runs_of(*file))
+        done, sums = 0, [Tally() for _ in batch]
+        for number, (ino, ranges) in enumerate(batch):
+            async for pages, tally in self.migrator.migrate(ino, ranges, to):
+                done += pages
+                sums[number] += tally
+                yield {"progress": {"pages_done": done, "pages_total": total}}
+        result = vars(sum(sums, Tally()))
+        if "files" in request:
+            each = zip(batch, sums, strict=True)
+            result = result | {"files": [{"ino": ino, **vars(part)} for (ino, _), part in each]}
+        yield {"result": result}
+
+    def _file_to_move(self, wanted: Json) -> tuple[int, list[range]]:
+        ino = int(wanted["ino"])
         end = pages_of(self.fs.getattr(ino).size_bytes)
-        ranges = [range(int(a), int(a) + int(n)) for a, n in request.get("ranges", [[0, end]])]
+        ranges = [range(int(a), int(a) + int(n)) for a, n in wanted.get("ranges", [[0, end]])]
         for pages in ranges:
             if pages.start < 0 or pages.stop > end:
                 raise UsageError(
                     f"pages {pages.start}-{pages.stop - 1} reach outside the file",
                     expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
                 )
-        outcome = Tally()
-        async for done, total, tally in self.migrator.migrate(ino, ranges, to):
-            outcome = tally
-            yield {"progress": {"pages_done": done, "pages_total": total}}
-        yield {"result": vars(outcome)}
+        return ino, ranges

@@ -212,6 +212,11 @@ class PhysicalMemory:
         view: npt.NDArray[np.uint8] = self._bytes[pfn]
         return view
 
+    @property
+    def ram_frames(self) -> npt.NDArray[np.uint8]:
+        """All page-cache frames, writable: uint8[ram_pages, 4096]; a row's number is its pfn."""
+        return self._bytes
+
     def statistics(self) -> FrameStatistics:
         """Return the pfn space's figures now."""
         return FrameStatistics(

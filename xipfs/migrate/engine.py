@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from xipfs.errors import XipfsError
 from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.moving import Moved
 from xipfs.fs.types import PageKind
 
 #: Why a page was not moved, by the errno that says so.
 REASONS: Final = {
     errno.EAGAIN: "pinned",
     errno.ENOMEM: "no_ram",
-    errno.ENOSPC: "no_space",
-    errno.EROFS: "read_only",
 }
+#: How often a pinned page is tried before it counts as refused: NR_MAX_MIGRATE_PAGES_RETRY of
+#: Linux 6.3 and later (mm/migrate.c; the same 10 passes stand there as a number in 6.1).
+PASSES_MAX: Final = 10
 
 
 @dataclass(frozen=True)
@@ -83,46 +83,34 @@ class Engine:
             fail_reasons=dict(self._failed),
         )
 
-    def needing_move(self, ino: int, pages: Iterable[int], to: PageKind) -> list[int]:
+    def needing_move(self, ino: int, pages: range, to: PageKind) -> list[int]:
         """Return those of ``pages`` that are no holes and not of kind ``to``."""
-        kinds = ((index, self._fs.page(ino, index).kind) for index in pages)
-        return [index for index, kind in kinds if kind not in (PageKind.HOLE, to)]
+        return self._fs.wanted(ino, pages, to)
 
     def pages_with_bytes(self, ino: int, pages: range) -> list[range]:
         """Return the runs of ``pages`` that are no holes: only these can move."""
-        runs = []
+        runs: list[range] = []
         for run in self._fs.runs(ino):
             first, stop = max(run.first, pages.start), min(run.first + run.count, pages.stop)
-            if run.kind is not PageKind.HOLE and first < stop:
-                runs.append(range(first, stop))
+            if run.kind is PageKind.HOLE or first >= stop:
+                continue
+            if runs and runs[-1].stop == first:
+                first = runs.pop().start
+            runs.append(range(first, stop))
         return runs
 
-    def move_pages(self, ino: int, pages: Iterable[int], to: PageKind) -> Tally:
-        """Move each of ``pages`` to kind ``to``; a page that is refused stays exactly as it was."""
-        moved = already = 0
-        failed: Counter[str] = Counter()
-        for index in pages:
-            kind = self._fs.page(ino, index).kind
-            if kind is PageKind.HOLE:
-                continue
-            if kind is to:
-                already += 1
-                continue
-            try:
-                self._move(ino, index, to)
-            except XipfsError as error:
-                if error.errno not in REASONS:
-                    raise
-                failed[REASONS[error.errno]] += 1
-            else:
-                moved += 1
-        self._failed += failed
-        return Tally(moved, already, dict(failed))
+    def move_pages(self, ino: int, pages: range, to: PageKind) -> Moved:
+        """Move ``pages`` to kind ``to``; what is refused stays exactly as it was.
 
-    def _move(self, ino: int, index: int, to: PageKind) -> None:
+        Moved pages are counted here, refused ones by ``give_up``: a pinned page may be tried again.
+        """
+        result = self._fs.move(ino, pages, to)
         if to is PageKind.PAGECACHE:
-            self._fs.promote(ino, index)
-            self._promoted += 1
+            self._promoted += len(result.moved)
         else:
-            self._fs.demote(ino, index)
-            self._demoted += 1
+            self._demoted += len(result.moved)
+        return result
+
+    def give_up(self, reason: str, count: int) -> None:
+        """Count pages that were refused for good."""
+        self._failed[reason] += count

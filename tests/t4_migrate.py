@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import random
@@ -238,3 +239,32 @@ def test_by_default_no_policy_moves_anything(live: Mounts) -> None:
     for _ in range(5):
         assert (mount / "file").read_bytes() == NOISE
     assert mount.letters("file") == "X" * 41
+
+
+def test_a_batch_of_files_by_paths_and_by_tree(mnt: LiveMount) -> None:
+    tree = mnt / "tree"
+    (tree / "sub").mkdir(parents=True)
+    for number, pages in enumerate((1, 2, 300)):
+        (tree / "sub" / f"{number}").write_bytes(bytes([number + 1]) * pages * PAGE)
+    (tree / "empty").write_bytes(b"")
+    (tree / "link").symlink_to("sub/0")
+    os.link(tree / "sub" / "1", tree / "twice")
+    done = xipfs("migrate", "-r", tree, "--to", "pagecache", "--json")
+    outcome = json.loads(done.stdout)
+    assert (outcome["to"], outcome["moved"], outcome["already"]) == ("pagecache", 303, 0)
+    assert outcome["failed"] == {}
+    assert [(each["file"], each["moved"]) for each in outcome["files"]] == [
+        (str(tree / "empty"), 0),
+        (str(tree / "twice"), 2),
+        (str(tree / "sub" / "0"), 1),
+        (str(tree / "sub" / "2"), 300),
+    ]
+    done = xipfs("migrate", tree / "sub" / "0", tree / "twice", "--to", "xip")
+    assert done.stdout == "2 files: 3 pages moved to xip, 0 already there, 0 refused\n"
+    assert mnt.letters("tree/sub/1") == "XX"
+    assert mnt.letters("tree/sub/2") == "P" * 300
+    refused = xipfs("migrate", tree, tree / "twice", "--to", "xip", check=False)
+    assert refused.returncode == 2
+    assert "is not a regular file" in refused.stderr
+    refused = xipfs("migrate", "-r", tree, "--to", "xip", "--pages", "0", check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")

@@ -268,3 +268,36 @@ def test_a_batch_of_files_by_paths_and_by_tree(mnt: LiveMount) -> None:
     assert "is not a regular file" in refused.stderr
     refused = xipfs("migrate", "-r", tree, "--to", "xip", "--pages", "0", check=False)
     assert (refused.returncode, refused.stdout) == (2, "")
+
+
+def test_events_and_statistics_of_moves(live: Mounts) -> None:
+    mount = live.mount()
+    (mount / "file").write_bytes(NOISE)
+    for kind in ("pagecache", "xip"):
+        mount.migrate("file", kind, "3-7")
+    lines = xipfs("events", mount.directory, "--json").stdout.splitlines()
+    events = [json.loads(line) for line in lines]
+    keys = ("first", "last", "to", "reason", "moved", "failed", "moved_bytes", "passes")
+    assert [[event[key] for key in keys] for event in events] == [
+        [3, 7, "pagecache", "manual", 5, {}, 5 * PAGE, 1],
+        [3, 7, "xip", "manual", 5, {}, 5 * PAGE, 1],
+    ]
+    assert [event["ram_pages_used"] for event in events] == [5, 0]
+    assert {"invalidate", "drain", "move"} <= set(events[0]["durations_ns"])
+    figures = mount.stats()["migration"]
+    assert (figures["pingpong"], figures["chunks"]) == (5, 2)
+    assert figures["moved_by_reason"] == {"manual": 10}
+    assert figures["step_ns"]["move"]["count"] == 2
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "xipfs", "events", mount.directory, "--follow"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert follower.stdout is not None
+    said = [follower.stdout.readline() for _ in range(2)]
+    mount.migrate("file", "pagecache", "9")
+    said.append(follower.stdout.readline())
+    follower.terminate()
+    assert follower.wait(10) == 130
+    follower.stdout.close()
+    assert " pages 9-9 to pagecache (manual): 1 moved, " in said[2]

@@ -46,6 +46,8 @@ IDLE_INTERVAL_S: Final = 0.080
 _SETTLE_S: Final = SETTLE_NS / 1e9 + 0.001
 #: Events accounted in one piece, some 10 ms of work; between pieces requests are served.
 _BATCH_EVENTS: Final = 1000
+#: A follower of events hears at least this often, if only that there are none.
+_EVENTS_INTERVAL_S: Final = 0.1
 KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
 
 
@@ -176,6 +178,7 @@ class Live:
     def _account(self, events: list[Event]) -> None:
         charges = self.accountant.consume(events)
         self.heat.add(charge for charge in charges if not charge.hint)
+        self.migrator.history.charged(charges)
         if self.policy is not None and (moves := self.policy.plan(charges)):
             self._plan += moves
             self._planned.set()
@@ -232,7 +235,7 @@ class Live:
 
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
-        return {"migrate": self._migrate}
+        return {"migrate": self._migrate, "events": self._events}
 
     async def _hottest(self, count: int) -> Json:
         stats = await self.snapshot()
@@ -247,6 +250,18 @@ class Live:
         if not isinstance(self.observer, TracefsObserver):
             return {"unavailable": f"its observer is {self.observer.figures().mode}"}
         return await self.verifier.verify(None if pid == 1 else pid)
+
+    async def _events(self, request: Json) -> AsyncIterator[Json]:
+        """Tell of past migrations, and with ``follow`` of those that come, for ever."""
+        next_event = 0
+        while True:
+            events, lost, next_event = self.migrator.history.since(next_event)
+            yield {"lost": lost}
+            for event in events:
+                yield {"event": vars(event)}
+            if not request.get("follow"):
+                return
+            await trio.sleep(_EVENTS_INTERVAL_S)
 
     async def _migrate(self, request: Json) -> AsyncIterator[Json]:
         """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such)."""

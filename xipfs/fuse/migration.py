@@ -17,6 +17,7 @@ other requests waiting. A batch is one file after the other, by the same steps.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -27,6 +28,8 @@ from xipfs.errors import FsError
 from xipfs.fs.types import PageKind
 from xipfs.fuse.notify import Notifier, runs
 from xipfs.migrate.engine import PASSES_MAX, REASONS, Engine, Move, Tally
+from xipfs.migrate.history import ChunkEvent, History
+from xipfs.units import PAGE_SIZE
 
 CHUNK_PAGES: Final = 256
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
@@ -40,7 +43,15 @@ class _Window:
     ino: int
     first: int
     last: int
+    event: ChunkEvent
     touched: bool = False
+
+    def took(self, step: str, since_ns: int) -> int:
+        """Add what ``step`` took since then to the event; return the time now."""
+        now_ns = time.monotonic_ns()
+        spent = self.event.durations_ns
+        spent[step] = spent.get(step, 0) + now_ns - since_ns
+        return now_ns
 
 
 class Migrator:
@@ -53,6 +64,7 @@ class Migrator:
         self._notifier = notifier
         self._drain = drain
         self._windows: list[_Window] = []
+        self.history = History()
 
     def page_io(self, ino: int, first: int, last: int) -> None:
         """Hear of a READ or WRITE of pages first..last."""
@@ -74,31 +86,35 @@ class Migrator:
         for run in self.runs_of(ino, ranges):
             for start in range(run.start, run.stop, CHUNK_PAGES):
                 chunk = range(start, min(start + CHUNK_PAGES, run.stop))
-                yield len(chunk), await self._migrate_chunk(ino, chunk, to)
+                yield len(chunk), await self._migrate_chunk(ino, chunk, to, "manual")
 
     async def move_all(self, moves: list[Move]) -> Tally:
         """Carry out a policy's plan by the same path; neighbours move together."""
         total = Tally()
         for to in (PageKind.XIP, PageKind.PAGECACHE):
             # What is demoted makes room for what is promoted.
-            pages = sorted({(move.ino, move.index) for move in moves if move.to is to})
-            for ino, first, count in runs(pages):
+            reasons = {(move.ino, move.index): move.reason for move in moves if move.to is to}
+            for ino, first, count in runs(sorted(reasons)):
                 for start in range(first, first + count, CHUNK_PAGES):
                     chunk = range(start, min(start + CHUNK_PAGES, first + count))
-                    total += await self._migrate_chunk(ino, chunk, to)
+                    why = ", ".join(sorted({reasons[ino, index] for index in chunk}))
+                    total += await self._migrate_chunk(ino, chunk, to, why)
         return total
 
-    async def _migrate_chunk(self, ino: int, chunk: range, to: PageKind) -> Tally:
+    async def _migrate_chunk(self, ino: int, chunk: range, to: PageKind, why: str) -> Tally:
         try:
             wanted = self._engine.needing_move(ino, chunk, to)
             if not wanted:
                 return Tally(already=len(chunk))
-            window = _Window(ino, wanted[0], wanted[-1])
+            event = ChunkEvent(time.time_ns(), ino, wanted[0], wanted[-1], to.value, why)
+            window = _Window(ino, wanted[0], wanted[-1], event)
             self._windows.append(window)
             try:
                 tally = await self._move_window(window, chunk, to)
             finally:
                 self._windows.remove(window)
+            event.failed = tally.failed
+            self.history.record(event)
         except FsError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -109,27 +125,43 @@ class Migrator:
         return tally
 
     async def _move_window(self, window: _Window, chunk: range, to: PageKind) -> Tally:
-        await self._take_away(window)
-        result = self._engine.move_pages(window.ino, chunk, to)
-        moved, already = len(result.moved), result.already
-        for number in range(1, PASSES_MAX):
-            if errno.EAGAIN not in result.refused:
+        already = len(chunk) - len(self._engine.needing_move(window.ino, chunk, to))
+        refused: dict[int, list[int]] = {}
+        for number in range(PASSES_MAX):
+            if number and errno.EAGAIN not in refused:
                 break
             await trio.sleep(number * _PASS_PAUSE_S)
-            if window.touched:
+            if number == 0 or window.touched:
                 await self._take_away(window)
-            result = self._engine.move_pages(window.ino, chunk, to)
-            moved += len(result.moved)
+            refused = self._move(window, chunk, to)
         if window.touched:
+            start_ns = time.monotonic_ns()
             await self._invalidate(window)
-        failed = {REASONS[code]: len(pages) for code, pages in result.refused.items()}
-        return Tally(moved, already, failed)
+            window.took("invalidate_again", start_ns)
+        failed = {REASONS[code]: len(pages) for code, pages in refused.items()}
+        return Tally(window.event.moved, already, failed)
+
+    def _move(self, window: _Window, chunk: range, to: PageKind) -> dict[int, list[int]]:
+        """Step 3, one pass; returns what was refused."""
+        start_ns = time.monotonic_ns()
+        result = self._engine.move_pages(window.ino, chunk, to)
+        now_ns = window.took("move", start_ns)
+        self.history.moved(window.ino, result.moved, to, now_ns)
+        event = window.event
+        event.passes += 1
+        event.moved += len(result.moved)
+        event.moved_bytes = event.moved * PAGE_SIZE
+        event.ram_pages_used = self._engine.ram_pages_used()
+        return result.refused
 
     async def _take_away(self, window: _Window) -> None:
         """Steps 1 and 2: after this the kernel maps no page that was not read since."""
         window.touched = False
+        start_ns = time.monotonic_ns()
         await self._invalidate(window)
+        start_ns = window.took("invalidate", start_ns)
         await self._drain()
+        window.took("drain", start_ns)
 
     async def _invalidate(self, window: _Window) -> None:
         count = window.last - window.first + 1

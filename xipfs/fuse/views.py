@@ -49,6 +49,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "policy": live.options.policy,
             "fail_reasons": engine.fail_reasons,
             "kernel_invalidations": live.notifier.invalidations,
+            **live.migrator.history.describe(),
         },
         "mount": {
             "image": str(live.fs.image_path),

@@ -111,6 +111,10 @@ class Engine:
             self._demoted += len(result.moved)
         return result
 
+    def ram_pages_used(self) -> int:
+        """Return how many page-cache frames are in use."""
+        return self._fs.nr_resident_pages
+
     def give_up(self, reason: str, count: int) -> None:
         """Count pages that were refused for good."""
         self._failed[reason] += count

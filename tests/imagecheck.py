@@ -12,9 +12,16 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 BLOCK = 4096
 RAW, NODE = 1, 3
+
+
+class Image(Protocol):
+    """Bytes that are only sliced: an image, or a medium that watches what is read of it."""
+
+    def __getitem__(self, at: slice, /) -> bytes: ...
 
 
 @dataclass
@@ -40,9 +47,9 @@ class Node:
 class Checker:
     """Walks everything once."""
 
-    def __init__(self, image: bytes) -> None:
+    def __init__(self, image: Image) -> None:
         self.image = image
-        head = struct.unpack_from("<8sIIIIQQQQQQ", image, 0)
+        head = struct.unpack_from("<8sIIIIQQQQQQ", image[:BLOCK])
         assert head[0] == b"xipfsNVM"
         assert head[1] == 1
         assert head[3:5] == (4096, 128)
@@ -75,7 +82,7 @@ class Checker:
             return
         assert home == NODE
         self.own(block, f"inode {ino} node level {level}")
-        words = struct.unpack_from("<512Q", self.image, block * BLOCK)
+        words = struct.unpack("<512Q", self.image[block * BLOCK : (block + 1) * BLOCK])
         assert any(words), f"inode {ino}: an empty node"
         for slot, child in enumerate(words):
             yield from self.walk(ino, child, level - 1, position * 512 + slot)
@@ -131,10 +138,10 @@ class Checker:
         assert found == count
 
 
-def check(image: bytes) -> dict[int, Node]:
+def check(image: Image) -> dict[int, Node]:
     """Check the whole image; return the inodes in use."""
     c = Checker(image)
-    counters = struct.unpack_from("<IIQQQQQQQ", image, BLOCK + 64)
+    counters = struct.unpack("<IIQQQQQQQ", image[BLOCK + 64 : BLOCK + 128])
     free_blocks, limit, free_ino, orphan, xip, pagecache, in_use = counters[2:]
     table = c.inode(0, BLOCK + 128)
     places = {page: word & ((1 << 40) - 1) for page, word in c.claim(table)}

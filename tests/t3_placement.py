@@ -322,3 +322,18 @@ def test_promotion_where_frames_are_pinned_moves_what_fits(fs: Filesystem) -> No
     with fails(errno.ENOMEM):
         fs.memory.get_page(fs.page(ino, 0).pfn or 0)
         fs.promote(ino, 1)
+
+
+def test_write_back_takes_the_longest_dirty_and_keeps_them_resident(
+    fs: Filesystem, medium: RecordingMedium
+) -> None:
+    ino = make(fs, P, 3)
+    assert fs.nr_dirty_pages == 3
+    assert fs.write_back(2) == 2
+    assert [fs.page(ino, index).dirty for index in range(3)] == [False, False, True]
+    assert bytes([2]) * PAGE in bytes(medium.durable)
+    assert fs.write_back(5, older_ns=1 << 60) == 0
+    assert (fs.write_back(5), fs.nr_dirty_pages, letters(fs, ino)) == (1, 0, "PPP")
+    fs.write(ino, 0, b"again")
+    fs.setattr(ino, size_bytes=0)
+    assert fs.nr_dirty_pages == 0

@@ -248,7 +248,7 @@ class Content:
                 continue
             frame = cache.bytes_of(page)
             frame[begin - page_start : stop - page_start] = data[begin - offset : stop - offset]
-            page.dirty = True
+            cache.mark_dirty(page)
         self._core.medium.fence()
 
     def _zero_behind_end(self, inode: Inode) -> None:
@@ -264,7 +264,7 @@ class Content:
             frame = self._core.cache.bytes_of(page)
             if frame[used:] != zeros:
                 frame[used:] = zeros
-                page.dirty = True
+                self._core.cache.mark_dirty(page)
             return
         medium = self._core.medium
         at = ((body & layout.ENTRY_BLOCK_MASK) << BLOCK_SHIFT) + used

@@ -320,6 +320,15 @@ class Filesystem:
         """Pagecache pages that have a RAM frame now."""
         return len(self._core.cache)
 
+    @property
+    def nr_dirty_pages(self) -> int:
+        """Resident pages whose bytes are not at home yet."""
+        return self._core.cache.nr_dirty
+
+    def write_back(self, limit: int, *, older_ns: int = 0) -> int:
+        """Write up to ``limit`` pages home, longest dirty first; return how many."""
+        return self._core.cache.write_back(limit, older_ns=older_ns)
+
     def page(self, ino: int, index: int) -> PageState:
         """Return one page's placement; this is no touch."""
         return self._placement.page(ino, index)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -77,6 +78,8 @@ class PageCache:
         self._counted_ns = clock.monotonic_ns()
         self._by_age: OrderedDict[Pfn, CachedPage] = OrderedDict()
         self._by_file: dict[Ino, dict[PageIndex, CachedPage]] = {}
+        #: When each dirty page became so, oldest first.
+        self._dirty: dict[Pfn, int] = {}
         self.on_unmap: PageHook = nothing
         self.on_evict: PageHook = nothing
         self.on_cut: PageHook = nothing
@@ -172,6 +175,31 @@ class PageCache:
         """Return the frame's bytes, writable."""
         return self._memory.ram_bytes_of(page.pfn).data
 
+    @property
+    def nr_dirty(self) -> int:
+        """How many resident pages differ from their homes, or may."""
+        return len(self._dirty)
+
+    def mark_dirty(self, page: CachedPage) -> None:
+        """Note that the frame holds what its home does not."""
+        page.dirty = True
+        self._dirty.setdefault(page.pfn, self._clock.monotonic_ns())
+
+    def write_back(self, limit: int, *, older_ns: int = 0) -> int:
+        """Write up to ``limit`` pages home, the longest dirty first, durably; return how many.
+
+        With ``older_ns`` only those that have been dirty for that long.
+        """
+        latest_ns = self._clock.monotonic_ns() - older_ns
+        due = [
+            self._by_age[pfn]
+            for pfn, since in islice(self._dirty.items(), limit)
+            if since <= latest_ns
+        ]
+        if self.write_home_many(due):
+            self._medium.fence()
+        return len(due)
+
     def write_home_many(self, pages: Iterable[CachedPage]) -> int:
         """Store and flush the dirty ones of ``pages``, run by run; the caller fences.
 
@@ -186,6 +214,7 @@ class PageCache:
             self._medium.flush(offset, len(run) * PAGE_SIZE)
         for page in dirty:
             page.dirty = False
+            del self._dirty[page.pfn]
         self.written_home += len(dirty)
         return len(dirty)
 
@@ -209,6 +238,7 @@ class PageCache:
     def drop(self, page: CachedPage) -> None:
         """Forget ``page`` without writing it; a pinned frame lives on until it is unpinned."""
         self._count_frames()
+        self._dirty.pop(page.pfn, None)
         del self._by_age[page.pfn]
         pages = self._by_file[page.ino]
         del pages[page.index]

@@ -27,6 +27,7 @@ from xipfs.fuse.notify import Notifier, runs, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, readahead_kib
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
+from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, Move, Tally
 from xipfs.migrate.policies.threshold import Threshold
@@ -74,6 +75,7 @@ class Live:
         )
         self.engine = Engine(fs)
         self.heat = Heat()
+        self.writeback = Writeback(fs)
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.policy: Policy | None = None
@@ -99,6 +101,8 @@ class Live:
         nursery.start_soon(self._drain_forever)
         nursery.start_soon(self.verifier.audit_forever)
         nursery.start_soon(self._invalidate_evicted)
+        if not self.fs.read_only:
+            nursery.start_soon(self.writeback.run)
         if self.options.hint_pages_per_s and isinstance(self.observer, TracefsObserver):
             self.hinter = HintScanner(
                 self.accountant, self.notifier, self.drain_settled, self.options.hint_pages_per_s
@@ -139,7 +143,9 @@ class Live:
             return
         first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
         self.migrator.page_io(ino, first, last)
-        if not write:
+        if write:
+            self.writeback.after_write()
+        else:
             self.observer.read_request(pid, ino, first)
 
     def write_back_of_ours(self, ino: int, offset: int, size: int) -> bool:

@@ -44,6 +44,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "audit": asdict(live.verifier.audited),
         },
         "memory": snapshot.memory(live.fs),
+        "writeback": vars(live.writeback.statistics()),
         "cost": cost(live.fs, live.profile),
         "migration": {
             "policy": live.options.policy,

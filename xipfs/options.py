@@ -29,7 +29,7 @@ HELP: Final[dict[str, str]] = {
     "observe=MODE": "auto, tracefs, requests or off (default auto)",
     "hint=PAGES_PER_S": "take so many mapped pages away a second, to see what is touched again",
     "readahead=off|KIB": "kernel read-ahead (default off under tracefs, else the kernel's 128)",
-    "policy=off|threshold,promote=N": "promote a page at its Nth fault (default off)",
+    "policy=NAME,KEY=N": "promote pages by a policy of `xipfs policy list` (default off)",
     "allow_other": "let other users in (permissions are always checked)",
 }
 
@@ -47,19 +47,20 @@ class MountOptions:
     hint_pages_per_s: int = 0
     readahead_kib: int | None = None
     policy: str = "off"
-    promote: int | None = None
+    policy_values: tuple[tuple[str, int], ...] = ()
     allow_other: bool = False
 
     def describe(self) -> dict[str, object]:
         """Return the options as JSON-ready names and values."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        return shown | {"policy_values": dict(self.policy_values)}
 
 
 def parse_options(words: Iterable[str]) -> MountOptions:
     """Return the options of ``words``, each a comma-separated list as after ``-o``.
 
-    >>> parse_options(["ram=16M,ro", "policy=threshold,promote=3"]).promote
-    3
+    >>> parse_options(["ram=16M,ro", "policy=threshold,promote=3"]).policy_values
+    (('promote', 3),)
     """
     options = MountOptions()
     for word in ",".join(words).split(","):
@@ -78,6 +79,10 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
         return replace(options, ro=name == "ro")
     if value is None and name in _VALUED:
         raise UsageError(f"mount option {name!r} has no value", expected=f"{name}=VALUE")
+    if name not in _VALUED and options.policy != "off" and value is not None:
+        # The policy itself refuses a parameter that it does not have.
+        values = dict(options.policy_values) | {name: _integer(name, value, 1)}
+        return replace(options, policy_values=tuple(values.items()))
     if name not in _VALUED:
         raise UsageError(
             f"unknown mount option {name!r}", expected="one of " + ", ".join(sorted(HELP))
@@ -102,8 +107,6 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
         return replace(options, medium=value)
     if name == "hint":
         return replace(options, hint_pages_per_s=_integer(name, value, 0))
-    if name == "promote":
-        return replace(options, promote=_integer(name, value, 1))
     if name == "policy":
         return replace(options, policy=value)
     return replace(options, rules=value)
@@ -118,7 +121,6 @@ _VALUED: Final = (
     "hint",
     "readahead",
     "policy",
-    "promote",
 )
 
 
@@ -135,14 +137,6 @@ def _check(options: MountOptions) -> MountOptions:
     if options.hint_pages_per_s and options.observe in ("requests", "off"):
         raise UsageError(
             f"hint= with observe={options.observe}", expected="observe=tracefs, which sees faults"
-        )
-    if options.policy not in ("off", "threshold"):
-        raise UsageError(f"policy={options.policy}", expected="off or threshold")
-    if options.policy == "threshold" and options.promote is None:
-        raise UsageError("policy=threshold without promote=N", expected="promote=N, N faults")
-    if options.policy == "off" and options.promote is not None:
-        raise UsageError(
-            "promote=N without policy=threshold", expected="policy=threshold,promote=N"
         )
     if options.ram_bytes > 1 << 40:
         raise UsageError(f"ram={format_size(options.ram_bytes)}", expected="at most 1T")

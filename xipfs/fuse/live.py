@@ -10,12 +10,11 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import AsyncIterator, Mapping
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
 from xipfs.accounting.accountant import Accountant
-from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
@@ -30,7 +29,7 @@ from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, Move, Tally
-from xipfs.migrate.policies.threshold import Threshold
+from xipfs.migrate.registry import Policy, make_policy
 from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
 from xipfs.stats.heat import Heat
@@ -52,14 +51,6 @@ _EVENTS_INTERVAL_S: Final = 0.1
 KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
 
 
-class Policy(Protocol):
-    """Looks at charges, returns a plan."""
-
-    def plan(self, charges: list[Charge]) -> list[Move]:
-        """Return the moves that these charges have earned."""
-        ...
-
-
 class Live:
     """One mount's moving parts, joined. ``start`` makes it whole once the mount is there."""
 
@@ -79,9 +70,8 @@ class Live:
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.policy: Policy | None = None
-        if options.policy == "threshold":
-            assert options.promote is not None
-            self.policy = Threshold(options.promote)
+        if options.policy != "off":
+            self.policy = make_policy(options.policy, options.policy_values)
         # One drain at a time, or batches would be consumed out of order.
         self._draining = trio.Lock()
         self._evicted: list[tuple[int, int]] = []

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from xipfs.accounting.charges import Charge, PteKind
 from xipfs.fs.types import PageKind
 from xipfs.migrate.engine import Move
 
 
+@dataclass
 class Threshold:
     """Counts XIP faults per page; memory is bounded by the pages that faulted below N."""
 
-    def __init__(self, promote: int) -> None:
-        self._promote = promote
-        self._faults: Counter[tuple[int, int]] = Counter()
+    promote: int
+    _faults: Counter[tuple[int, int]] = field(default_factory=Counter, init=False)
 
     def plan(self, charges: Iterable[Charge]) -> list[Move]:
         """Return the promotions that these charges, in time order, have earned."""
@@ -29,7 +30,7 @@ class Threshold:
                 continue
             page = (charge.ino, charge.page)
             self._faults[page] += 1
-            if self._faults[page] >= self._promote:
+            if self._faults[page] >= self.promote:
                 del self._faults[page]
-                moves.append(Move(*page, PageKind.PAGECACHE, f"{self._promote} faults"))
+                moves.append(Move(*page, PageKind.PAGECACHE, f"{self.promote} faults"))
         return moves

@@ -1,0 +1,1 @@
+"""Running streams of accesses through the policies, with no mount."""

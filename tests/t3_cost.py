@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 
 import pytest
 from media import new_medium, open_medium
@@ -21,15 +22,16 @@ def lines_of_operations(blocks: int, names: int) -> dict[str, int]:
     for number in range(names):
         fs.mknod(directory, b"n%06d" % number, REG, 0, 0, 0)
     file = fs.mknod(directory, b"file", REG, 0, 0, 0).ino
-    lines = {}
-    for what, operation in {
+    operations: dict[str, Callable[[], object]] = {
         "create": lambda: fs.mknod(directory, b"new", REG, 0, 0, 0),
         "chmod": lambda: fs.setattr(file, mode=0o600),
         "link": lambda: fs.link(file, directory, b"link"),
         "rename": lambda: fs.rename(directory, b"new", directory, b"newer"),
         "unlink": lambda: fs.unlink(directory, b"link"),
         "truncate": lambda: fs.setattr(file, size_bytes=1 << 40),
-    }.items():
+    }
+    lines = {}
+    for what, operation in operations.items():
         before = medium.flushed_lines
         operation()
         lines[what] = medium.flushed_lines - before

@@ -73,6 +73,8 @@ class Accountant:
         self.ledger = Ledger()
         self.hints = Hints()
         self.unfollowed: Counter[str] = Counter()
+        #: Told each fault with its charge.
+        self.on_charge: Callable[[ev.Fault, Charge], None] | None = None
         self.around_pages = 0
         self._files: dict[int, LiveFile] = {}
         #: The modelled address spaces by their number in the events.
@@ -280,6 +282,8 @@ class Accountant:
         )
         self._fs.touch(event.ino, event.index)
         self.ledger.charge(event.mm, self._comm(event.pid), charge)
+        if self.on_charge is not None:
+            self.on_charge(event, charge)
         return charge
 
     def _outcome(self, event: ev.Fault) -> tuple[PteKind, bool, int]:

@@ -24,6 +24,8 @@ VERBS: Final[dict[str, str]] = {
     "umount": "unmount and wait until the image is closed",
     "stat": "show what faults were charged, and where pages are",
     "pages": "show a file's pages: XIP, pagecache, hole",
+    "record": "write every fault of a mount to a trace file",
+    "faults": "count a trace file's faults by process, file or page",
     "verify": "compare what is believed of page tables with the kernel's",
     "events": "tell what migrates, as it happens",
     "migrate": "move a file's pages between XIP and pagecache",

@@ -32,6 +32,7 @@ from xipfs.migrate.engine import Engine, Move, Tally
 from xipfs.migrate.registry import Policy, make_policy
 from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
+from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.heat import Heat
 from xipfs.trace.events import Event
 from xipfs.trace.grammar import SETTLE_NS
@@ -67,6 +68,8 @@ class Live:
         self.engine = Engine(fs)
         self.heat = Heat()
         self.writeback = Writeback(fs)
+        self.fault_log = FaultLog(observer.comm)
+        self.accountant.on_charge = self.fault_log.add
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.policy: Policy | None = None
@@ -184,6 +187,7 @@ class Live:
         interval_s = DRAIN_INTERVAL_S
         while True:
             drained = await self.drain()
+            self.fault_log.rest(trio.current_time())
             interval_s = DRAIN_INTERVAL_S if drained else min(interval_s * 2, IDLE_INTERVAL_S)
             await trio.sleep(interval_s)
 
@@ -227,7 +231,12 @@ class Live:
 
     def questions(self) -> Mapping[str, Question]:
         """Return what ``.xipfs/NAME.NUMBER.json`` answers."""
-        return {"hottest": self._hottest, "pages": self._pages, "verify": self._verify}
+        return {
+            "hottest": self._hottest,
+            "pages": self._pages,
+            "faults": self._faults,
+            "verify": self._verify,
+        }
 
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
@@ -236,6 +245,10 @@ class Live:
     async def _hottest(self, count: int) -> Json:
         stats = await self.snapshot()
         return stats | {"hottest": self.heat.hottest(count)}
+
+    async def _faults(self, cursor: int) -> Json:
+        await self.drain_settled()
+        return self.fault_log.since(cursor, trio.current_time())
 
     async def _pages(self, ino: int) -> Json:
         await self.drain_settled()

@@ -1,0 +1,96 @@
+"""``xipfs record DIR -o FILE``: every fault of a mount into a trace file, until interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from xipfs.cli.client import Json, ask
+from xipfs.fuse.mounts import Mount, mount_at
+from xipfs.stats.trace_file import TraceWriter, parse_rows
+
+POLL_S = 0.2
+#: Beyond any fault's number: the daemon answers with the next one's.
+_START = 10**15 - 1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where the image is mounted")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the trace file (Parquet)"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record; exits 1 if anything was lost."""
+    tell = sys.stderr.isatty()
+
+    def wait(faults: int, missed: int) -> bool:
+        if tell:
+            print(f"\r{faults} faults, {missed} missed", end="", file=sys.stderr, flush=True)
+        try:
+            time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            return False
+        return True
+
+    print(f"recording to {args.output}; Ctrl-C ends it", file=sys.stderr, flush=True)
+    losses = record(mount_at(args.directory), args.output, wait, force=args.force)
+    print(
+        f"{losses['faults']} faults in {args.output}, {losses['faults_missed']} missed, "
+        f"{losses['events_lost']} events lost",
+        file=sys.stderr,
+    )
+    return int(bool(losses["faults_missed"] or losses["events_lost"]))
+
+
+def record(
+    mount: Mount, path: Path, wait: Callable[[int, int], bool], *, force: bool = False
+) -> Json:
+    """Write the faults of ``mount`` from now on to ``path`` while ``wait(faults, missed)`` says so.
+
+    Returns the counts ``faults``, ``faults_missed``, ``events_lost``. Interrupted elsewhere than in
+    ``wait``, the recording ends there, and whole.
+    """
+    before = ask(mount, "stats.json")
+    cursor = int(ask(mount, f"faults.{_START}.json")["next"])
+    writer = TraceWriter(path, force=force)
+    began_s = time.time()
+    missed = 0
+    more = True
+    try:
+        while more:
+            more = wait(writer.faults, missed)
+            while True:
+                answer = ask(mount, f"faults.{cursor}.json")
+                writer.append(parse_rows(answer["faults"]))
+                cursor, missed = answer["next"], missed + answer["missed"]
+                if answer["next"] >= answer["end"]:
+                    break
+    finally:
+        after = ask(mount, "stats.json")
+        losses: Json = {
+            "faults": writer.faults,
+            "faults_missed": missed,
+            "events_lost": after["observer"]["lost"] - before["observer"]["lost"],
+        }
+        writer.close(
+            {
+                "host": platform.node(),
+                "kernel": os.uname().release,
+                "mount": after["mount"],
+                "observer": {"mode": after["observer"]["mode"]},
+                "memory": after["memory"],
+                "began_unix_s": began_s,
+                "ended_unix_s": time.time(),
+                "losses": losses,
+            }
+        )
+    return losses

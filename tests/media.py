@@ -10,7 +10,7 @@ from xipfs.fs.build import make_image
 from xipfs.fs.filesystem import Filesystem
 from xipfs.image.superblock import geometry
 from xipfs.memory.emulated import EmulatedMedium
-from xipfs.memory.region import LINE_SIZE
+from xipfs.memory.region import LINE_SIZE, Medium
 from xipfs.units import PAGE_SIZE
 
 
@@ -64,7 +64,7 @@ def new_medium(blocks: int = 64, *, pagecache: bool = False) -> RecordingMedium:
 
 
 def open_medium(
-    medium: RecordingMedium, *, ram_pages: int = 16, clock: ManualClock | None = None
+    medium: Medium, *, ram_pages: int = 16, clock: ManualClock | None = None
 ) -> Filesystem:
     """Open the image on ``medium`` as a mount does."""
     return Filesystem(

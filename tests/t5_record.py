@@ -36,7 +36,12 @@ def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
     finally:
         mounted.close()
     told = json.loads(xipfs("faults", trace, "--by", "page", "--json").stdout)
-    assert told["metadata"]["losses"] == {"faults": 3, "faults_missed": 0, "events_lost": 0}
+    assert told["metadata"]["losses"] == {
+        "mount_outlived_recording": True,
+        "faults": 3,
+        "faults_missed": 0,
+        "events_lost": 0,
+    }
     assert [(line["page"], line["faults"], line["xip"]) for line in told["lines"]] == [
         (0, 1, 1),
         (16, 1, 1),
@@ -45,3 +50,21 @@ def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
     table = xipfs("faults", trace).stdout.splitlines()
     assert table[0] == "3 faults, 0 missed, 0 events lost; observer tracefs"
     assert max(map(len, table)) <= 80
+
+
+def test_the_end_of_the_daemon_ends_the_recording_and_keeps_it(tmp_path: Path) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    trace = tmp_path / "trace.parquet"
+    mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=off"])
+    try:
+        recorder = subprocess.Popen(
+            [*COMMAND, "record", directory, "-o", trace], env=ENVIRONMENT, stderr=subprocess.PIPE
+        )
+        wait_until("the recording began", trace.exists)
+    finally:
+        mounted.close()
+    _, said = recorder.communicate(timeout=30)
+    assert (recorder.returncode, b".xipfs" in said) == (1, True), said
+    told = json.loads(xipfs("faults", trace, "--json").stdout)
+    assert told["metadata"]["losses"]["mount_outlived_recording"] is False

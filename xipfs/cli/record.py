@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xipfs.cli.client import Json, ask
+from xipfs.errors import MountError
 from xipfs.fuse.mounts import Mount, mount_at
 from xipfs.stats.trace_file import TraceWriter, parse_rows
 
@@ -56,8 +57,8 @@ def record(
 ) -> Json:
     """Write the faults of ``mount`` from now on to ``path`` while ``wait(faults, missed)`` says so.
 
-    Returns the counts ``faults``, ``faults_missed``, ``events_lost``. Interrupted elsewhere than in
-    ``wait``, the recording ends there, and whole.
+    Returns the losses as in the file, which is closed whole also when the daemon ends or the
+    recording is interrupted elsewhere than in ``wait``.
     """
     before = ask(mount, "stats.json")
     cursor = int(ask(mount, f"faults.{_START}.json")["next"])
@@ -75,8 +76,14 @@ def record(
                 if answer["next"] >= answer["end"]:
                     break
     finally:
-        after = ask(mount, "stats.json")
+        whole = True
+        try:
+            after = ask(mount, "stats.json")
+        except MountError:
+            # The daemon is gone, and what it had told is kept.
+            after, whole = before, False
         losses: Json = {
+            "mount_outlived_recording": whole,
             "faults": writer.faults,
             "faults_missed": missed,
             "events_lost": after["observer"]["lost"] - before["observer"]["lost"],

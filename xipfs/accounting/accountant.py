@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 
 from xipfs.accounting.charges import Charge, Ledger, PteKind
 from xipfs.accounting.hints import Hints, Page
-from xipfs.accounting.kernel_ptes import SILENT_CALL, KernelPtes
+from xipfs.accounting.kernel_ptes import ANON, SILENT_CALL, KernelPtes
 from xipfs.accounting.live_file import LiveFile
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm import audit
@@ -34,6 +34,7 @@ from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
 from xipfs.mm.mremap import move_mapping
 from xipfs.mm.rules import Rules
+from xipfs.mm.vma import Vma
 from xipfs.mm.zap import exit_mmap, unmap_mapping_range, zap_page_range
 from xipfs.trace import events as ev
 from xipfs.units import PAGE_SHIFT
@@ -88,6 +89,7 @@ class Accountant:
             ev.Move: self._move,
             ev.Zap: self._zap,
             ev.Doubt: self._doubt,
+            ev.Split: self._split,
             ev.Lost: self._lost,
             ev.Fork: self._fork,
             ev.Exit: self._exit,
@@ -101,6 +103,9 @@ class Accountant:
         """Apply a batch of events; return what its faults were charged, in order."""
         charges = []
         for event in events:
+            if type(event) is ev.CowBroken:
+                charges += self._cow_broken(event)
+                continue
             handle = self._handlers.get(type(event))
             if handle is not None:
                 charge = handle(event)
@@ -213,6 +218,30 @@ class Accountant:
     def _doubt(self, event: ev.Doubt) -> None:
         self.kernel.doubt(event.mm, event.start, event.end, SILENT_CALL)
 
+    def _cow_broken(self, event: ev.CowBroken) -> list[Charge]:
+        """Charge the write faults that made copies of mapped file pages: no record tells them."""
+        mm = self._mm(event.mm)
+        charges = []
+        for address, state in list(self.kernel.populated(event.mm, event.start, event.end)):
+            vma = mm.find_vma(address)
+            if state == ANON or vma is None or vma.file is None:
+                continue
+            assert isinstance(vma.file.name, int)
+            fault = ev.Fault(
+                event.time_ns, event.mm, event.pid, event.tid, address,
+                vma.file.name, vma.pgoff_of(address),
+                write=True, execute=False, user=False, protection=True,
+                verdict=ev.MINOR, origin=ev.POPULATE,
+            )  # fmt: skip
+            charge = self._fault(fault)
+            if charge is not None:
+                charges.append(charge)
+        return charges
+
+    def _split(self, event: ev.Split) -> None:
+        # What a later copy gives its anon_vma to is one piece only, here as in the kernel.
+        self._mm(event.mm).isolate(event.start, event.end)
+
     def _lost(self, _event: ev.Lost) -> None:
         self.kernel.lost(self.mms.values())
 
@@ -239,19 +268,23 @@ class Accountant:
         (rule F23); their next touch, which the real kernel lets through, is not seen.
         """
         mm = self._mm(event.mm)
-        vma = mm.find_vma(event.address)
-        if vma is None or vma.file is None or vma.file.name != event.ino:
-            return
-        window = range(event.first, event.last + 1)
-        cached = [page for page in window if self.kernel.is_cached(event.ino, page)]
+        end = event.address + (event.last - event.first + 1 << PAGE_SHIFT)
+        for vma in mm.overlapping(event.address, end):
+            if vma.file is not None and vma.file.name == event.ino:
+                self._around_in(vma, event)
+
+    def _around_in(self, vma: Vma, event: ev.Around) -> None:
         self.kernel.around(event, vma)
+        first = max(event.first, vma.pgoff)
+        window = range(first, min(event.last + 1, vma.pgoff + vma.pages))
+        cached = [page for page in window if self.kernel.is_cached(event.ino, page)]
         frames = [(page, self._fs.resident_pfn(event.ino, page)) for page in cached]
         self.around_pages += filemap_map_pages(
             vma, [(page, pfn) for page, pfn in frames if pfn is not None]
         )
         # Mapped without a fault, so none will answer a hint.
         self.hints.forget(event.mm, (vma.address_of(page) for page in cached))
-        tables = mm.tables
+        tables = vma.mm.tables
         if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
             self.unfollowed["fault-around windows over XIP or evicted pages"] += 1
 
@@ -263,7 +296,14 @@ class Accountant:
         self.kernel.cache_delete(event, None if file is None else file.mapped)
 
     def _fault(self, event: ev.Fault) -> Charge | None:
-        self.kernel.fault(event, self._mm(event.mm).find_vma(event.address))
+        vma = self._mm(event.mm).find_vma(event.address)
+        if event.origin == ev.POPULATE and not event.write and vma is not None:
+            # Its record named a window only; populate passes over what is mapped already.
+            passed = self.kernel.mapped_run(event.mm, event.address, vma.end)
+            event = event._replace(
+                address=event.address + (passed << PAGE_SHIFT), index=event.index + passed
+            )
+        self.kernel.fault(event, vma)
         if event.verdict == ev.SIGSEGV:
             return None  # the access was not allowed: no fault handler ran
         hinted = self.hints.take(event.mm, event.address)

@@ -104,6 +104,15 @@ class KernelPtes:
         if tables is not None:
             yield from tables.populated(start, end)
 
+    def mapped_run(self, mm: int, address: int, end: int) -> int:
+        """Return how many pages from ``address`` on are mapped; 0 if all up to ``end`` are."""
+        pages = 0
+        while address + (pages << PAGE_SHIFT) < end:
+            if self.state(mm, address + (pages << PAGE_SHIFT)) not in (FILE, ANON):
+                return pages
+            pages += 1
+        return 0
+
     def is_cached(self, ino: int, index: int) -> bool:
         """Return whether the kernel's page cache holds the page."""
         return index in self._cached.get(ino, ())
@@ -142,12 +151,10 @@ class KernelPtes:
         self._touch(event.child_mm)
         self.pids[event.child_mm] = event.child_pid
         threaded = len(self._threads.get(event.mm, ())) > 1
+        merged = _may_have_merged_with_copies(list(parent))
         for vma in parent:
-            copied = vma.anon_vma != 0
-            doubt = THREADS_FORK if threaded else 0
-            if not copied and any(_may_be_one(vma, other) for other in parent.neighbours(vma)):
-                copied, doubt = True, MERGED
-            if copied:
+            doubt = MERGED if vma.start in merged else THREADS_FORK if threaded else 0
+            if doubt == MERGED or vma.anon_vma:
                 for address, state in self.populated(event.mm, vma.start, vma.end):
                     self._set(event.child_mm, address, doubt or state)
         for start, end in event.dontfork:
@@ -277,12 +284,28 @@ class KernelPtes:
         tables.set(address & PAGE_MASK, state)
 
 
-def _may_be_one(vma: Vma, other: Vma | None) -> bool:
-    """Whether the kernel may keep both as one mapping, of which ``other`` has private copies.
+def _may_have_merged_with_copies(vmas: list[Vma]) -> set[int]:
+    """Return the starts of mappings that the kernel may keep as one with one that has copies.
 
-    The model's MIXEDMAP mappings never merge; those of the kernel below do.
+    The model's MIXEDMAP mappings never merge; those of the kernel below do, when they touch and
+    are alike, however long the row. Which of them do depends on more than events tell.
     """
-    if other is None or other.file is not vma.file or not other.anon_vma:
-        return False
-    distance = (other.start - vma.start) >> PAGE_SHIFT
-    return other.flags == vma.flags and other.pgoff - vma.pgoff == distance
+    doubtful: set[int] = set()
+    row: list[Vma] = []
+    for vma in [*vmas, None]:
+        if row and not (vma is not None and _alike(row[-1], vma)):
+            if any(member.anon_vma for member in row):
+                doubtful |= {member.start for member in row if not member.anon_vma}
+            row = []
+        if vma is not None:
+            row.append(vma)
+    return doubtful
+
+
+def _alike(lower: Vma, upper: Vma) -> bool:
+    return (
+        lower.end == upper.start
+        and lower.file is upper.file
+        and lower.flags == upper.flags
+        and lower.pgoff + lower.pages == upper.pgoff
+    )

@@ -107,6 +107,29 @@ class Doubt(NamedTuple):
     end: int
 
 
+class Split(NamedTuple):
+    """A call that sets a flag of mappings (madvise, mlock) cut them at ``start`` and ``end``."""
+
+    time_ns: int
+    mm: int
+    start: int
+    end: int
+
+
+class CowBroken(NamedTuple):
+    """A call has faulted all of ``[start, end)`` in for writing, mapped or not: all are copies.
+
+    Of pages that were mapped for reading nothing else tells (populate_vma_page_range, 6.18).
+    """
+
+    time_ns: int
+    mm: int
+    pid: int
+    tid: int
+    start: int
+    end: int
+
+
 class Fork(NamedTuple):
     """``child_mm`` is a copy of ``mm``: the mappings told so far, less the ones in ``dontfork``."""
 
@@ -197,6 +220,8 @@ Event = (
     | Move
     | Zap
     | Doubt
+    | CowBroken
+    | Split
     | Fork
     | Exit
     | Fault

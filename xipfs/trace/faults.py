@@ -152,11 +152,8 @@ class Faults:
         space, base = thread.space, (thread.pf_address & PAGE_MASK)
         for first, last in thread.pf_arounds:
             address = base + (first - thread.pf_index << PAGE_SHIFT)
-            self._emit(
-                thread.pf_last_ns,
-                events.Around(
-                    thread.pf_last_ns, space.id, thread.pid, address, thread.pf_ino, first, last
-                ),
+            self._processes.around(
+                thread.pf_last_ns, space, thread.pid, address, thread.pf_ino, first, last
             )
         thread.pf_arounds = []
 

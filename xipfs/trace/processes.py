@@ -15,6 +15,7 @@ from xipfs.trace import events
 from xipfs.trace.pids import Adoption
 from xipfs.trace.proc import Identity, MapsLine
 from xipfs.trace.vmas import Vma, VmaMap
+from xipfs.units import PAGE_SHIFT
 
 CLONE_VM: Final = 0x100
 CLONE_THREAD: Final = 0x10000
@@ -174,6 +175,22 @@ class Processes:
             ),
         )
 
+    def around(
+        self, time_ns: int, space: Space, pid: int, address: int, ino: int, first: int, last: int
+    ) -> None:
+        """Emit a fault-around of pages first..last of ``ino``, ``first`` at ``address``.
+
+        The kernel's record lies within one of its mappings, which our system calls may have cut
+        into pieces that it has not (an madvise splits nothing): each piece maps this file too.
+        """
+        for vma in space.vmas.meeting(address, address + (last - first + 1 << PAGE_SHIFT)):
+            index = first + (vma.start - address >> PAGE_SHIFT)
+            if vma.ino is None and vma.pgoff in (None, index) and index >= 0:
+                vma.ino, vma.pgoff = ino, index
+            if vma.ino == ino:
+                self.tell(time_ns, space, vma)
+        self.output.emit(time_ns, events.Around(time_ns, space.id, pid, address, ino, first, last))
+
     # -- who is it ---------------------------------------------------------------------------------
 
     def unknown(self, tid: int, traced: bool) -> Thread | None:
@@ -282,7 +299,9 @@ class Processes:
                 if vma.told:
                     dontfork.append((vma.start, vma.end))
                 continue
-            space.vmas.insert(vma.piece(vma.start, vma.end))
+            copy = vma.piece(vma.start, vma.end)
+            copy.locked = False  # as dup_mmap does
+            space.vmas.insert(copy)
         if told:
             space.told = True
             self.output.emit(

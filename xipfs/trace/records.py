@@ -53,6 +53,8 @@ SYSTEM_CALLS: Final = (
     "mlock",
     "mlock2",
     "mlockall",
+    "munlock",
+    "munlockall",
 )
 
 
@@ -87,6 +89,8 @@ _CALL_FIELDS: Final = {
     "mlock": ("start", "len"),
     "mlock2": ("start", "len"),
     "mlockall": (),
+    "munlock": ("start", "len"),
+    "munlockall": (),
 }
 
 

@@ -17,6 +17,8 @@ from xipfs.trace.vmas import Vma
 from xipfs.units import PAGE_MASK, PAGE_SIZE
 
 _ERROR_MIN: Final = (1 << 64) - 4095
+#: Above every address.
+_END: Final = 1 << 64
 _MAP_TYPE: Final = 0x0F
 _MAP_PRIVATE: Final = 0x02
 _MAP_ANONYMOUS: Final = 0x20
@@ -30,8 +32,14 @@ _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 #: DONTNEED, DONTNEED_LOCKED, GUARD_INSTALL: each takes the PTEs away and leaves the mapping.
 _MADV_ZAP: Final = frozenset({4, 24, 102})
-#: Advice that changes no PTE of a file mapping and no mapping's shape.
-_MADV_HARMLESS: Final = frozenset({0, 1, 2, 3, 8, 12, 13, 14, 15, 16, 17, 18, 19, 20, 25, 103})
+#: NORMAL, RANDOM, SEQUENTIAL, DONTFORK, DOFORK, DONTDUMP, DODUMP: flags of the mapping, no PTEs.
+_MADV_FLAGS: Final = frozenset({0, 1, 2, _MADV_DONTFORK, _MADV_DOFORK, 16, 17})
+#: Advice that changes no PTE of a file mapping.
+_MADV_HARMLESS: Final = frozenset({3, 8, 12, 13, 14, 15, 18, 19, 20, 25, 103})
+
+
+def _writable_private(pieces: list[Vma]) -> list[Vma]:
+    return [vma for vma in pieces if vma.prot & PROT_WRITE and not vma.shared]
 
 
 def _page_up(size: int) -> int:
@@ -55,7 +63,10 @@ class SystemCalls:
                 "pkey_mprotect": self._mprotect,
                 "madvise": self._madvise,
                 "mlock": self._mlock,
-                "mlock2": self._mlock,
+                "mlock2": self._mlock2,
+                "mlockall": self._mlockall,
+                "munlock": self._munlock,
+                "munlockall": self._munlockall,
                 "process_madvise": self._process_madvise,
                 "remap_file_pages": self._remap_file_pages,
             }.items()
@@ -176,12 +187,20 @@ class SystemCalls:
 
     def _mprotect(self, time_ns: int, thread: Thread, result: int) -> None:
         start, length, prot = thread.call_args[:3]
-        pieces = thread.space.vmas.isolate(start, start + _page_up(length))
+        end = start + _page_up(length)
+        pieces = [
+            piece
+            for vma in thread.space.vmas.meeting(start, end)
+            # What has this protection already is not split (mprotect_fixup).
+            if not (vma.prot_known and vma.prot == prot & 7)
+            for piece in thread.space.vmas.isolate(max(start, vma.start), min(end, vma.end))
+        ]
         if result != 0:
             # It holds up to the first hole or refusal, which we cannot place.
             if any(vma.told for vma in pieces):
                 self._unfollowed["mprotect that failed half way"] += 1
             return
+        locked = [v for v in pieces if v.locked is not False and not v.prot & PROT_WRITE]
         for vma in pieces:
             vma.prot = prot & 7
             vma.prot_known = True
@@ -190,44 +209,121 @@ class SystemCalls:
                     time_ns,
                     events.Protect(time_ns, thread.space.id, vma.start, vma.end, vma.prot),
                 )
+        if prot & PROT_WRITE:
+            # mprotect_fixup populates locked private memory that becomes writable.
+            for sure in (True, None):
+                now = [vma for vma in _writable_private(locked) if vma.locked is sure]
+                self._populated_by_writing(time_ns, thread, now, start, end, broken=bool(sure))
 
     def _madvise(self, time_ns: int, thread: Thread, result: int) -> None:
         start, length, advice = thread.call_args[:3]
+        end = start + _page_up(length)
         advice &= 0xFFFFFFFF
-        pieces = thread.space.vmas.isolate(start, start + _page_up(length))
+        # Only advice that a mapping keeps as a flag splits it, here as in the kernel.
+        pieces = thread.space.vmas.meeting(start, end)
         if advice in _MADV_ZAP:
             # ENOMEM means a hole; all that is mapped was dropped none the less.
             if result in (0, (1 << 64) - 12):
-                self._zap(time_ns, thread.space, pieces)
-        elif advice in (_MADV_DONTFORK, _MADV_DOFORK):
-            for vma in pieces if result == 0 else ():
-                vma.dontfork = advice == _MADV_DONTFORK
-        elif advice in (_MADV_POPULATE_WRITE, _MADV_PAGEOUT, _MADV_REMOVE):
+                self._zap(time_ns, thread.space, pieces, start, end)
+        elif advice in _MADV_FLAGS:
+            if result == 0:
+                self._flag(time_ns, thread.space, start, end, advice)
+        elif advice == _MADV_POPULATE_WRITE:
+            private = [vma for vma in pieces if not vma.shared]
+            self._populated_by_writing(time_ns, thread, private, start, end, broken=result == 0)
+            if result != 0 and any(vma.told for vma in pieces):
+                self._unfollowed["MADV_POPULATE_WRITE that stopped half way"] += 1
+        elif advice in (_MADV_PAGEOUT, _MADV_REMOVE):
             if any(vma.told for vma in pieces):
                 name = {_MADV_PAGEOUT: "PAGEOUT", _MADV_REMOVE: "REMOVE"}
-                self._unfollowed[f"MADV_{name.get(advice, 'POPULATE_WRITE')}"] += 1
+                self._unfollowed[f"MADV_{name[advice]}"] += 1
                 self._doubt(time_ns, thread.space, pieces)
         elif advice not in _MADV_HARMLESS and advice != _MADV_POPULATE_READ and result == 0:
             self._unfollowed[f"madvise advice {advice}"] += 1
 
-    def _mlock(self, time_ns: int, thread: Thread, _result: int) -> None:
-        """It breaks COW of private writable pages that are mapped already, without a fault."""
-        start, length = thread.call_args[:2]
-        pieces = thread.space.vmas.isolate(
-            start & PAGE_MASK, _page_up(length + (start & ~PAGE_MASK)) + (start & PAGE_MASK)
+    def _mlock(self, time_ns: int, thread: Thread, result: int) -> None:
+        pieces = self._range(time_ns, thread)
+        for vma in pieces:
+            vma.locked = True if result == 0 else None
+        self._populated_by_writing(
+            time_ns, thread, _writable_private(pieces), 0, _END, broken=result == 0
         )
-        writable = [vma for vma in pieces if vma.prot & PROT_WRITE and not vma.shared]
-        self._doubt(time_ns, thread.space, writable)
+
+    def _mlock2(self, time_ns: int, thread: Thread, _result: int) -> None:
+        # With MLOCK_ONFAULT, which is not among the fields read, nothing is faulted in.
+        self._perhaps_locked(time_ns, thread, self._range(time_ns, thread))
+
+    def _mlockall(self, time_ns: int, thread: Thread, _result: int) -> None:
+        self._perhaps_locked(time_ns, thread, list(thread.space.vmas))
+
+    def _perhaps_locked(self, time_ns: int, thread: Thread, pieces: list[Vma]) -> None:
+        for vma in pieces:
+            vma.locked = None
+        self._populated_by_writing(
+            time_ns, thread, _writable_private(pieces), 0, _END, broken=False
+        )
+
+    def _munlock(self, time_ns: int, thread: Thread, result: int) -> None:
+        for vma in self._range(time_ns, thread):
+            vma.locked = False if result == 0 else None
+
+    def _munlockall(self, _time_ns: int, thread: Thread, _result: int) -> None:
+        for vma in thread.space.vmas:
+            vma.locked = False
+
+    def _range(self, time_ns: int, thread: Thread) -> list[Vma]:
+        """Cut out and return the pieces of the pages that the call's first two arguments touch."""
+        start, length = thread.call_args[:2]
+        first = start & PAGE_MASK
+        return self._cut_out(time_ns, thread.space, first, first + _page_up(length + start - first))
+
+    def _cut_out(self, time_ns: int, space: Space, start: int, end: int) -> list[Vma]:
+        """Split the mappings at both ends, as a flag of [start, end) does, and say so."""
+        pieces = space.vmas.isolate(start, end)
+        if any(vma.told for vma in pieces):
+            self._output.emit(time_ns, events.Split(time_ns, space.id, start, end))
+        return pieces
+
+    def _populated_by_writing(
+        self,
+        time_ns: int,
+        thread: Thread,
+        pieces: list[Vma],
+        start: int,
+        end: int,
+        *,
+        broken: bool,
+    ) -> None:
+        """Tell that all of ``pieces`` in [start, end) are copies now, or (not broken) may be."""
+        for vma in pieces:
+            first, stop = max(vma.start, start), min(vma.end, end)
+            if not vma.told:
+                continue
+            space = thread.space.id
+            if broken:
+                self._output.emit(
+                    time_ns,
+                    events.CowBroken(time_ns, space, thread.pid, thread.tid, first, stop),
+                )
+            else:
+                self._output.emit(time_ns, events.Doubt(time_ns, space, first, stop))
 
     def _doubt(self, time_ns: int, space: Space, pieces: list[Vma]) -> None:
         for vma in pieces:
             if vma.told:
                 self._output.emit(time_ns, events.Doubt(time_ns, space.id, vma.start, vma.end))
 
-    def _zap(self, time_ns: int, space: Space, pieces: list[Vma]) -> None:
+    def _flag(self, time_ns: int, space: Space, start: int, end: int, advice: int) -> None:
+        pieces = self._cut_out(time_ns, space, start, end)
+        if advice in (_MADV_DONTFORK, _MADV_DOFORK):
+            for vma in pieces:
+                vma.dontfork = advice == _MADV_DONTFORK
+
+    def _zap(self, time_ns: int, space: Space, pieces: list[Vma], start: int, end: int) -> None:
         for vma in pieces:
             if vma.told:
-                self._output.emit(time_ns, events.Zap(time_ns, space.id, vma.start, vma.end))
+                first, stop = max(vma.start, start), min(vma.end, end)
+                self._output.emit(time_ns, events.Zap(time_ns, space.id, first, stop))
 
     def _process_madvise(self, _time_ns: int, _thread: Thread, result: int) -> None:
         if result < _ERROR_MIN:

@@ -25,6 +25,7 @@ class Vma:
         "end",
         "fresh",
         "ino",
+        "locked",
         "pgoff",
         "prot",
         "prot_known",
@@ -56,6 +57,8 @@ class Vma:
         #: Nothing was mapped in it before it was known.
         self.fresh = fresh
         self.dontfork = False
+        #: VM_LOCKED, and populated when it was locked: yes, no, or None: perhaps.
+        self.locked: bool | None = False
         self.told = False
 
     def index_at(self, address: int) -> int:
@@ -84,6 +87,7 @@ class Vma:
             fresh=self.fresh,
         )
         cut.dontfork = self.dontfork
+        cut.locked = self.locked
         cut.told = self.told
         return cut
 
@@ -108,6 +112,12 @@ class VmaMap:
             return None
         vma = self._vmas[at]
         return vma if address < vma.end else None
+
+    def meeting(self, start: int, end: int) -> list[Vma]:
+        """Return the mappings that share an address with ``[start, end)``, as they are."""
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        stop = bisect_left(self._starts, end)
+        return [vma for vma in self._vmas[first:stop] if vma.end > start]
 
     def insert(self, vma: Vma) -> None:
         """Add a mapping; its range must be free."""

@@ -1,0 +1,125 @@
+"""Running random programs on a mount and asking xipfs, at each pause, whether it knows them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proving.programs import FILE_PAGES, Program
+
+PAGE = 4096
+COMMANDS = 14
+#: More unknown pages than this at one pause is a difference: a share of those compared, and a few.
+UNKNOWN_SHARE_MAX = 0.05
+UNKNOWN_FLOOR = FILE_PAGES
+
+
+class DifferenceError(Exception):
+    """A program's page tables were not what xipfs believed; says how to run it again."""
+
+
+@dataclass
+class Outcome:
+    """What was compared and what was unknown, in pages, over all programs."""
+
+    programs: int = 0
+    pauses: int = 0
+    pages_compared: int = 0
+    pages_unknown: int = 0
+    mapcounts_compared: int = 0
+    copies_compared: int = 0
+
+
+class Runner:
+    """Runs programs over the files ``names`` of a mount."""
+
+    def __init__(
+        self, directory: Path, touch: Path, names: list[str], outcome: Outcome | None = None
+    ) -> None:
+        self._directory = directory
+        self._touch = touch
+        self._files = [directory / name for name in names]
+        self.outcome = outcome or Outcome()
+
+    def run(self, seed: int) -> None:
+        """Run the program of ``seed``; raise DifferenceError if anything differs."""
+        rng = random.Random(seed)
+        program = Program(rng, [str(file) for file in self._files]).grow(COMMANDS)
+        process = subprocess.Popen(
+            [self._touch, *program.words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            for number in range(program.pauses):
+                line = process.stdout.readline()
+                if line != "paused\n":
+                    raise DifferenceError(f"{self._how(seed, program)}: {process.communicate()}")
+                if number % 2:
+                    self._act(rng)
+                self._check(seed, program, number)
+                process.stdin.write("\n")
+                process.stdin.flush()
+            _, complaint = process.communicate(timeout=60)
+            if process.returncode:
+                raise DifferenceError(f"{self._how(seed, program)}: {complaint}")
+        finally:
+            process.kill()
+            with contextlib.suppress(ValueError):
+                process.communicate()
+        self.outcome.programs += 1
+
+    def _act(self, rng: random.Random) -> None:
+        """Do something to a file from outside: cut and lengthen it, or move pages of it."""
+        file = rng.choice(self._files)
+        first = rng.randrange(FILE_PAGES)
+        if rng.random() < 0.4:
+            os.truncate(file, first * PAGE)
+            os.truncate(file, FILE_PAGES * PAGE)
+            return
+        request = {
+            "op": "migrate",
+            "ino": file.stat().st_ino,
+            "to": rng.choice(("xip", "pagecache")),
+            "ranges": [[first, rng.randint(1, FILE_PAGES - first)]],
+        }
+        with open(self._directory / ".xipfs" / "control", "r+b", buffering=0) as control:
+            control.write(json.dumps(request).encode())
+            while control.read(1 << 16):
+                pass
+
+    def _check(self, seed: int, program: Program, number: int) -> None:
+        text = (self._directory / ".xipfs" / "verify.1.json").read_bytes()
+        answer: dict[str, Any] = json.loads(text)
+        wrong = {
+            name: answer[name]
+            for name in ("pages_differ", "mapcounts_differ", "copies_differ", "invariants_broken")
+            if answer[name]
+        }
+        unknown = sum(answer["pages_unknown"].values())
+        if wrong or unknown > UNKNOWN_SHARE_MAX * answer["pages_compared"] + UNKNOWN_FLOOR:
+            told = [line["differences"] for line in answer["processes"] if line["differences"]]
+            raise DifferenceError(
+                f"{self._how(seed, program)}\nat pause {number + 1}: {wrong}, "
+                f"unknown {answer['pages_unknown']}, {told}"
+            )
+        outcome = self.outcome
+        outcome.pauses += 1
+        outcome.pages_unknown += unknown
+        outcome.pages_compared += answer["pages_compared"]
+        outcome.mapcounts_compared += answer["mapcounts_compared"] or 0
+        outcome.copies_compared += answer["copies_compared"]
+
+    def _how(self, seed: int, program: Program) -> str:
+        return f"seed {seed} (tools/verify --programs 1 --seed {seed}): {shlex.join(program.words)}"

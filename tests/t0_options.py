@@ -20,6 +20,7 @@ def test_the_defaults() -> None:
         readahead_kib=None,
         policy="off",
         policy_values=(),
+        dry=False,
         allow_other=False,
     )
 
@@ -91,6 +92,7 @@ def test_readahead_off_is_zero() -> None:
         ("hint=-1", "hint=-1; expected a whole number of 0 or more"),
         ("hint=5,observe=off", "hint= with observe=off; expected observe=tracefs"),
         ("policy=threshold,promote=0", "promote=0; expected a whole number of 1 or more"),
+        ("dry", "dry without a policy; expected policy=NAME,dry"),
         ("promote=2", "unknown mount option 'promote'"),
     ],
 )
@@ -114,6 +116,7 @@ def test_every_option_has_a_line_of_help() -> None:
         "hint",
         "readahead",
         "policy",
+        "dry",
         "allow_other",
     }
 
@@ -130,5 +133,6 @@ def test_they_are_told_as_json_ready_values() -> None:
         "readahead_kib": None,
         "policy": "threshold",
         "policy_values": {"promote": 2},
+        "dry": False,
         "allow_other": False,
     }

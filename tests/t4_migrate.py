@@ -241,6 +241,18 @@ def test_by_default_no_policy_moves_anything(live: Mounts) -> None:
     assert mount.letters("file") == "X" * 41
 
 
+def test_a_dry_policy_counts_what_it_would_move_and_moves_nothing(live: Mounts) -> None:
+    mount = live.mount(None, "observe=requests,readahead=0,policy=fifo,dry")
+    (mount / "file").write_bytes(NOISE)
+    assert (mount / "file").read_bytes() == NOISE
+    migration = mount.stats()["migration"]
+    (planned,) = migration["would_move"]
+    assert (planned["to"], planned["reason"]) == ("pagecache", "first fault")
+    assert planned["count"] > 0
+    assert mount.stats()["vmstat"]["pgpromote_success"] == 0
+    assert mount.letters("file") == "X" * 41
+
+
 def test_a_batch_of_files_by_paths_and_by_tree(mnt: LiveMount) -> None:
     tree = mnt / "tree"
     (tree / "sub").mkdir(parents=True)

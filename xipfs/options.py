@@ -30,6 +30,7 @@ HELP: Final[dict[str, str]] = {
     "hint=PAGES_PER_S": "take so many mapped pages away a second, to see what is touched again",
     "readahead=off|KIB": "kernel read-ahead (default off under tracefs, else the kernel's 128)",
     "policy=NAME,KEY=N": "promote pages by a policy of `xipfs policy list` (default off)",
+    "dry": "with policy=: count what the policy would move, and move nothing",
     "allow_other": "let other users in (permissions are always checked)",
 }
 
@@ -48,6 +49,7 @@ class MountOptions:
     readahead_kib: int | None = None
     policy: str = "off"
     policy_values: tuple[tuple[str, int], ...] = ()
+    dry: bool = False
     allow_other: bool = False
 
     def describe(self) -> dict[str, object]:
@@ -71,11 +73,13 @@ def parse_options(words: Iterable[str]) -> MountOptions:
 
 
 def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
-    if name in ("ro", "rw", "allow_other"):
+    if name in ("ro", "rw", "allow_other", "dry"):
         if value is not None:
             raise UsageError(f"mount option {name!r} takes no value, got {value!r}")
         if name == "allow_other":
             return replace(options, allow_other=True)
+        if name == "dry":
+            return replace(options, dry=True)
         return replace(options, ro=name == "ro")
     if value is None and name in _VALUED:
         raise UsageError(f"mount option {name!r} has no value", expected=f"{name}=VALUE")
@@ -138,6 +142,8 @@ def _check(options: MountOptions) -> MountOptions:
         raise UsageError(
             f"hint= with observe={options.observe}", expected="observe=tracefs, which sees faults"
         )
+    if options.dry and options.policy == "off":
+        raise UsageError("dry without a policy", expected="policy=NAME,dry")
     if options.ram_bytes > 1 << 40:
         raise UsageError(f"ram={format_size(options.ram_bytes)}", expected="at most 1T")
     return options

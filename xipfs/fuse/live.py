@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
@@ -79,6 +80,8 @@ class Live:
         self._draining = trio.Lock()
         self._evicted: list[tuple[int, int]] = []
         self._eviction = trio.Event()
+        #: Under ``dry``: how often a page was to move, by new kind and reason.
+        self.would_move: Counter[tuple[str, str]] = Counter()
         self._plan: list[Move] = []
         self._planned = trio.Event()
         fs.set_hooks(
@@ -179,6 +182,9 @@ class Live:
         self.heat.add(charge for charge in charges if not charge.hint)
         self.migrator.history.charged(charges)
         if self.policy is not None and (moves := self.policy.plan(charges)):
+            if self.options.dry:
+                self.would_move.update((move.to.name.lower(), move.reason) for move in moves)
+                return
             self._plan += moves
             self._planned.set()
 

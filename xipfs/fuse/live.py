@@ -174,7 +174,8 @@ class Live:
 
         Of a thread that runs on, only the age of its last record tells that no more will follow.
         """
-        await trio.sleep(_SETTLE_S)
+        if not isinstance(self.observer, NoObserver):
+            await trio.sleep(_SETTLE_S)
         return await self.drain()
 
     def _account(self, events: list[Event]) -> None:

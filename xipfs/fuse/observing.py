@@ -19,7 +19,7 @@ from xipfs.options import MountOptions
 from xipfs.stats.snapshot import ObserverFigures
 from xipfs.trace import events as ev
 from xipfs.trace.observer import Observer
-from xipfs.trace.session import probe
+from xipfs.trace.session import TRACING, mount_tracefs, probe
 from xipfs.units import PAGE_SHIFT
 
 log = logging.getLogger(__name__)
@@ -221,6 +221,8 @@ def choose_observer(options: MountOptions) -> LiveObserver:
         return NoObserver("switched off with observe=off")
     if options.observe == "requests":
         return RequestsObserver(REQUESTS_NOTE)
+    if mount_tracefs():
+        log.info("mounted tracefs at %s", TRACING)
     unusable = probe().unusable
     if not unusable:
         return TracefsObserver()

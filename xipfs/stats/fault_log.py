@@ -28,7 +28,7 @@ class FaultLog:
 
     def __init__(self, comm: Callable[[int], str], kept: int = KEPT_FAULTS) -> None:
         self._comm = comm
-        self._kept: deque[tuple[Fault, Charge]] = deque(maxlen=kept)
+        self._kept: deque[tuple[Fault, Charge, str]] = deque(maxlen=kept)
         self._next = 1
         self._asked_s: float | None = None
 
@@ -36,7 +36,8 @@ class FaultLog:
         """Number one fault; keep it while somebody reads."""
         self._next += 1
         if self._asked_s is not None:
-            self._kept.append((fault, charge))
+            # Now: who asks later may find the process gone, and its name with it.
+            self._kept.append((fault, charge, self._comm(fault.pid)))
 
     def rest(self, now_s: float) -> None:
         """Stop keeping when no reader has come for long."""
@@ -65,16 +66,16 @@ class FaultLog:
         chosen = list(islice(self._kept, start - oldest, start - oldest + ANSWER_FAULTS))
         return {
             "columns": FAULT_COLUMNS,
-            "faults": "\n".join("\t".join(map(str, self._row(*pair))) for pair in chosen),
+            "faults": "\n".join("\t".join(map(str, self._row(*kept))) for kept in chosen),
             "next": start + len(chosen),
             "end": self._next,
             "missed": start - cursor,
         }
 
-    def _row(self, fault: Fault, charge: Charge) -> tuple[int | str, ...]:
+    def _row(self, fault: Fault, charge: Charge, name: str) -> tuple[int | str, ...]:
         access = "exec" if fault.execute else "write" if fault.write else "read"
         # A program can put any byte into its name.
-        comm = " ".join(self._comm(fault.pid).split())
+        comm = " ".join(name.split())
         return (
             fault.time_ns,
             fault.mm,

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import os
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -41,6 +42,19 @@ class Availability:
     """Event name -> why it cannot be used and what is lost without it."""
     unusable: str
     """Why faults cannot be observed at all; empty when they can."""
+
+
+def mount_tracefs(tracing: Path = TRACING) -> bool:
+    """Mount tracefs where the kernel has it and no init system did; return whether that was done.
+
+    Nothing is done, and nothing raised, where that is not possible: ``probe`` says what is missing.
+    """
+    if os.geteuid() != 0 or not tracing.is_dir() or any(tracing.iterdir()):
+        return False
+    command = ["mount", "-t", "tracefs", "nodev", str(tracing)]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return False
 
 
 def probe(tracing: Path = TRACING) -> Availability:

@@ -22,6 +22,7 @@ VERBS: Final[dict[str, str]] = {
     "mkfs": "make an image, optionally from a directory tree",
     "mount": "mount an image; faults of mapped files are accounted from then on",
     "umount": "unmount and wait until the image is closed",
+    "fsck": "check an image that is not mounted, changing nothing",
     "stat": "show what faults were charged, and where pages are",
     "pages": "show a file's pages: XIP, pagecache, hole",
     "record": "write every fault of a mount to a trace file",

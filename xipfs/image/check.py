@@ -127,7 +127,7 @@ class _Check:
             shown = self.overlay.setdefault(number, bytearray(self.block(number)))
             shown[start : start + len(data)] = data
 
-    def read_table(self, state: bytes, counters: Counters | None) -> None:
+    def read_table(self, state: bytearray, counters: Counters | None) -> None:
         try:
             table = unpack_inode(
                 layout.TABLE_INO, state, layout.STATE_BLOCK, layout.TABLE_INODE_OFFSET

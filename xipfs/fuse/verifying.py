@@ -96,8 +96,12 @@ class Verifier:
             looks, restless, still = await self._look(numbers)
             # With no await until the end of the round: all of it is of one moment.
             fresh = {number: verify.compare(books, number, look) for number, look in looks.items()}
-            results |= fresh
-            rss |= {number: look.rss_pages for number, look in looks.items()}
+            for number, result in fresh.items():
+                # Each round learns: what it found would be gone if the next one were told instead.
+                earlier = results.get(number)
+                if earlier is None or not (earlier.pages_differ or earlier.pages_unknown):
+                    results[number] = result
+                    rss[number] = looks[number].rss_pages
             unknown = any(result.pages_unknown for result in fresh.values())
             whole = pid is None and still and len(fresh) == len(books.kernel.pids)
             if whole and not unknown:

@@ -91,6 +91,7 @@ class Verifier:
         results: dict[int, Comparison] = {}
         rss: dict[int, int] = {}
         counts: tuple[int, int] | None = None
+        copies, broken = (0, 0), ""
         for _ in range(_ATTEMPTS):
             numbers = [n for n, own in books.kernel.pids.items() if pid is None or own == pid]
             looks, restless, still = await self._look(numbers)
@@ -106,8 +107,9 @@ class Verifier:
             whole = pid is None and still and len(fresh) == len(books.kernel.pids)
             if whole and not unknown:
                 counts = verify.compare_mapcounts(list(fresh.values()), list(looks.values()))
-            copies = verify.recount(books, [n for n in results if n in books.mms])
-            broken = books.check()
+            if not copies[1]:
+                copies = verify.recount(books, [n for n in results if n in books.mms])
+            broken = broken or books.check()
             for number, result in fresh.items():
                 verify.learn(books, number, result)
             if whole or (pid is not None and not restless):

@@ -171,7 +171,7 @@ class Grammar:
 
     def _sys_enter(self, thread: Thread, row: Row) -> None:
         self.faults.close(thread)
-        self._calls.enter(thread, row[2], tuple(row[3:]))
+        self._calls.enter(row[0], thread, row[2], tuple(row[3:]))
 
     def _sys_exit(self, thread: Thread, row: Row) -> None:
         self.faults.close(thread)

@@ -72,7 +72,7 @@ class SystemCalls:
             }.items()
         }
 
-    def enter(self, thread: Thread, number: int, arguments: tuple[int, ...]) -> None:
+    def enter(self, time_ns: int, thread: Thread, number: int, arguments: tuple[int, ...]) -> None:
         """Note that ``thread`` entered system call ``number`` (an index of SYSTEM_CALLS)."""
         thread.call = number
         thread.call_args = arguments
@@ -80,6 +80,9 @@ class SystemCalls:
         thread.populate_next = arguments[0] & PAGE_MASK
         if SYSTEM_CALLS[number] == "mmap":
             thread.populate_next = -1
+        elif SYSTEM_CALLS[number] in ("mlock", "mlock2"):
+            # Cut before anything is populated: only the locked piece gets an anon_vma by that.
+            self._range(time_ns, thread)
 
     def populates(self, thread: Thread) -> bool:
         """Tell whether the call that ``thread`` is in may fault pages of its range in."""

@@ -213,7 +213,7 @@ class Live:
             for ino, first, count in runs(pages):
                 try:
                     await self.notifier.invalidate_pages(ino, first, count)
-                except OSError:
+                except Exception:
                     # The kernel keeps the page; its refill will only be charged late.
                     log.exception("pages %d+%d of inode %d not invalidated", first, count, ino)
 

@@ -170,7 +170,12 @@ class Verifier:
             later = [number for number in numbers if number > self._last_audited]
             if numbers:
                 self._last_audited = (later or numbers)[0]
-                await self._audit(self._last_audited)
+                try:
+                    await self._audit(self._last_audited)
+                except Exception:
+                    # A defect of the audit must not end the mount; its figures stop growing.
+                    log.exception("the audit ended")
+                    return
 
     async def _audit(self, number: int) -> None:
         figures, books = self.audited, self._books

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 from conftest import needs
@@ -23,7 +22,8 @@ def test_random_programs_are_known_page_by_page(live: Mounts, touch: Path) -> No
     fill(image, {"x": PageKind.XIP, "p": PageKind.PAGECACHE}, pages=FILE_PAGES)
     mount = live.mount(image, "observe=tracefs")
     runner = Runner(mount.directory, touch, ["x", "p"])
-    first = random.randrange(1 << 30)
+    # The same programs each time: new ones are for tools/verify, which has time for them.
+    first = 1
     print(f"seeds {first} to {first + PROGRAMS - 1}: tools/verify --programs 1 --seed N")
     for seed in range(first, first + PROGRAMS):
         runner.run(seed)

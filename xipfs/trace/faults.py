@@ -334,6 +334,8 @@ class Faults:
             and thread.pf_origin != events.TRAP
             and thread.pf_mapped_last
             and not thread.pf_faults
+            and thread.pf_vma is not None
+            and index - thread.pf_index << PAGE_SHIFT < thread.pf_vma.end - thread.pf_address
             and thread.pf_ino == ino
             and thread.pf_arounds
             and self._in_window(index, *thread.pf_arounds[-1])

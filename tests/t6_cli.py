@@ -320,17 +320,20 @@ def test_every_verb_has_help_and_is_in_the_list() -> None:
 def test_migrates_help() -> None:
     assert xipfs("migrate", "--help").stdout == text(
         """
-        usage: xipfs migrate [-h] --to {pagecache,xip} [--pages A-B,...] [--json] FILE
+        usage: xipfs migrate [-h] [-r] --to {pagecache,xip} [--pages A-B,...] [--json]
+                             PATH [PATH ...]
 
         Move a file's pages between XIP and pagecache.
 
         positional arguments:
-          FILE                  a regular file on the mount
+          PATH                  regular files on the mount
 
         options:
           -h, --help            show this help message and exit
+          -r, --recursive       take directories with all files below
           --to {pagecache,xip}  the new kind
-          --pages A-B,...       only these pages, as in 0-15,20 (default: all)
+          --pages A-B,...       only these pages, as in 0-15,20 (one file; default
+                                all)
           --json                the outcome as one JSON object
         """
     )

@@ -7,6 +7,8 @@
  *   bench_io fsync FILE SEED COUNT   COUNT times: pwrite 4 KiB at a random page, then fsync
  *   bench_io loop FILE STRIDE PASSES touch every STRIDEth page, PASSES times, unmapping them with
  *                                    MADV_DONTNEED between; a first pass, not counted, warms them
+ *   bench_io open FILE COUNT         open and close FILE COUNT times; the first time is told apart
+ *   bench_io calls COUNT             call getppid(2) COUNT times
  *
  * A random order is a function of SEED and the number of pages only.  One line of JSON says how
  * long the measured part took, how many faults the kernel charged to it, and a checksum of the
@@ -24,6 +26,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -231,6 +234,41 @@ static void fault_loop(const char *path, size_t stride, size_t passes)
 	printf("}\n");
 }
 
+static int64_t since_ns(const struct timespec *start)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (now.tv_sec - start->tv_sec) * INT64_C(1000000000) + (now.tv_nsec - start->tv_nsec);
+}
+
+static void open_again_and_again(const char *path, size_t count)
+{
+	struct timespec start;
+	int64_t first_ns = 0;
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	for (size_t i = 0; i <= count; i++) {
+		close(open_file(path, O_RDONLY).descriptor);
+		if (!i) {
+			first_ns = since_ns(&start);
+			clock_gettime(CLOCK_MONOTONIC, &start);
+		}
+	}
+	printf("{\"first_ns\": %lld, \"count\": %zu, \"ns\": %lld}\n", (long long)first_ns, count,
+	       (long long)since_ns(&start));
+}
+
+static void call_again_and_again(size_t count)
+{
+	struct timespec start;
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	for (size_t i = 0; i < count; i++)
+		syscall(SYS_getppid);
+	printf("{\"calls\": %zu, \"ns\": %lld}\n", count, (long long)since_ns(&start));
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 4 && !strcmp(argv[1], "mmap"))
@@ -239,9 +277,13 @@ int main(int argc, char **argv)
 		write_and_sync(argv[2], number(argv[3]), number(argv[4]));
 	else if (argc == 5 && !strcmp(argv[1], "loop") && number(argv[3]))
 		fault_loop(argv[2], number(argv[3]), number(argv[4]));
+	else if (argc == 4 && !strcmp(argv[1], "open") && number(argv[3]))
+		open_again_and_again(argv[2], number(argv[3]));
+	else if (argc == 3 && !strcmp(argv[1], "calls"))
+		call_again_and_again(number(argv[2]));
 	else {
 		fprintf(stderr, "usage: bench_io mmap FILE SEED | fsync FILE SEED COUNT | "
-				"loop FILE STRIDE PASSES\n");
+				"loop FILE STRIDE PASSES | open FILE COUNT | calls COUNT\n");
 		return 2;
 	}
 	return 0;

@@ -38,7 +38,7 @@ class Scene:
         self.fs = fs
         self.books = Accountant(fs, Rules.parse(rules), lambda pid: f"proc{pid}")
         fs.set_hooks(
-            on_unmap=self.books.unmap_page,
+            on_unmap=self.books.unmap_pages,
             on_evict=nothing,
             on_cut=self.books.cut,
         )

@@ -126,24 +126,24 @@ def test_a_dirty_page_goes_home_before_its_frame_goes(
 
 
 def test_the_hooks_see_each_page_that_loses_its_frame(fs: Filesystem) -> None:
-    heard: list[tuple[str, int, int]] = []
+    heard: list[tuple[str | int, ...]] = []
     fs.set_hooks(
-        on_unmap=lambda ino, index: heard.append(("unmap", ino, index)),
+        on_unmap=lambda ino, first, count: heard.append(("unmap", ino, first, count)),
         on_evict=lambda ino, index: heard.append(("evict", ino, index)),
         on_cut=lambda ino, first: heard.append(("cut", ino, first)),
     )
     ino = make(fs, P, 5)
-    fills = [("unmap", ino, i) for i in range(5)]  # what stood for the hole
-    assert heard == [*fills, ("unmap", ino, 0), ("evict", ino, 0)]
+    # What stood for the holes, and the victim.
+    assert heard == [("unmap", ino, 0, 5), ("unmap", ino, 0, 1), ("evict", ino, 0)]
     heard.clear()
     fs.demote(ino, 2)
-    assert heard == [("unmap", ino, 2)]
+    assert heard == [("unmap", ino, 2, 1)]
     heard.clear()
     fs.setattr(ino, size_bytes=3 * PAGE + 1)
-    assert heard == [("cut", ino, 4), ("unmap", ino, 4)]
+    assert heard == [("cut", ino, 4), ("unmap", ino, 4, 1)]
     heard.clear()
     fs.unlink(ROOT, b"file")
-    assert heard == [("cut", ino, 0), ("unmap", ino, 1), ("unmap", ino, 3)]
+    assert heard == [("cut", ino, 0), ("unmap", ino, 1, 1), ("unmap", ino, 3, 1)]
 
 
 def test_a_pinned_page_is_passed_over(fs: Filesystem) -> None:
@@ -187,8 +187,8 @@ def test_a_page_mapped_by_the_model_is_unmapped_before_it_goes(fs: Filesystem) -
     fs.memory.mapcount[mapped] += 1
     zapped = []
 
-    def unmap(_ino: int, index: int) -> None:
-        zapped.append(index)
+    def unmap(_ino: int, index: int, count: int) -> None:
+        zapped.extend(range(index, index + count))
         if index == 0 and fs.memory.mapcount[mapped]:
             fs.memory.mapcount[mapped] -= 1
             fs.memory.put_page(mapped)

@@ -130,11 +130,11 @@ class Accountant:
         file = self._files.get(ino)
         return file is not None and len(file.mapped.i_mmap) > 0
 
-    def unmap_page(self, ino: int, index: int) -> None:
-        """Zap every PTE of one file page; private copies stay (rules R1, K7)."""
+    def unmap_pages(self, ino: int, first: int, count: int) -> None:
+        """Zap every PTE of a run of file pages; private copies stay (rules R1, K7)."""
         file = self._files.get(ino)
         if file is not None:
-            unmap_mapping_range(file.mapped, index, 1, even_cows=False)
+            unmap_mapping_range(file.mapped, first, count, even_cows=False)
 
     def cut(self, ino: int, first: int) -> None:
         """Zap every PTE of a file from page ``first`` on, private copies too (rule K15)."""

@@ -20,7 +20,6 @@ import numpy as np
 
 from xipfs.errors import FsError, OutOfFramesError
 from xipfs.fs.core import Amend, Core
-from xipfs.fs.pagecache import CachedPage
 from xipfs.fs.segments import Segment, segments
 from xipfs.fs.types import PageKind, WriteOrigin
 from xipfs.image import layout
@@ -28,7 +27,7 @@ from xipfs.image.filemap import Entries
 from xipfs.image.layout import BLOCK_SHIFT, MAX_FILE_BYTES
 from xipfs.image.record import Inode
 from xipfs.memory.region import Buffer
-from xipfs.units import PAGE_SHIFT, PAGE_SIZE, Ino, PageIndex
+from xipfs.units import PAGE_SHIFT, PAGE_SIZE, Pfn
 
 #: Pages a transaction links at most; with the smallest journal the bitmap may scatter them over
 #: this many lines and they still fit.
@@ -106,8 +105,8 @@ class Content:
             amend(inode)
             self._core.put(inode)
 
-    def resident(self, ino: int, index: int, home: int) -> tuple[CachedPage, bool]:
-        """Touch a pagecache page; return it and whether its frame had to be filled from home.
+    def resident(self, ino: int, index: int, home: int) -> tuple[Pfn, bool]:
+        """Touch a pagecache page; return its frame and whether that had to be filled from home.
 
         Raise OutOfFramesError if every frame is pinned.
         """
@@ -133,7 +132,8 @@ class Content:
                     # Everything is pinned: the page stays where it is and is read from there.
                     pages[at : at + PAGE_SIZE] = medium.load(home << BLOCK_SHIFT, PAGE_SIZE)
                     continue
-                page.filled_by_read |= filled
+                if filled:
+                    self._core.cache.mark_filled(page)
                 pages[at : at + PAGE_SIZE] = self._core.cache.bytes_of(page)
 
     def _write_chunk(self, ino: int, offset: int, data: memoryview, origin: WriteOrigin) -> None:
@@ -204,9 +204,8 @@ class Content:
             if direct:
                 self._store(part, first, offset, data)
             medium.flush(at, size)
-        for index in (holes + first).tolist():
-            # Whoever mapped the page has what stands for a hole there (rules R2, R4).
-            self._core.cache.on_unmap(Ino(inode.ino), PageIndex(index))
+        # Whoever mapped the pages has what stands for a hole there (rules R2, R4).
+        self._core.cache.unmap(inode.ino, (holes + first).tolist())
         bodies[holes] = new[holes]
         volume.maps.assign(inode, first, bodies)
         inode.blocks += int(holes.size)

@@ -18,7 +18,7 @@ from xipfs.fs.core import Core, attr_of
 from xipfs.fs.imagelock import ImageLock
 from xipfs.fs.moving import Moved, Moving
 from xipfs.fs.namespace import Namespace
-from xipfs.fs.pagecache import CacheStatistics, PageHook
+from xipfs.fs.pagecache import CacheStatistics, PageHook, RunHook
 from xipfs.fs.placement import Placement
 from xipfs.fs.reclaim import Reclaim
 from xipfs.fs.rename import Rename
@@ -133,11 +133,11 @@ class Filesystem:
         """The medium beneath: its statistics tell what was stored, flushed and fenced."""
         return self._core.medium
 
-    def set_hooks(self, *, on_unmap: PageHook, on_evict: PageHook, on_cut: PageHook) -> None:
+    def set_hooks(self, *, on_unmap: RunHook, on_evict: PageHook, on_cut: PageHook) -> None:
         """Install what is called around losing a frame or a page.
 
-        ``on_unmap(ino, index)`` must zap every PTE of the page and drop the references that go
-        with them; ``on_evict(ino, index)`` tells that the page is not resident any more;
+        ``on_unmap(ino, first, count)`` must zap every PTE of the pages and drop the references
+        that go with them; ``on_evict(ino, index)`` tells that the page is not resident any more;
         ``on_cut(ino, first)`` that the file ends before page ``first`` from now on, XIP pages
         included. None may call the filesystem.
         """
@@ -346,8 +346,7 @@ class Filesystem:
 
     def resident_pfn(self, ino: int, index: int) -> Pfn | None:
         """Return the frame of a resident page-cache page, None for any other; this is no touch."""
-        page = self._core.cache.get(ino, index)
-        return None if page is None else page.pfn
+        return self._core.cache.get(ino, index)
 
     def resident_frames(self) -> list[Pfn]:
         """Return the frames that the page cache holds."""

@@ -22,10 +22,11 @@ from xipfs.fs.types import PageKind
 from xipfs.image import layout
 from xipfs.image.filemap import Entries
 from xipfs.image.record import Inode
-from xipfs.units import Ino, PageIndex
 
-#: Pages of one transaction: their entries lie in two leaves at most, 4 KiB of the journal.
-STEP_PAGES: Final = 256
+#: Pages of one transaction: 16 KiB of entries in five leaves at most; the smallest journal has 32.
+STEP_PAGES: Final = 2048
+
+Positions = np.typing.NDArray[np.int64]
 
 
 @dataclass
@@ -40,6 +41,21 @@ class Moved:
         """Add pages that were not moved."""
         if pages:
             self.refused.setdefault(code, []).extend(pages)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One transaction's pages: those ``at`` positions of the entries from page ``first`` on."""
+
+    ino: int
+    first: int
+    bodies: Entries
+    at: Positions
+
+    def pages(self) -> list[int]:
+        """Return the page numbers, ascending."""
+        numbers: list[int] = (self.at + self.first).tolist()
+        return numbers
 
 
 class Moving:
@@ -64,14 +80,14 @@ class Moving:
         result = Moved()
         # A step that needs more frames than there are would evict what it has just filled.
         step = min(STEP_PAGES, self._core.memory.ram_pages)
+        one_step = self._promote if to is PageKind.PAGECACHE else self._demote
         for start in range(pages.start, pages.stop, STEP_PAGES):
             chunk = range(start, min(start + STEP_PAGES, pages.stop))
             bodies = self._bodies(self._core.regular(ino), chunk)
-            other = (np.flatnonzero(_other_kind(bodies, to)) + start).tolist()
-            result.already += int(np.count_nonzero(bodies)) - len(other)
-            for at in range(0, len(other), step):
-                part = other[at : at + step]
-                (self._promote if to is PageKind.PAGECACHE else self._demote)(ino, part, result)
+            other = np.flatnonzero(_other_kind(bodies, to))
+            result.already += int(np.count_nonzero(bodies)) - other.size
+            for at in range(0, other.size, step):
+                one_step(_Step(ino, start, bodies, other[at : at + step]), result)
         return result
 
     def move_one(self, ino: int, index: int, to: PageKind) -> bool:
@@ -81,58 +97,55 @@ class Moving:
             raise FsError(code, f"page {index} of inode {ino} cannot become {to.value} now")
         return bool(result.moved)
 
-    def _promote(self, ino: int, pages: list[int], result: Moved) -> None:
+    def _promote(self, step: _Step, result: Moved) -> None:
         cache = self._core.cache
-        for index in pages:
-            cache.on_unmap(Ino(ino), PageIndex(index))
-        bodies = self._bodies(self._core.regular(ino), range(pages[0], pages[-1] + 1))
-        at = np.array(pages) - pages[0]
-        homes = (bodies[at] & np.uint64(layout.ENTRY_BLOCK_MASK)).tolist()
-        admitted = cache.admit_many(ino, pages, homes)
-        moved = pages[: len(admitted)]
+        pages = step.pages()
+        cache.unmap(step.ino, pages)
+        homes = (step.bodies[step.at] & np.uint64(layout.ENTRY_BLOCK_MASK)).astype(np.int64)
+        admitted = cache.admit_run(step.ino, pages, homes)
+        count = admitted.size
         try:
-            self._commit(ino, moved)
+            self._commit(step, step.at[:count])
         except BaseException:
-            for page in admitted:
-                cache.drop(page)
+            cache.drop(admitted)
             raise
-        result.moved += moved
-        result.refuse(errno.ENOMEM, pages[len(moved) :])
+        result.moved += pages[:count]
+        result.refuse(errno.ENOMEM, pages[count:])
 
-    def _demote(self, ino: int, pages: list[int], result: Moved) -> None:
+    def _demote(self, step: _Step, result: Moved) -> None:
         cache = self._core.cache
-        moved, pinned, frames = [], [], []
-        for index in pages:
-            page = cache.get(ino, index)
-            if page is not None and not cache.unmap(page):
-                pinned.append(index)
-                continue
-            moved.append(index)
-            if page is not None:
-                frames.append(page)
-        if cache.write_home_many(frames):
+        pages = step.pages()
+        frames = cache.get_run(step.ino, pages)
+        resident = frames >= 0
+        cache.unmap(step.ino, pages)
+        pinned = np.zeros(len(pages), bool)
+        pinned[resident] = cache.pinned(frames[resident])
+        gone = frames[resident & ~pinned]
+        if cache.write_home(gone):
             self._core.medium.fence()
-        self._commit(ino, moved)
-        for page in frames:
-            cache.drop(page)
-        result.moved += moved
-        result.refuse(errno.EAGAIN, pinned)
+        self._commit(step, step.at[~pinned])
+        cache.drop(gone)
+        if pinned.any():
+            at = np.array(pages)
+            result.moved += at[~pinned].tolist()
+            result.refuse(errno.EAGAIN, at[pinned].tolist())
+        else:
+            result.moved += pages
 
-    def _commit(self, ino: int, pages: list[int]) -> None:
-        """Turn the kinds of ``pages`` over, all of them durably or none."""
-        if not pages:
+    def _commit(self, step: _Step, at: Positions) -> None:
+        """Turn the kinds of the pages ``at`` over, all of them durably or none."""
+        if not at.size:
             return
-        volume = self._core.volume
+        volume, bodies = self._core.volume, step.bodies
+        bodies[at] ^= np.uint64(layout.ENTRY_PAGECACHE)
+        first, stop = int(at[0]), int(at[-1]) + 1
         with self._core.change():
-            inode = self._core.inode(ino)
-            bodies = self._bodies(inode, range(pages[0], pages[-1] + 1))
-            at = np.array(pages) - pages[0]
-            bodies[at] ^= np.uint64(layout.ENTRY_PAGECACHE)
-            volume.maps.assign(inode, pages[0], bodies)
+            inode = self._core.inode(step.ino)
+            volume.maps.assign(inode, step.first + first, bodies[first:stop])
             # An entry in a node leaves the inode as it is; the root entry is the inode's own.
             self._core.put(inode)
-            promoted = bool(int(bodies[0]) & layout.ENTRY_PAGECACHE)
-            count = len(pages) if promoted else -len(pages)
+            promoted = bool(int(bodies[first]) & layout.ENTRY_PAGECACHE)
+            count = at.size if promoted else -at.size
             volume.counters.count_pages(xip=-count, pagecache=count)
 
     def _bodies(self, inode: Inode, pages: range) -> Entries:

@@ -11,6 +11,7 @@ import numpy as np
 from xipfs.errors import FsError, OutOfFramesError
 from xipfs.fs.content import Content
 from xipfs.fs.core import Core
+from xipfs.fs.frame_table import Pfns
 from xipfs.fs.segments import kind_of
 from xipfs.fs.types import PageKind, PageRun, PageState
 from xipfs.image import layout
@@ -34,16 +35,16 @@ class Placement:
             return PageState(kind, resident=False, dirty=False, pfn=None)
         if kind is PageKind.XIP:
             return PageState(kind, resident=False, dirty=False, pfn=self._nvram_pfn(body))
-        page = self._core.cache.get(ino, index)
-        if page is None:
+        pfn = self._core.cache.get(ino, index)
+        if pfn is None:
             return PageState(kind, resident=False, dirty=False, pfn=None)
-        return PageState(kind, resident=True, dirty=page.dirty, pfn=page.pfn)
+        return PageState(kind, resident=True, dirty=self._core.cache.is_dirty(pfn), pfn=pfn)
 
     def runs(self, ino: int) -> Iterator[PageRun]:
         """Yield the file's pages up to its end as runs of equal kind and residency, holes too."""
         inode = self._core.regular(ino)
         end = pages_of(inode.size_bytes)
-        resident = {page.index for page in self._core.cache.pages_of(ino)}
+        resident = np.array(sorted(self._core.cache.pages_of(ino)), np.int64)
         pending: PageRun | None = None
         for run in self._raw_runs(inode, end, resident):
             if pending and (pending.kind, pending.resident) == (run.kind, run.resident):
@@ -71,24 +72,20 @@ class Placement:
         if kind is PageKind.XIP:
             return self._nvram_pfn(body), False
         try:
-            page, filled = self._content.resident(ino, index, body & layout.ENTRY_BLOCK_MASK)
+            return self._content.resident(ino, index, body & layout.ENTRY_BLOCK_MASK)
         except OutOfFramesError as error:
             raise FsError(errno.ENOMEM, str(error)) from error
-        return page.pfn, filled
 
     def touch(self, ino: int, index: int) -> None:
         """Make the page the hottest if it is resident; nothing else changes."""
-        page = self._core.cache.get(ino, index)
-        if page is not None:
-            self._core.cache.touch(page)
+        pfn = self._core.cache.get(ino, index)
+        if pfn is not None:
+            self._core.cache.touch(pfn)
 
     def take_fill_mark(self, ino: int, index: int) -> bool:
         """Return whether a read filled the page's frame and nobody asked since."""
-        page = self._core.cache.get(ino, index)
-        if page is None or not page.filled_by_read:
-            return False
-        page.filled_by_read = False
-        return True
+        pfn = self._core.cache.get(ino, index)
+        return pfn is not None and self._core.cache.take_fill_mark(pfn)
 
     def take_evicted_fill(self, ino: int, index: int) -> bool:
         """Return whether a read filled the page, it was evicted, and nobody asked since."""
@@ -111,7 +108,7 @@ class Placement:
     def _nvram_pfn(self, body: int) -> Pfn:
         return self._core.memory.nvram_pfn(body & layout.ENTRY_BLOCK_MASK)
 
-    def _raw_runs(self, inode: Inode, end: int, resident: set[PageIndex]) -> Iterator[PageRun]:
+    def _raw_runs(self, inode: Inode, end: int, resident: Pfns) -> Iterator[PageRun]:
         """Yield runs in order, neighbours not yet merged; gaps between leaves are holes."""
         position = 0
         for start, bodies in self._core.volume.maps.leaves(inode, 0):
@@ -125,11 +122,10 @@ class Placement:
             yield PageRun(PageIndex(position), end - position, PageKind.HOLE, False)
 
 
-def _leaf_runs(start: int, bodies: Entries, resident: set[PageIndex]) -> Iterator[PageRun]:
+def _leaf_runs(start: int, bodies: Entries, resident: Pfns) -> Iterator[PageRun]:
     kinds = np.where(bodies == 0, 0, 1 + (bodies & np.uint64(layout.ENTRY_PAGECACHE) != 0))
-    for index in resident:
-        if start <= index < start + bodies.size:
-            kinds[index - start] = 3
+    low, high = np.searchsorted(resident, (start, start + bodies.size))
+    kinds[resident[low:high] - start] = 3
     cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), bodies.size]
     names = (PageKind.HOLE, PageKind.XIP, PageKind.PAGECACHE, PageKind.PAGECACHE)
     for begin, stop in pairwise(cuts):

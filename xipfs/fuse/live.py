@@ -85,7 +85,9 @@ class Live:
         self._plan: list[Move] = []
         self._planned = trio.Event()
         fs.set_hooks(
-            on_unmap=self.accountant.unmap_page, on_evict=self._on_evict, on_cut=self.accountant.cut
+            on_unmap=self.accountant.unmap_pages,
+            on_evict=self._on_evict,
+            on_cut=self.accountant.cut,
         )
 
     def start(self, nursery: trio.Nursery, mount: Mount) -> None:

@@ -91,6 +91,24 @@ class FreeList:
         """Take ``number`` back."""
         self._returned.append(number)
 
+    def take(self, count: int) -> npt.NDArray[np.int64]:
+        """Return what ``count`` calls of ``pop`` would, in ascending order; fewer at the end."""
+        back = min(count, len(self._returned))
+        fresh = min(count - back, self._end - self._next)
+        taken = np.empty(back + fresh, np.int64)
+        if back:
+            taken[:back] = self._returned[-back:]
+            del self._returned[-back:]
+            taken[:back].sort()
+        taken[back:] = np.arange(self._next, self._next + fresh)
+        self._next += fresh
+        # Never taken numbers lie above all that came back.
+        return taken
+
+    def give(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Take all of ``numbers`` back; the last of them will be the next to go."""
+        self._returned.frombytes(numbers.tobytes())
+
     def extend(self, count: int) -> None:
         """Add ``count`` numbers after the last one."""
         self._end += count
@@ -182,6 +200,16 @@ class PhysicalMemory:
         self.ref[pfn] = 1
         return Pfn(pfn)
 
+    def alloc_ram_run(self, count: int) -> npt.NDArray[np.int64]:
+        """Take ``count`` page-cache frames as ``alloc_ram`` does; return their pfns, ascending.
+
+        Fewer if there are not so many free ones.
+        """
+        pfns = self.ram_free.take(count)
+        assert not self.refcount[pfns].any(), pfns
+        self.refcount[pfns] = 1
+        return pfns
+
     def alloc_anon(self) -> Pfn:
         """Take a frame for an anonymous page, refcount 1."""
         pfn = self.anon_free.pop()
@@ -205,6 +233,16 @@ class PhysicalMemory:
             assert self.map[pfn] == 0, (pfn, self.map[pfn])
             self.flags[pfn] = 0
             (self.ram_free if pfn < self.ram_pages else self.anon_free).push(pfn)
+
+    def put_ram_run(self, pfns: npt.NDArray[np.int64]) -> None:
+        """``put_page`` of page-cache frames, each once."""
+        counts = self.refcount[pfns] - 1
+        assert (counts >= 0).all(), (pfns, "put_ram_run of a free frame")
+        self.refcount[pfns] = counts
+        freed = pfns if not counts.any() else pfns[counts == 0]
+        assert not self.mapcount[freed].any(), freed
+        self.page_flags[freed] = 0
+        self.ram_free.give(freed)
 
     def ram_bytes_of(self, pfn: int) -> npt.NDArray[np.uint8]:
         """Return a writable view of a page-cache frame's bytes: uint8[4096]."""

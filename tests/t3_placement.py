@@ -185,7 +185,7 @@ def test_a_page_mapped_by_the_model_is_unmapped_before_it_goes(fs: Filesystem) -
     assert mapped is not None
     fs.memory.get_page(mapped)
     fs.memory.mapcount[mapped] += 1
-    zapped = []
+    zapped: list[int] = []
 
     def unmap(_ino: int, index: int, count: int) -> None:
         zapped.extend(range(index, index + count))

@@ -11,7 +11,7 @@ from xipfs.memory.wear import Wear, WearStatistics
 
 
 def test_nothing_written() -> None:
-    assert Wear(3 * 4096).statistics() == WearStatistics(0, 0, [], {})
+    assert Wear().statistics() == WearStatistics(0, 0, [], {})
 
 
 @pytest.mark.parametrize(
@@ -26,16 +26,29 @@ def test_nothing_written() -> None:
         (4000, 8192, {0: 2, 1: 64, 2: 63}),
         (0, 4 * 4096, {0: 64, 1: 64, 2: 64, 3: 64}),
         (100, 0, {}),
+        # Over the border between two stretches of counts, and a stretch as a whole.
+        (1023 * 4096, 3 * 4096, {1023: 64, 1024: 64, 1025: 64}),
+        ((5 << 40) + 64, 1, {5 << 28: 1}),
     ],
 )
 def test_the_lines_of_a_range(offset: int, size: int, blocks: dict[int, int]) -> None:
-    wear = Wear(4 * 4096)
+    wear = Wear()
     assert wear.flushed(offset, size) == sum(blocks.values())
     assert dict(wear.statistics().hottest) == blocks
 
 
+def test_a_range_over_a_whole_stretch() -> None:
+    wear = Wear()
+    assert wear.flushed(1023 * 4096 + 4032, 1025 * 4096) == 1025 * 64
+    found = wear.statistics(hottest=2000)
+    # One line of block 1023, the 1,024 blocks of the stretch, all but one of block 2048.
+    assert found.blocks_written == 1026
+    assert found.histogram == {1: 1, 32: 1, 64: 1024}
+    assert found.hottest[-2:] == [(2048, 63), (1023, 1)]
+
+
 def test_hottest_first_equals_by_place_and_sizes_by_powers_of_two() -> None:
-    wear = Wear(8 * 4096)
+    wear = Wear()
     for block, times in ((5, 7), (1, 1), (6, 8), (2, 1), (3, 4)):
         for _ in range(times):
             wear.flushed(block * 4096, 1)

@@ -90,13 +90,11 @@ def format_medium(medium: Medium, superblock: Superblock) -> None:
     first_bits = superblock.data_start
     bitmap = superblock.bitmap_start << layout.BLOCK_SHIFT
     head = ((1 << first_bits) - 1).to_bytes((first_bits + 7) // 8, "little")
-    medium.store(bitmap, head)
     last_byte, last_bit = divmod(superblock.data_end, 8)
     tail_size = superblock.bitmap_blocks * layout.BLOCK_SIZE - last_byte
     # The last block is the second superblock; the bits behind it belong to no block.
     tail = (((1 << (tail_size * 8)) - 1) >> last_bit << last_bit).to_bytes(tail_size, "little")
-    keep = medium.load(bitmap + last_byte, 1)[0]
-    medium.store(bitmap + last_byte, bytes([tail[0] | keep]) + tail[1:])
+    assert len(head) <= last_byte, superblock
     counters = Counters(
         free_blocks=superblock.data_end - superblock.data_start,
         inode_limit=layout.ROOT_INO,
@@ -107,11 +105,16 @@ def format_medium(medium: Medium, superblock: Superblock) -> None:
         inodes_used=0,
     )
     state = layout.STATE_BLOCK << layout.BLOCK_SHIFT
-    medium.store(state + layout.COUNTERS_OFFSET, counters.pack())
-    medium.store(state + layout.TABLE_INODE_OFFSET, pack_inode(Inode(layout.TABLE_INO)))
-    medium.store_word(state + layout.MOUNT_FLAG_OFFSET, layout.STATE_CLEAN)
-    medium.store(superblock.data_end << layout.BLOCK_SHIFT, encode(superblock))
-    medium.flush(0, medium.size_bytes)
+    for offset, data in (
+        (bitmap, head),
+        (bitmap + last_byte, tail),
+        (state + layout.COUNTERS_OFFSET, counters.pack()),
+        (state + layout.TABLE_INODE_OFFSET, pack_inode(Inode(layout.TABLE_INO))),
+        (state + layout.MOUNT_FLAG_OFFSET, layout.STATE_CLEAN.to_bytes(8, "little")),
+        (superblock.data_end << layout.BLOCK_SHIFT, encode(superblock)),
+    ):
+        medium.store(offset, data)
+        medium.flush(offset, len(data))
     medium.fence()
     medium.store(0, encode(superblock))
     medium.flush(0, layout.BLOCK_SIZE)

@@ -48,7 +48,7 @@ class EmulatedMedium:
         self._writable = writable
         self._pending: Pending = {}
         self._flushed: dict[int, int] = {}
-        self._wear = Wear(len(content))
+        self._wear = Wear()
         self.fences = self.stores = self.stored_bytes = self.flushed_lines = self.synced = 0
 
     @property

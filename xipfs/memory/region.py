@@ -123,7 +123,7 @@ class Region:
         self._words = self._bytes.view(np.uint64)
         self._view = memoryview(self._mmap)
         self._readable = self._view.toreadonly()
-        self._wear = Wear(self._bytes.size)
+        self._wear = Wear()
         self._stores = self._stored_bytes = self._flushed_lines = self._fences = 0
 
     @property

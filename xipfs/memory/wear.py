@@ -1,9 +1,10 @@
 """How often each block of the region was written: the lines that were flushed, counted by block.
 
 A cell wears when its line reaches the medium, which is at a flush and not at a store. Counts are
-kept by block, 4 bytes each, in memory that the host gives out when a block is first written: a
-count by line would cost 64 times as much. So a block's *cell writes* are the mean over its 64
-lines; a line that is written more often than its neighbours wears faster than that.
+kept by block, 4 bytes each: a count by line would cost 64 times as much. So a block's *cell
+writes* are the mean over its 64 lines; a line that is written more often than its neighbours wears
+faster than that. Blocks that were never written near have no counts at all: neither memory nor a
+snapshot's time grows with the region's size.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from xipfs.units import PAGE_SHIFT, PAGE_SIZE
+from xipfs.units import PAGE_SHIFT
 
 #: The unit in which a processor's cache writes memory back, in bytes.
 LINE_SIZE: Final = 64
 _LINE_SHIFT: Final = 6
-LINES_PER_BLOCK: Final = PAGE_SIZE // LINE_SIZE
 _BLOCK_LINE_SHIFT: Final = PAGE_SHIFT - _LINE_SHIFT
+LINES_PER_BLOCK: Final = 1 << _BLOCK_LINE_SHIFT
+#: A stretch is 1,024 blocks: 4 MiB of the region, whose counts are one page of memory.
+_STRETCH_SHIFT: Final = 10
+_STRETCH_MASK: Final = (1 << _STRETCH_SHIFT) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,10 @@ class WearStatistics:
 class Wear:
     """Line writes of every block of a region."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self._by_block: npt.NDArray[np.uint32] = np.zeros(
-            -(-size_bytes // PAGE_SIZE), dtype=np.uint32
-        )
+    def __init__(self) -> None:
+        #: Counts of the blocks of a stretch, by its number; made when one is first written.
         # One element of a memoryview is several times faster than one of an array.
-        self._counts = self._by_block.data
+        self._stretches: dict[int, memoryview[int]] = {}
         self._line_writes = 0
 
     def flushed(self, offset: int, size: int) -> int:
@@ -55,18 +57,42 @@ class Wear:
         self._line_writes += lines
         block, last_block = first >> _BLOCK_LINE_SHIFT, last >> _BLOCK_LINE_SHIFT
         if block == last_block:
-            self._counts[block] += lines
+            self._stretch(block)[block & _STRETCH_MASK] += lines
             return lines
-        self._counts[block] += LINES_PER_BLOCK - first % LINES_PER_BLOCK
-        self._counts[last_block] += last % LINES_PER_BLOCK + 1
-        if last_block > block + 1:
-            self._by_block[block + 1 : last_block] += LINES_PER_BLOCK
+        self._stretch(block)[block & _STRETCH_MASK] += LINES_PER_BLOCK - first % LINES_PER_BLOCK
+        self._stretch(last_block)[last_block & _STRETCH_MASK] += last % LINES_PER_BLOCK + 1
+        self._count_whole(block + 1, last_block)
         return lines
 
+    def _stretch(self, block: int) -> memoryview[int]:
+        """Return the counts of the stretch that ``block`` lies in."""
+        counts = self._stretches.get(block >> _STRETCH_SHIFT)
+        if counts is None:
+            counts = np.zeros(1 << _STRETCH_SHIFT, np.uint32).data
+            self._stretches[block >> _STRETCH_SHIFT] = counts
+        return counts
+
+    def _count_whole(self, block: int, end: int) -> None:
+        """Count every line of the blocks [block, end)."""
+        while block < end:
+            stop = min((block | _STRETCH_MASK) + 1, end)
+            counts = np.asarray(self._stretch(block))
+            start = block & _STRETCH_MASK
+            counts[start : start + stop - block] += LINES_PER_BLOCK
+            block = stop
+
+    def _written(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """Return the blocks that were written, in order, and their counts."""
+        blocks, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
+        for number, stretch in sorted(self._stretches.items()):
+            written = np.flatnonzero(stretch)
+            blocks.append(written + (number << _STRETCH_SHIFT))
+            counts.append(np.asarray(stretch)[written])
+        return np.concatenate(blocks), np.concatenate(counts)
+
     def statistics(self, hottest: int = 10) -> WearStatistics:
-        """Return the figures; looks at every block of the region."""
-        written = np.flatnonzero(self._by_block)
-        counts = self._by_block[written]
+        """Return the figures; looks at every block near one that was written."""
+        written, counts = self._written()
         # Of equals the lower block comes first, so that two calls agree.
         order = np.lexsort((written, -counts.astype(np.int64)))[:hottest]
         powers = np.floor(np.log2(counts)).astype(np.int64) if written.size else np.zeros(0, int)

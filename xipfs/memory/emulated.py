@@ -156,7 +156,7 @@ class EmulatedMedium:
         if exhaustive:
             choices = itertools.product(*map(range, lengths))
         else:
-            choices = itertools.chain(_near_ends(lengths), _samples(lengths, seed))
+            choices = choices_beyond(lengths, seed)
         images = dict.fromkeys(self._image(lines, choice) for choice in choices)
         return States(list(images), exhaustive)
 
@@ -165,6 +165,15 @@ class EmulatedMedium:
         for line, stores in zip(lines, choice, strict=True):
             image[line * LINE_SIZE : (line + 1) * LINE_SIZE] = self._pending[line][stores]
         return bytes(image)
+
+
+def choices_beyond(lengths: list[int], seed: int) -> Iterator[tuple[int, ...]]:
+    """Yield what is taken of more than STATES_MAX states, as one content's place for each line.
+
+    ``lengths`` says how many contents each line has. All in which at most two stores arrived, all
+    in which at most two are missing, and samples drawn with ``seed``.
+    """
+    return itertools.chain(_near_ends(lengths), _samples(lengths, seed))
 
 
 def _near_ends(lengths: list[int]) -> Iterator[tuple[int, ...]]:

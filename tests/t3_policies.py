@@ -2,67 +2,388 @@
 
 from __future__ import annotations
 
+import ast
+import collections
+import functools
+import gc
+import json
+import tempfile
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+from live import ROOT
+from media import new_medium, open_medium
 
 from xipfs.accounting.charges import Charge, PteKind
 from xipfs.errors import UsageError
-from xipfs.migrate.registry import BUILT_IN, make_policy
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind
+from xipfs.fuse.deciding import Deciding
+from xipfs.migrate.decider import Decider, done, merged
+from xipfs.migrate.parts import Remembered, Residents, Watermarks
+from xipfs.migrate.policy import (
+    EVICTED,
+    FAULT,
+    HINT,
+    MOVED,
+    READ,
+    REFUSED,
+    WRITE,
+    Move,
+    Seen,
+    Signal,
+)
+from xipfs.migrate.registry import BUILT_IN, Value, about, make_policy
+from xipfs.options import parse_options
 from xipfs.replay.simulate import TRACES, Access, optimum, replay, seeded_trace
 
 MS = 1_000_000
-VALUES = {"threshold": [("promote", 2)]}
+INO = 7
+POLICY_FILES = sorted((ROOT / "xipfs" / "migrate" / "policies").glob("[a-z]*.py"))
 
 
 def stream(pages: str) -> list[Access]:
     return [Access(place, int(page), write=False) for place, page in enumerate(pages)]
 
 
+def made(name: str, *values: tuple[str, Value], ram_pages: int = 200) -> Decider:
+    return make_policy(name, values, ram_pages)
+
+
+def touch(
+    time_ms: int,
+    page: int,
+    source: str = FAULT,
+    *,
+    kind: PteKind = PteKind.XIP,
+    write: bool = False,
+) -> Signal:
+    return Signal(time_ms * MS, source, 1, INO, page, kind, write)
+
+
+def hear(decider: Decider, *signals: Signal, used: int = 0) -> list[tuple[int, str]]:
+    """Return the pages that the signals move, each with its new kind."""
+    moves = [move for signal in signals for move in decider.hear(signal, used)]
+    return [(move.index, move.to.value) for move in moves]
+
+
+# The simulation
+
+
 def test_fifo_and_the_optimum_on_a_stream_worked_out_by_hand() -> None:
     # FIFO, 2 frames: 1 2 | 1 hit | 3 puts 1 out | 1 puts 2 out | 2 puts 3 out.
-    assert replay(stream("121312"), make_policy("fifo", []), 2).hits == 1
+    assert replay(stream("121312"), made("fifo"), 2).hits == 1
     # Best: keep 1 throughout and let 3 pass by: hits at the third, fifth and sixth access.
     assert optimum(stream("121312"), 2) == 3
 
 
-def test_tpp_wants_two_faults_within_its_window_and_keeps_its_rate() -> None:
-    def fault(time_ns: int, page: int) -> Charge:
-        return Charge(time_ns, 1, 7, page, PteKind.XIP, write=False, major=False, extra=0)
-
-    tpp = make_policy("tpp", [("window_ms", 10), ("pages_per_s", 1)])
-    faults = [(0, 1), (11, 1), (21, 1), (22, 2), (23, 2), (1000, 2)]
-    moves = tpp.plan([fault(ms * MS, page) for ms, page in faults])
-    assert [(move.ino, move.index) for move in moves] == [(7, 1)]
-    moves = tpp.plan([fault(1005 * MS, 2)])
-    assert [(move.ino, move.index) for move in moves] == [(7, 2)]
+def profile_of(trace: list[Access]) -> tuple[str, Value]:
+    counts = collections.Counter(access.page for access in trace)
+    hottest = [{"ino": 1, "index": page} for page, _ in counts.most_common(200)]
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump({"hottest": hottest}, file)
+    return ("file", file.name)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@functools.cache
+def outcome(name: str, kind: str, seed: int) -> Any:
+    trace = seeded_trace(kind, seed)
+    values: dict[str, list[tuple[str, Value]]] = {
+        "threshold": [("promote", 2)],
+        "profile": [profile_of(trace)],
+    }
+    return replay(trace, made(name, *values.get(name, [])), 200)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_no_policy_beats_the_optimum(name: str, seed: int) -> None:
+def test_no_policy_beats_the_optimum(name: str) -> None:
     for kind in TRACES:
-        trace = seeded_trace(kind, seed)
-        hits = replay(trace, make_policy(name, VALUES.get(name, [])), 200).hits
-        assert hits <= optimum(trace, 200)
+        assert outcome(name, kind, 1).hits <= best(kind)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_policies_beat_fifo_where_they_claim_to(seed: int) -> None:
-    scan, writes = seeded_trace("scan", seed), seeded_trace("writes", seed)
-    fifo = make_policy("fifo", [])
-    assert replay(scan, make_policy("tpp", []), 200).hits > replay(scan, fifo, 200).hits
-    kept = replay(writes, make_policy("write-hot", []), 200).writes_to_region
-    assert kept < replay(writes, fifo, 200).writes_to_region
+@functools.cache
+def best(kind: str) -> int:
+    return optimum(seeded_trace(kind, 1), 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("threshold", "scan"), ("clock", "zipf"), ("tpp", "scan"), ("profile", "zipf")],
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_policy_that_claims_more_hits_than_fifo_has_them(name: str, kind: str, seed: int) -> None:
+    assert "than FIFO" in about(BUILT_IN[name]).replace("\n", " ")
+    assert outcome(name, kind, seed).hits > outcome("fifo", kind, seed).hits
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_write_hot_keeps_writes_from_the_region(seed: int) -> None:
+    kept = outcome("write-hot", "writes", seed).writes_to_region
+    assert kept < outcome("fifo", "writes", seed).writes_to_region
+
+
+# Each policy by itself
+
+
+def test_off_hears_nothing() -> None:
+    assert made("off").signals == frozenset()
+    assert hear(made("off"), touch(1, 1)) == []
+
+
+def test_threshold_counts_faults_and_hint_faults_of_xip_pages() -> None:
+    threshold = made("threshold", ("promote", 3))
+    cow = touch(1, 1, kind=PteKind.COW)
+    assert hear(threshold, touch(1, 1), cow, touch(2, 1, HINT), touch(2, 1, READ)) == []
+    assert hear(threshold, touch(9000, 1)) == [(1, "pagecache")]
+
+
+def test_tpp_wants_two_faults_within_its_window_and_keeps_its_rate() -> None:
+    tpp = made("tpp", ("window_ms", 10), ("pages_per_s", 1))
+    faults = [(0, 1), (11, 1), (21, 1), (22, 2), (23, 2), (1000, 2)]
+    assert hear(tpp, *(touch(*fault) for fault in faults)) == [(1, "pagecache")]
+    assert tpp.statistics().held_back["rate"] == 1
+    assert hear(tpp, touch(1005, 2, HINT)) == [(2, "pagecache")]
+
+
+def test_tpp_demotes_ahead_of_need_what_was_untouched_longest() -> None:
+    tpp = made("tpp", ("high", 90), ("low", 70), ram_pages=10)
+    came = [
+        done(ms * MS, MOVED, Move(INO, page, PageKind.PAGECACHE, ""))
+        for page, ms in enumerate([0, 1, 2, 3, 4, 5, 6, 7, 600])
+    ]
+    assert hear(tpp, *came[:8], used=8) == []
+    assert hear(tpp, touch(500, 0, kind=PteKind.PAGECACHE), used=8) == []
+    # 9 of 10 frames: page 0 was touched, so 1 and 2 are the coldest; down to 7.
+    assert hear(tpp, came[8], used=9) == [(1, "xip"), (2, "xip")]
+    assert hear(tpp, touch(601, 3, kind=PteKind.PAGECACHE), used=9) == [], "two are on their way"
+
+
+def test_clock_gives_a_second_chance() -> None:
+    clock = made("clock", ("high", 75), ("low", 50), ram_pages=4)
+    assert hear(clock, touch(1, 1)) == [(1, "pagecache")]
+    assert hear(clock, touch(1, 2, READ)) == [(2, "pagecache")]
+    hear(clock, *(done(2 * MS, MOVED, Move(INO, page, PageKind.PAGECACHE, "")) for page in (1, 2)))
+    hear(clock, touch(3, 1, HINT, kind=PteKind.PAGECACHE), used=2)
+    # Page 1 came first but was touched since: the hand passes it and takes 2.
+    assert hear(clock, touch(4, 3), used=3) == [(3, "pagecache"), (2, "xip")]
+
+
+def test_write_hot_counts_write_faults_and_write_requests() -> None:
+    write_hot = made("write-hot")
+    assert hear(write_hot, touch(1, 1), touch(2, 1), touch(3, 1, write=True)) == []
+    assert hear(write_hot, touch(4, 1, WRITE, write=True)) == [(1, "pagecache")]
+
+
+def test_profile_follows_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "hot.json"
+    file.write_text('{"hottest": [{"ino": 7, "index": 3, "pgfault": 9}]}')
+    profile = made("profile", ("file", str(file)))
+    assert hear(profile, touch(1, 2), touch(1, 3)) == [(3, "pagecache")]
+    for text, message in (
+        ("[]", "is not one"),
+        ('{"hottest": [{"ino": 7}]}', "is not one"),
+        ("{", "is not one"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            made("profile", ("file", str(file)))
+    with pytest.raises(UsageError, match="cannot be read"):
+        made("profile", ("file", str(tmp_path / "absent")))
+    with pytest.raises(UsageError, match="not absolute"):
+        made("profile", ("file", "hot.json"))
+
+
+# Shared parts
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    remembered = Remembered(pages_max=3)
+    assert [remembered.count((1, page)) for page in (0, 0, 1, 2, 3)] == [1, 2, 1, 1, 1]
+    assert (len(remembered), remembered.get((1, 0))) == (3, None), "set longest ago"
+    assert remembered.count((1, 1)) == 2
+    remembered.put((1, 4), 9)
+    assert (remembered.get((1, 1)), remembered.get((1, 2))) == (2, None)
+
+
+@pytest.mark.parametrize("name", ["threshold", "tpp", "write-hot", "clock"])
+def test_a_policy_s_memory_does_not_grow_with_the_pages_that_fault(name: str) -> None:
+    values: list[tuple[str, Value]] = [("promote", 2)] if name == "threshold" else []
+    decider = made(name, *values, ram_pages=16)
+    for page in range(1 << 16):
+        hear(decider, touch(page, page, write=True))
+    before = objects_in(decider)
+    for page in range(1 << 16, (1 << 16) + 5000):
+        hear(decider, touch(page, page, write=True))
+        hear(decider, done(page * MS, REFUSED, Move(INO, page, PageKind.PAGECACHE, "")))
+    assert objects_in(decider) <= before + 100
+
+
+def objects_in(root: object) -> int:
+    return len(reached(root))
+
+
+def reached(*roots: object) -> list[object]:
+    """Return what these objects refer to, code and classes not."""
+    code = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+    seen: dict[int, object] = {}
+    todo = list(roots)
+    while todo:
+        each = todo.pop()
+        if id(each) not in seen and not isinstance(each, code):
+            seen[id(each)] = each
+            todo += gc.get_referents(each)
+    return list(seen.values())
+
+
+def test_pages_in_ram_are_never_more_than_frames() -> None:
+    residents = Residents()
+    for page in range(9):
+        came = done(0, MOVED, Move(INO, page, PageKind.PAGECACHE, ""))
+        residents.hear(came, Seen(4, 4))
+    assert len(residents) == 4
+    residents.hear(Signal(0, EVICTED, 0, INO, 8, PteKind.PAGECACHE), Seen(4, 4))
+    residents.hear(done(0, MOVED, Move(INO, 7, PageKind.XIP, "")), Seen(4, 4))
+    assert residents.longest_untouched(9) == [(INO, 5), (INO, 6)]
+    assert residents.longest_untouched(1) == [(INO, 5)], "after a whole turn"
+
+
+def test_watermarks_are_checked() -> None:
+    for high, low in ((80, 80), (101, 5), (5, 0)):
+        with pytest.raises(UsageError, match="percent, low below high"):
+            Watermarks(high, low)
+    with pytest.raises(UsageError, match="high=5 and low=90"):
+        made("tpp", ("high", 5))
+
+
+def test_what_the_decider_holds_back() -> None:
+    fifo = made("fifo", ("pages_per_s", 2), ("stay_ms", 50))
+    assert hear(fifo, touch(1, 1), touch(1, 1)) == [(1, "pagecache")]
+    hear(fifo, done(2 * MS, MOVED, Move(INO, 1, PageKind.PAGECACHE, "")))
+    hear(fifo, done(3 * MS, MOVED, Move(INO, 1, PageKind.XIP, "")))
+    assert hear(fifo, touch(52, 1)) == [], "49 ms after its last move"
+    assert hear(fifo, touch(53, 1)) == [(1, "pagecache")]
+    assert hear(fifo, touch(54, 2)) == [], "the third in this second"
+    hear(fifo, done(55 * MS, REFUSED, Move(INO, 1, PageKind.PAGECACHE, "")))
+    assert hear(fifo, touch(1000, 1)) == [(1, "pagecache")], "a refused move is over"
+    counted = fifo.statistics()
+    assert (counted.asked, counted.planned) == (6, 3)
+    assert counted.held_back == {"under_way": 1, "rate": 1, "stay": 1}
+
+
+def test_requests_and_faults_are_merged_by_time() -> None:
+    requests = [touch(1, 1, READ), touch(5, 2, WRITE)]
+    charges = [
+        Charge(ms * MS, 1, INO, page, PteKind.XIP, False, False, 0, hint)
+        for ms, page, hint in ((1, 10, False), (4, 11, True), (9, 12, False))
+    ]
+    order = [(signal.source, signal.index) for signal in merged(requests, charges)]
+    assert order == [(READ, 1), (FAULT, 10), (HINT, 11), (WRITE, 2), (FAULT, 12)]
+
+
+# What a policy can and cannot do
+
+
+@pytest.mark.parametrize("path", POLICY_FILES, ids=lambda path: path.stem)
+def test_a_policy_is_one_short_file_that_names_its_signals(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < 100
+    assert "\nSignals used: " in (ast.get_docstring(ast.parse(text)) or "")
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xipfs")
+    }
+    assert imported <= {"xipfs.errors", "xipfs.migrate.policy", "xipfs.migrate.parts"}
+
+
+SPY = """
+from dataclasses import dataclass
+HEARD = []
+
+@dataclass
+class Spy:
+    SIGNALS = frozenset({"fault", "read", "write", "evicted", "moved"})
+
+    def plan(self, signal, seen):
+        HEARD.append((self, signal, seen))
+        return ()
+
+POLICY = Spy
+"""
+
+
+def test_nothing_that_a_policy_is_given_leads_to_the_filesystem(tmp_path: Path) -> None:
+    file = tmp_path / "spy.py"
+    file.write_text(SPY)
+    fs = open_medium(new_medium())
+    ino = fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
+    fs.write(ino, 0, bytes(4096))
+    deciding = Deciding(fs, parse_options([f"policy={file}"]))
+    deciding.page_io(1, ino, 0, 0, write=True)
+    deciding.charged([Charge(1, 1, ino, 0, PteKind.XIP, False, False, 0)])
+    deciding.moved(ino, [0], PageKind.PAGECACHE, 5)
+    deciding.evicted(ino, 0)
+    (decider,) = [each for each in reached(deciding) if isinstance(each, Decider)]
+    policy: Any = vars(decider)["_policy"]
+    heard = policy.plan.__func__.__globals__["HEARD"]
+    assert sorted(signal.source for _, signal, _ in heard) == ["evicted", "fault", "moved", "write"]
+    assert any(isinstance(each, Filesystem) for each in reached(deciding))
+    for each in heard:
+        assert not any(isinstance(found, Filesystem) for found in reached(each))
+        for given in each[1:]:
+            with pytest.raises(AttributeError):
+                given.time_ns = 0  # frozen: neither known fields nor new ones
+
+
+@pytest.mark.expects_log
+def test_a_policy_that_fails_is_off_from_then_on(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(SPY.replace("return ()", "return 1 / 0"))
+    deciding = Deciding(open_medium(new_medium()), parse_options([f"policy={file}"]))
+    deciding.charged([Charge(1, 1, 2, 0, PteKind.XIP, False, False, 0)])
+    told = deciding.describe()
+    assert (told["policy"], told["failure"]) == (
+        "off",
+        f"{file}: ZeroDivisionError('division by zero')",
+    )
 
 
 def test_a_policy_from_a_file_and_what_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from xipfs.migrate.policies.fifo import Fifo as POLICY\n")
-    assert replay(stream("11"), make_policy(str(file), []), 1).hits == 1
-    with pytest.raises(UsageError, match="one of off, fifo, threshold, tpp, write-hot"):
-        make_policy("lru", [])
-    with pytest.raises(UsageError, match="policy=threshold without promote=N"):
-        make_policy("threshold", [])
+    assert replay(stream("11"), made(str(file)), 1).hits == 1
+    with pytest.raises(
+        UsageError, match="one of off, fifo, threshold, clock, tpp, write-hot, prof"
+    ):
+        made("lru")
+    with pytest.raises(UsageError, match="policy=threshold without promote="):
+        made("threshold")
     with pytest.raises(UsageError, match="policy tpp has no parameter 'rma'"):
-        make_policy("tpp", [("rma", 1)])
+        made("tpp", ("rma", 1))
+    with pytest.raises(UsageError, match="promote=x; expected a whole number"):
+        made("threshold", ("promote", "x"))
+    file.write_text(SPY.replace('"fault"', '"fork"'))
+    with pytest.raises(UsageError, match="expected a frozenset of evicted, fault, hint, moved"):
+        made(str(file))
+    file.write_text("POLICY = 5\n")
+    with pytest.raises(UsageError, match="a dataclass with a method plan"):
+        made(str(file))
+
+
+def test_the_readme_s_policy_works(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [
+        block.partition("```")[0]
+        for block in readme.split("```python\n")[1:]
+        if "POLICY" in block.partition("```")[0]
+    ]
+    assert len(code.splitlines()) <= 30
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    decider = made(str(file), ("pages", 4))
+    assert hear(decider, touch(1, 9)) == [(index, "pagecache") for index in (8, 9, 10, 11)]
+    fifo, mine = made("fifo"), made(str(file))
+    zipf = seeded_trace("zipf", 1)
+    assert replay(zipf, mine, 200).promotions > 0 < replay(zipf, fifo, 200).promotions

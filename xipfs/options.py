@@ -29,7 +29,7 @@ HELP: Final[dict[str, str]] = {
     "observe=MODE": "auto, tracefs, requests or off (default auto)",
     "hint=PAGES_PER_S": "take so many mapped pages away a second, to see what is touched again",
     "readahead=off|KIB": "kernel read-ahead (default off under tracefs, else the kernel's 128)",
-    "policy=NAME,KEY=N": "promote pages by a policy of `xipfs policy list` (default off)",
+    "policy=NAME,KEY=VALUE": "move pages by a policy of `xipfs policy list` (default off)",
     "dry": "with policy=: count what the policy would move, and move nothing",
     "allow_other": "let other users in (permissions are always checked)",
 }
@@ -48,7 +48,7 @@ class MountOptions:
     hint_pages_per_s: int = 0
     readahead_kib: int | None = None
     policy: str = "off"
-    policy_values: tuple[tuple[str, int], ...] = ()
+    policy_values: tuple[tuple[str, int | str], ...] = ()
     dry: bool = False
     allow_other: bool = False
 
@@ -85,7 +85,7 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
         raise UsageError(f"mount option {name!r} has no value", expected=f"{name}=VALUE")
     if name not in _VALUED and options.policy != "off" and value is not None:
         # The policy itself refuses a parameter that it does not have.
-        values = dict(options.policy_values) | {name: _integer(name, value, 1)}
+        values = dict(options.policy_values) | {name: policy_value(name, value)}
         return replace(options, policy_values=tuple(values.items()))
     if name not in _VALUED:
         raise UsageError(
@@ -112,8 +112,19 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
     if name == "hint":
         return replace(options, hint_pages_per_s=_integer(name, value, 0))
     if name == "policy":
+        if value.endswith(".py") and not value.startswith("/"):
+            raise UsageError(f"policy={value} is not absolute", expected="policy=/PATH/FILE.py")
         return replace(options, policy=value)
     return replace(options, rules=value)
+
+
+def policy_value(name: str, value: str) -> int | str:
+    """Return the value of a policy's parameter: a whole number above 0 if it is one, else text."""
+    if not value:
+        raise UsageError(f"{name}= has no value", expected=f"{name}=VALUE")
+    if value.isascii() and value.isdigit():
+        return _integer(name, value, 1)
+    return value
 
 
 _VALUED: Final = (

@@ -30,7 +30,7 @@ VERBS: Final[dict[str, str]] = {
     "verify": "compare what is believed of page tables with the kernel's",
     "events": "tell what migrates, as it happens",
     "migrate": "move a file's pages between XIP and pagecache",
-    "policy": "list migration policies; test one against FIFO and the optimum",
+    "policy": "list, show and test migration policies; change a live mount's",
     "doctor": "say what this machine offers and what is lost without the rest; clean up",
     "model": "run the mm model by command files; compare it with recorded kernels",
 }

@@ -1,66 +1,100 @@
-"""``xipfs policy list | test NAME|FILE``: the policies there are, and what one is worth."""
+"""``xipfs policy list|show|test|set``: the policies there are, what one is worth, which one acts."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
+from xipfs.cli.client import Json, request
 from xipfs.errors import UsageError
-from xipfs.migrate.registry import find_policy, make_policy, parameters, policies
+from xipfs.fuse.mounts import mount_of
+from xipfs.migrate.registry import about, find_policy, make_policy, parameters, policies
+from xipfs.options import policy_value
 from xipfs.replay.simulate import TRACES, optimum, replay, seeded_trace
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
-    parser.add_argument("action", choices=("list", "test"))
-    parser.add_argument("policy", nargs="?", metavar="NAME|FILE", help="the policy to test")
-    parser.add_argument("values", nargs="*", metavar="KEY=N", help="its parameters")
-    parser.add_argument("--frames", type=int, default=200, help="RAM in pages (default 200)")
-    parser.add_argument("--seed", type=int, default=1, help="of the traces (default 1)")
-    parser.add_argument("--json", action="store_true", help="the figures as JSON")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="name each policy")
+    show = actions.add_parser("show", help="say what a policy does, by which signals")
+    test = actions.add_parser("test", help="replay seeded traces beside FIFO and the optimum")
+    test.add_argument("policy", metavar="NAME|FILE.py")
+    test.add_argument("values", nargs="*", metavar="KEY=VALUE", help="its parameters")
+    test.add_argument("--frames", type=int, default=200, help="RAM in pages (default 200)")
+    test.add_argument("--seed", type=int, default=1, help="of the traces (default 1)")
+    change = actions.add_parser("set", help="change the policy of a live mount")
+    change.add_argument("directory", type=Path, metavar="DIR", help="anything on the mount")
+    for each in (show, change):
+        each.add_argument("policy", metavar="NAME|FILE.py[,KEY=VALUE...]")
+    change.add_argument("--dry", action="store_true", help="count moves, make none")
+    for each in actions.choices.values():
+        each.add_argument("--json", action="store_true", help="the answer as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, or replay the seeded traces."""
-    if args.action == "list":
-        rows = [_row(name, source) for name, source in sorted(policies().items())]
-        lines = [f"{row['name']:10} {row['about']}" for row in rows]
-    elif args.policy is None:
-        raise UsageError("policy test without a policy", expected="NAME or FILE.py")
-    elif args.frames < 1:
-        raise UsageError(f"--frames {args.frames}", expected="1 or more")
-    else:
-        values = [_value(word) for word in args.values]
-        rows = [_compare(args, values, trace) for trace in TRACES]
-        lines = ["hits in RAM   policy     fifo  optimum  (writes to the region: policy, fifo)"]
-        lines += [
-            f"{row['trace']:10} {row['hits']:9} {row['fifo_hits']:8} {row['optimum_hits']:8}"
-            f"  ({row['writes_to_region']}, {row['fifo_writes_to_region']})"
-            for row in rows
-        ]
-    print(json.dumps(rows, indent=2) if args.json else "\n".join(lines))
+    """Do what is asked."""
+    answer, lines = {"list": _list, "show": _show, "test": _test, "set": _set}[args.action](args)
+    print(json.dumps(answer, indent=2) if args.json else "\n".join(lines))
     return 0
 
 
-def _row(name: str, source: str) -> dict[str, Any]:
+def _list(_args: argparse.Namespace) -> tuple[list[Json], list[str]]:
+    rows = [_row(name, source) for name, source in policies().items()]
+    for row in rows:
+        row["about"] = row["about"].partition("\n")[0]
+    return rows, [f"{row['name']:10} {row['about'].partition(': ')[2]}" for row in rows]
+
+
+def _show(args: argparse.Namespace) -> tuple[Json, list[str]]:
+    row = _row(args.policy, policies().get(args.policy, args.policy))
+    lines = [row["about"], ""]
+    lines.append("signals     " + (", ".join(row["signals"]) or "none"))
+    lines.append(f"source      {row['source']}")
+    for name, default in row["parameters"].items():
+        lines.append(f"{name:12}" + ("must be given" if default is None else f"default {default}"))
+    return row, lines
+
+
+def _row(name: str, source: str) -> Json:
     policy = find_policy(name)
-    module = __import__(policy.__module__, fromlist=["__doc__"])
-    about = (module.__doc__ or "").strip().partition("\n")[0]
-    return {"name": name, "source": source, "parameters": parameters(policy), "about": about}
+    return {
+        "name": name,
+        "source": source,
+        "signals": sorted(policy.SIGNALS),
+        "parameters": parameters(policy),
+        "about": about(policy),
+    }
 
 
-def _value(word: str) -> tuple[str, int]:
-    key, _, value = word.partition("=")
-    if not value.isascii() or not value.isdigit() or int(value) < 1:
-        raise UsageError(f"parameter {word!r}", expected="KEY=N, N a whole number of 1 or more")
-    return key, int(value)
+def _values(words: list[str]) -> list[tuple[str, Any]]:
+    pairs = [word.partition("=") for word in words]
+    for key, equals, value in pairs:
+        if not (key and equals):
+            raise UsageError(f"parameter {key}{equals}{value!r}", expected="KEY=VALUE")
+    return [(key, policy_value(key, value)) for key, _, value in pairs]
 
 
-def _compare(args: argparse.Namespace, values: list[tuple[str, int]], name: str) -> dict[str, Any]:
+def _test(args: argparse.Namespace) -> tuple[list[Json], list[str]]:
+    if args.frames < 1:
+        raise UsageError(f"--frames {args.frames}", expected="1 or more")
+    values = _values(args.values)
+    rows = [_compare(args, values, trace) for trace in TRACES]
+    lines = ["hits in RAM   policy     fifo  optimum  (writes to the region: policy, fifo)"]
+    lines += [
+        f"{row['trace']:10} {row['hits']:9} {row['fifo_hits']:8} {row['optimum_hits']:8}"
+        f"  ({row['writes_to_region']}, {row['fifo_writes_to_region']})"
+        for row in rows
+    ]
+    return rows, lines
+
+
+def _compare(args: argparse.Namespace, values: list[tuple[str, Any]], name: str) -> Json:
     trace = seeded_trace(name, args.seed)
-    outcome = replay(trace, make_policy(args.policy, values), args.frames)
-    fifo = replay(trace, make_policy("fifo", []), args.frames)
+    outcome = replay(trace, make_policy(args.policy, values, args.frames), args.frames)
+    fifo = replay(trace, make_policy("fifo", [], args.frames), args.frames)
     return {
         "trace": name,
         **vars(outcome),
@@ -68,3 +102,16 @@ def _compare(args: argparse.Namespace, values: list[tuple[str, int]], name: str)
         "fifo_writes_to_region": fifo.writes_to_region,
         "optimum_hits": optimum(trace, args.frames),
     }
+
+
+def _set(args: argparse.Namespace) -> tuple[Json, list[str]]:
+    name, *words = args.policy.split(",")
+    if name.endswith(".py"):
+        name = str(Path(name).absolute())
+    values = dict(_values(words))
+    (answer,) = request(
+        mount_of(args.directory), "policy", policy=name, values=values, dry=args.dry
+    )
+    now: Json = answer["result"]
+    shown = "".join(f", {key}={value}" for key, value in now["parameters"].items())
+    return now, [f"{args.directory}: policy {now['policy']}{shown}" + (", dry" * now["dry"])]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
@@ -20,6 +19,7 @@ from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
+from xipfs.fuse.deciding import Deciding
 from xipfs.fuse.hints import HintScanner
 from xipfs.fuse.migration import Migrator
 from xipfs.fuse.mounts import Mount
@@ -29,8 +29,7 @@ from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
-from xipfs.migrate.engine import Engine, Move, Tally
-from xipfs.migrate.registry import Policy, make_policy
+from xipfs.migrate.engine import Engine, Tally
 from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
 from xipfs.stats.fault_log import FaultLog
@@ -73,17 +72,11 @@ class Live:
         self.accountant.on_charge = self.fault_log.add
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
-        self.policy: Policy | None = None
-        if options.policy != "off":
-            self.policy = make_policy(options.policy, options.policy_values)
+        self.deciding = Deciding(fs, options)
         # One drain at a time, or batches would be consumed out of order.
         self._draining = trio.Lock()
         self._evicted: list[tuple[int, int]] = []
         self._eviction = trio.Event()
-        #: Under ``dry``: how often a page was to move, by new kind and reason.
-        self.would_move: Counter[tuple[str, str]] = Counter()
-        self._plan: list[Move] = []
-        self._planned = trio.Event()
         fs.set_hooks(
             on_unmap=self.accountant.unmap_pages,
             on_evict=self._on_evict,
@@ -95,6 +88,7 @@ class Live:
         self.mount = mount
         self.notifier = Notifier(session_fd())
         self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
+        self.migrator.history.on_moved = self.deciding.moved
         self.verifier = Verifier(self)
         nursery.start_soon(self._drain_forever)
         nursery.start_soon(self.verifier.audit_forever)
@@ -108,8 +102,8 @@ class Live:
             nursery.start_soon(self.hinter.run)
         elif self.options.hint_pages_per_s:
             log.info("hint= needs observe=tracefs: no page is taken away")
-        if self.policy is not None:
-            nursery.start_soon(self._carry_out_plans)
+        if not self.fs.read_only:
+            nursery.start_soon(self.deciding.carry_out, self.migrator.move_all)
 
     # Hooks of the request handlers
 
@@ -141,6 +135,7 @@ class Live:
             return
         first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
         self.migrator.page_io(ino, first, last)
+        self.deciding.page_io(pid, ino, first, last, write=write)
         if write:
             self.writeback.after_write()
         else:
@@ -161,7 +156,8 @@ class Live:
         async with self._draining:
             try:
                 events = await trio.to_thread.run_sync(self.observer.drain)
-                for start in range(0, len(events), _BATCH_EVENTS):
+                # Without events too: requests and the policy are heard at every drain.
+                for start in range(0, max(len(events), 1), _BATCH_EVENTS):
                     self._account(events[start : start + _BATCH_EVENTS])
                     await trio.lowlevel.checkpoint()
             except Exception as error:
@@ -184,12 +180,7 @@ class Live:
         charges = self.accountant.consume(events)
         self.heat.add(charge for charge in charges if not charge.hint)
         self.migrator.history.charged(charges)
-        if self.policy is not None and (moves := self.policy.plan(charges)):
-            if self.options.dry:
-                self.would_move.update((move.to.name.lower(), move.reason) for move in moves)
-                return
-            self._plan += moves
-            self._planned.set()
+        self.deciding.charged(charges)
 
     async def _drain_forever(self) -> None:
         """Drain often while there is something, seldom while there is not."""
@@ -204,6 +195,7 @@ class Live:
     # would make no fault and the refill could not be charged.
 
     def _on_evict(self, ino: int, index: int) -> None:
+        self.deciding.evicted(ino, index)
         self._evicted.append((ino, index))
         self._eviction.set()
 
@@ -218,18 +210,6 @@ class Live:
                 except Exception:
                     # The kernel keeps the page; its refill will only be charged late.
                     log.exception("pages %d+%d of inode %d not invalidated", first, count, ino)
-
-    async def _carry_out_plans(self) -> None:
-        while True:
-            await self._planned.wait()
-            self._planned = trio.Event()
-            moves, self._plan = self._plan, []
-            try:
-                await self.migrator.move_all(moves)
-            except Exception:
-                log.exception(
-                    "a plan of %d moves of policy %s failed", len(moves), self.options.policy
-                )
 
     # The control channel
 
@@ -249,7 +229,7 @@ class Live:
 
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
-        return {"migrate": self._migrate, "events": self._events}
+        return {"migrate": self._migrate, "events": self._events, "policy": self._choose_policy}
 
     async def _hottest(self, count: int) -> Json:
         stats = await self.snapshot()
@@ -280,6 +260,12 @@ class Live:
             if not request.get("follow"):
                 return
             await trio.sleep(_EVENTS_INTERVAL_S)
+
+    async def _choose_policy(self, request: Json) -> AsyncIterator[Json]:
+        """Change the policy; what faulted until now is still the old one's."""
+        await self.drain_settled()
+        self.deciding.choose(request["policy"], request["values"], dry=bool(request["dry"]))
+        yield {"result": self.deciding.describe()}
 
     async def _migrate(self, request: Json) -> AsyncIterator[Json]:
         """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such)."""

@@ -27,8 +27,9 @@ import trio
 from xipfs.errors import FsError
 from xipfs.fs.types import PageKind
 from xipfs.fuse.notify import Notifier, runs
-from xipfs.migrate.engine import PASSES_MAX, REASONS, Engine, Move, Tally
+from xipfs.migrate.engine import PASSES_MAX, REASONS, Engine, Tally
 from xipfs.migrate.history import ChunkEvent, History
+from xipfs.migrate.policy import Move
 from xipfs.units import PAGE_SIZE
 
 CHUNK_PAGES: Final = 256

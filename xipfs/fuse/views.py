@@ -47,11 +47,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
         "writeback": vars(live.writeback.statistics()),
         "cost": cost(live.fs, live.profile),
         "migration": {
-            "policy": live.options.policy,
-            "would_move": [
-                {"to": to, "reason": reason, "count": count}
-                for (to, reason), count in live.would_move.items()
-            ],
+            **live.deciding.describe(),
             "fail_reasons": engine.fail_reasons,
             "kernel_invalidations": live.notifier.invalidations,
             **live.migrator.history.describe(),

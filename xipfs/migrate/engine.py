@@ -27,16 +27,6 @@ PASSES_MAX: Final = 10
 
 
 @dataclass(frozen=True)
-class Move:
-    """One page that a policy wants moved, and why."""
-
-    ino: int
-    index: int
-    to: PageKind
-    reason: str
-
-
-@dataclass(frozen=True)
 class Tally:
     """The outcome of a migration, in pages."""
 

@@ -8,7 +8,7 @@ the two counts are lower bounds once more pages than that moved.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -76,12 +76,15 @@ class History:
         self._events: deque[ChunkEvent] = deque(maxlen=EVENTS_MAX)
         self._last: OrderedDict[tuple[int, int], tuple[PageKind, int, bool]] = OrderedDict()
         self._reasons: dict[str, int] = {}
+        #: Told each group of pages that moved: inode, indexes, new kind, time.
+        self.on_moved: Callable[[int, list[int], PageKind, int], None] | None = None
         self.recorded = 0
         self.refaults = 0
         self.pingpong = 0
 
     def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
         """Remember pages that have moved just now."""
+        pages = list(pages)
         for index in pages:
             before = self._last.pop((ino, index), None)
             if before and before[0] is not to and now_ns - before[1] <= PINGPONG_NS:
@@ -89,6 +92,8 @@ class History:
             self._last[ino, index] = (to, now_ns, False)
         while len(self._last) > PAGES_MAX:
             self._last.popitem(last=False)
+        if self.on_moved is not None:
+            self.on_moved(ino, pages, to, now_ns)
 
     def charged(self, charges: Iterable[Charge]) -> None:
         """Look for faults of pages that have moved before."""

@@ -1,45 +1,48 @@
-"""Finding policies: the built-in ones, entry points of the group ``xipfs.policies``, or a file.
+"""Finding policies: the shipped ones, entry points of the group ``xipfs.policies``, or a file.
 
-A policy is a dataclass whose fields are its parameters (whole numbers) and whose ``plan`` turns
-charges into moves. A file's policy is what it calls ``POLICY``.
+What makes a policy is told in ``migrate/policy.py``. A file's policy is what it calls ``POLICY``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import runpy
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable
 from importlib.metadata import entry_points
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from xipfs.accounting.charges import Charge
 from xipfs.errors import UsageError
-from xipfs.migrate.engine import Move
+from xipfs.migrate.decider import COMMON, Decider
+from xipfs.migrate.policies.clock import Clock
 from xipfs.migrate.policies.fifo import Fifo
+from xipfs.migrate.policies.off import Off
+from xipfs.migrate.policies.profile import Profile
 from xipfs.migrate.policies.threshold import Threshold
 from xipfs.migrate.policies.tpp import Tpp
 from xipfs.migrate.policies.write_hot import WriteHot
+from xipfs.migrate.policy import DONE, TOUCHES, Policy
 
-
-class Policy(Protocol):
-    """Decides on moves; sees charges only, and their time stamps are its only clock."""
-
-    def plan(self, charges: Iterable[Charge]) -> list[Move]:
-        """Return the moves that these charges, in time order, have earned."""
-
-
-BUILT_IN: Final[dict[str, Callable[..., Policy]]] = {
+BUILT_IN: Final[dict[str, Any]] = {
+    "off": Off,
     "fifo": Fifo,
     "threshold": Threshold,
+    "clock": Clock,
     "tpp": Tpp,
     "write-hot": WriteHot,
+    "profile": Profile,
 }
+
+Value = int | str
+"""A parameter's value: most are whole numbers."""
 
 
 def policies() -> dict[str, str]:
     """Return the names of the policies that need no file, each with where it comes from."""
     found = {entry.name: entry.value for entry in entry_points(group="xipfs.policies")}
-    return found | dict.fromkeys(BUILT_IN, "built in")
+    return dict.fromkeys(BUILT_IN, "built in") | {
+        name: value for name, value in sorted(found.items()) if name not in BUILT_IN
+    }
 
 
 def find_policy(name: str) -> Any:
@@ -55,36 +58,57 @@ def find_policy(name: str) -> Any:
     except Exception as error:
         raise UsageError(f"policy {name} cannot be loaded: {error!r}") from None
     if found is None:
-        names = ", ".join(["off", *sorted(policies())])
         raise UsageError(
-            f"policy={name}", expected=f"one of {names}, or a .py file that defines POLICY"
+            f"policy={name}",
+            expected=f"one of {', '.join(policies())}, or a .py file that defines POLICY",
         )
     if not dataclasses.is_dataclass(found) or not callable(getattr(found, "plan", None)):
-        raise UsageError(f"policy {name}", expected="a dataclass with a method plan(charges)")
+        raise UsageError(f"policy {name}", expected="a dataclass with a method plan(signal, seen)")
+    signals = getattr(found, "SIGNALS", None)
+    if not isinstance(signals, frozenset) or not signals <= TOUCHES | DONE:
+        raise UsageError(
+            f"policy {name} has SIGNALS {signals!r}",
+            expected="a frozenset of " + ", ".join(sorted(TOUCHES | DONE)),
+        )
     return found
 
 
-def parameters(policy: Any) -> dict[str, int | None]:
+def about(policy: Any) -> str:
+    """Return what the text at the head of the policy's file (or its class) says, without markup."""
+    module = sys.modules.get(policy.__module__)
+    text = (module.__doc__ if module else None) or policy.__doc__ or ""
+    return text.strip().replace("``", "")
+
+
+def parameters(policy: Any) -> dict[str, Value | None]:
     """Return the parameters of a policy class with their defaults (None: it must be given)."""
-    return {
+    own = {
         field.name: None if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(policy)
         if field.init
     }
+    return COMMON | own
 
 
-def make_policy(name: str, values: Iterable[tuple[str, int]]) -> Policy:
-    """Return a new policy with these parameters."""
+def make_policy(name: str, values: Iterable[tuple[str, Value]], ram_pages: int) -> Decider:
+    """Return a policy with these parameters, at work for a RAM of ``ram_pages`` frames."""
     policy, given = find_policy(name), dict(values)
     known = parameters(policy)
     for key in given:
         if key not in known:
             raise UsageError(
-                f"policy {name} has no parameter {key!r}",
-                expected="one of " + ", ".join(known) if known else "none",
+                f"policy {name} has no parameter {key!r}", expected="one of " + ", ".join(known)
             )
     for key, default in known.items():
         if default is None and key not in given:
-            raise UsageError(f"policy={name} without {key}=N", expected=f"{key}=N")
-    made: Policy = policy(**given)
-    return made
+            raise UsageError(f"policy={name} without {key}=", expected=f"{key}=VALUE")
+    fields = {field.name: field for field in dataclasses.fields(policy)}
+    for key, value in given.items():
+        text = key in fields and fields[key].type in (str, "str")
+        if not text and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"{key}={value}", expected="a whole number of 1 or more")
+        if text:
+            given[key] = str(value)
+    values_of = {**known, **given}
+    made: Policy = policy(**{key: values_of[key] for key, field in fields.items() if field.init})
+    return Decider(name, made, values_of, ram_pages)

@@ -1,9 +1,9 @@
 """One stream of page accesses, one policy, one RAM budget: how often was the page in RAM?
 
-The model is coarser than a mount: every access to an XIP page is a charge, an access to a page in
-RAM is none, a move is over before the next access, and when RAM is full the page promoted longest
-ago is demoted. ``optimum`` is Belady's bound with bypass: no order of moves made after the access
-that asks for them has more hits.
+The model is coarser than a mount: every access is the first touch of a new process, hence a fault;
+a move is over before the next access; and when RAM is full the page promoted longest ago is
+evicted, unless the policy has demoted another one before. ``optimum`` is Belady's bound with
+bypass: no order of moves made after the access that asks for them has more hits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from xipfs.accounting.charges import Charge, PteKind
+from xipfs.accounting.charges import PteKind
 from xipfs.fs.types import PageKind
-from xipfs.migrate.registry import Policy
+from xipfs.migrate.decider import Decider, done
+from xipfs.migrate.policy import FAULT, MOVED, Move, Signal, demote
 
 _INO = 1
 
@@ -41,30 +42,46 @@ class Outcome:
     demotions: int
 
 
-def replay(accesses: Sequence[Access], policy: Policy, ram_frames: int) -> Outcome:
+class _Machine:
+    """Which pages are in RAM, in the order in which they came."""
+
+    def __init__(self, decider: Decider, ram_frames: int) -> None:
+        self._decider = decider
+        self._ram_frames = ram_frames
+        self.resident: OrderedDict[int, None] = OrderedDict()
+        self.promotions = self.demotions = 0
+
+    def hear(self, signal: Signal) -> None:
+        """Tell the policy and carry out what it plans, and what it plans because of that."""
+        moves = self._decider.hear(signal, len(self.resident))
+        while moves:
+            move, *moves = moves
+            if move.to is PageKind.PAGECACHE and len(self.resident) == self._ram_frames:
+                oldest = next(iter(self.resident))
+                moves += self._move(demote((_INO, oldest), ""), signal.time_ns)
+            moves += self._move(move, signal.time_ns)
+
+    def _move(self, move: Move, time_ns: int) -> list[Move]:
+        if move.to is PageKind.PAGECACHE:
+            self.resident[move.index] = None
+            self.promotions += 1
+        else:
+            self.resident.pop(move.index, None)
+            self.demotions += 1
+        return self._decider.hear(done(time_ns, MOVED, move), len(self.resident))
+
+
+def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Outcome:
     """Run the stream through the policy."""
-    resident: OrderedDict[int, None] = OrderedDict()
-    hits = writes = promotions = demotions = 0
+    machine = _Machine(decider, ram_frames)
+    hits = writes = 0
     for access in accesses:
-        if access.page in resident:
-            hits += 1
-            continue
-        writes += access.write
-        charge = Charge(
-            access.time_ns, 1, _INO, access.page, PteKind.XIP, access.write, major=False, extra=0
-        )
-        for move in policy.plan([charge]):
-            if move.to is PageKind.XIP:
-                if move.index in resident:
-                    del resident[move.index]
-                    demotions += 1
-            elif move.index not in resident:
-                resident[move.index] = None
-                promotions += 1
-                if len(resident) > ram_frames:
-                    resident.popitem(last=False)
-                    demotions += 1
-    return Outcome(len(accesses), hits, writes, promotions, demotions)
+        hit = access.page in machine.resident
+        hits += hit
+        writes += access.write and not hit
+        kind = PteKind.PAGECACHE if hit else PteKind.XIP
+        machine.hear(Signal(access.time_ns, FAULT, 1, _INO, access.page, kind, access.write))
+    return Outcome(len(accesses), hits, writes, machine.promotions, machine.demotions)
 
 
 def optimum(accesses: Sequence[Access], ram_frames: int) -> int:
@@ -90,7 +107,7 @@ def optimum(accesses: Sequence[Access], ram_frames: int) -> int:
 
 
 def seeded_trace(name: str, seed: int, count: int = 20_000) -> list[Access]:
-    """Return ``zipf``, ``scan`` (zipf with pages used once between) or ``writes``, 10 us apart."""
+    """Return ``zipf``, ``scan`` (zipf with pages used once between) or ``writes``, 1 ms apart."""
     generator = random.Random(f"{name} {seed}")
     pages = 2000
     weights = [1 / (rank + 1) for rank in range(pages)]
@@ -100,7 +117,7 @@ def seeded_trace(name: str, seed: int, count: int = 20_000) -> list[Access]:
         once = name == "scan" and place % 2 == 1
         # In `writes` every fourth page is written, the others are only read.
         write = name == "writes" and page % 4 == 0
-        trace.append(Access(place * 10_000, pages + place if once else page, write))
+        trace.append(Access(place * 1_000_000, pages + place if once else page, write))
     return trace
 
 

@@ -1,26 +1,24 @@
 """``policy=fifo``: every page earns RAM at its first fault; the baseline of comparisons.
 
-Signal used: XIP faults. When RAM is full, what was promoted longest ago goes first.
+Signals used: XIP faults. When RAM is full the page cache evicts; this policy demotes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
-from xipfs.accounting.charges import Charge, PteKind
-from xipfs.fs.types import PageKind
-from xipfs.migrate.engine import Move
+from xipfs.migrate.policy import FAULT, Move, PteKind, Seen, Signal, promote
 
 
 @dataclass
 class Fifo:
     """Remembers nothing."""
 
-    def plan(self, charges: Iterable[Charge]) -> list[Move]:
-        """Return a promotion for each faulted page."""
-        return [
-            Move(charge.ino, charge.page, PageKind.PAGECACHE, "first fault")
-            for charge in charges
-            if charge.kind is PteKind.XIP and not charge.hint
-        ]
+    SIGNALS: ClassVar[frozenset[str]] = frozenset({FAULT})
+
+    def plan(self, signal: Signal, _seen: Seen) -> Iterable[Move]:
+        """Return a promotion for a fault on an XIP page."""
+        if signal.kind is PteKind.XIP:
+            yield promote(signal.page, "first fault")

@@ -1,36 +1,30 @@
 """``policy=threshold,promote=N``: a page earns RAM at its Nth fault while it is XIP.
 
-Signal used: faults only. A fault that ends in a private copy (COW) is no reason to promote: the
-process has its own page then, and the next fault there would not come from this one.
+Signals used: XIP faults and hint faults. A fault that ends in a private copy (COW) is no reason
+to promote: the process has its own page then, and the next fault there would not come from this
+one. Pages of a scan, seen once, stay out of RAM: there it finds more pages in RAM than FIFO.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from xipfs.accounting.charges import Charge, PteKind
-from xipfs.fs.types import PageKind
-from xipfs.migrate.engine import Move
+from xipfs.migrate.parts import Remembered
+from xipfs.migrate.policy import FAULT, HINT, Move, PteKind, Seen, Signal, promote
 
 
 @dataclass
 class Threshold:
-    """Counts XIP faults per page; memory is bounded by the pages that faulted below N."""
+    """Counts faults per page, of the pages that faulted latest."""
 
+    SIGNALS: ClassVar[frozenset[str]] = frozenset({FAULT, HINT})
     promote: int
-    _faults: Counter[tuple[int, int]] = field(default_factory=Counter, init=False)
+    _faults: Remembered = field(default_factory=Remembered, init=False)
 
-    def plan(self, charges: Iterable[Charge]) -> list[Move]:
-        """Return the promotions that these charges, in time order, have earned."""
-        moves = []
-        for charge in charges:
-            if charge.kind is not PteKind.XIP or charge.hint:
-                continue
-            page = (charge.ino, charge.page)
-            self._faults[page] += 1
-            if self._faults[page] >= self.promote:
-                del self._faults[page]
-                moves.append(Move(*page, PageKind.PAGECACHE, f"{self.promote} faults"))
-        return moves
+    def plan(self, signal: Signal, _seen: Seen) -> Iterable[Move]:
+        """Return a promotion at the Nth fault."""
+        if signal.kind is PteKind.XIP and self._faults.count(signal.page) >= self.promote:
+            self._faults.forget(signal.page)
+            yield promote(signal.page, f"{self.promote} faults")

@@ -1,56 +1,58 @@
-"""``policy=tpp``: a page earns RAM at its second fault within a window, at a bounded rate.
+"""``policy=tpp``: a page earns RAM at its second fault within a window; cold ones leave early.
 
-Signals used: XIP faults and hint faults, with their time stamps. A page seen once (a scan) earns
-nothing, and neither does one whose faults lie further apart than ``window_ms``: between scans it
-finds more pages in RAM than FIFO.
+Signals used: faults and hint faults with their time stamps, moves, evictions. After TPP (Maruf et
+al., ASPLOS 2023). A page seen once (a scan) earns nothing, and neither does one whose faults lie
+further apart than ``window_ms``: between scans it finds more pages in RAM than FIFO. Demotion runs
+ahead of need: above ``high`` percent of RAM the pages longest untouched go, down to ``low``.
+Promotions and demotions are bounded by ``pages_per_s``, and no page goes back within ``stay_ms``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from xipfs.accounting.charges import Charge, PteKind
-from xipfs.fs.types import PageKind
-from xipfs.migrate.engine import Move
-
-_NS_PER_MS = 1_000_000
-#: Pages that are remembered; the one that faulted longest ago is forgotten.
-_REMEMBERED = 1 << 16
+from xipfs.migrate.parts import NS_PER_MS, Remembered, Residents, Watermarks
+from xipfs.migrate.policy import (
+    DONE,
+    FAULT,
+    HINT,
+    TOUCHES,
+    Move,
+    PteKind,
+    Seen,
+    Signal,
+    demote,
+    promote,
+)
 
 
 @dataclass
 class Tpp:
-    """Time is the charges' own, so the same charges give the same plan."""
+    """Remembers the last fault of the pages that faulted latest, and the order of those in RAM."""
 
+    SIGNALS: ClassVar[frozenset[str]] = DONE | {FAULT, HINT}
     window_ms: int = 1000
     pages_per_s: int = 10_000
-    _last_ns: dict[tuple[int, int], int] = field(default_factory=dict, init=False)
-    _second: int = field(default=-1, init=False)
-    _promoted: int = field(default=0, init=False)
+    stay_ms: int = 100
+    high: int = 95
+    low: int = 90
+    _last_ns: Remembered = field(default_factory=Remembered, init=False)
+    _residents: Residents = field(default_factory=Residents, init=False)
+    _marks: Watermarks = field(init=False)
 
-    def plan(self, charges: Iterable[Charge]) -> list[Move]:
-        """Return the promotions that these charges, in time order, have earned."""
-        moves = []
-        for charge in charges:
-            if charge.kind is not PteKind.XIP:
-                continue
-            page = (charge.ino, charge.page)
-            before_ns = self._last_ns.pop(page, None)
-            soon = (
-                before_ns is not None and charge.time_ns - before_ns <= self.window_ms * _NS_PER_MS
-            )
-            if soon and self._within_rate(charge.time_ns):
-                moves.append(Move(*page, PageKind.PAGECACHE, f"2 faults in {self.window_ms} ms"))
-                continue
-            self._last_ns[page] = charge.time_ns
-            if len(self._last_ns) > _REMEMBERED:
-                del self._last_ns[next(iter(self._last_ns))]
-        return moves
+    def __post_init__(self) -> None:
+        self._marks = Watermarks(self.high, self.low)
 
-    def _within_rate(self, time_ns: int) -> bool:
-        second = time_ns // (1000 * _NS_PER_MS)
-        if second != self._second:
-            self._second, self._promoted = second, 0
-        self._promoted += 1
-        return self._promoted <= self.pages_per_s
+    def plan(self, signal: Signal, seen: Seen) -> Iterable[Move]:
+        """Return the promotion that this fault has earned, and demotions if RAM runs short."""
+        self._residents.hear(signal, seen, to_end=True)
+        if signal.source in TOUCHES and signal.kind is PteKind.XIP:
+            before_ns = self._last_ns.get(signal.page)
+            self._last_ns.put(signal.page, signal.time_ns)
+            window_ns = self.window_ms * NS_PER_MS
+            if before_ns is not None and signal.time_ns - before_ns <= window_ns:
+                yield promote(signal.page, f"2 faults in {self.window_ms} ms")
+        for page in self._residents.longest_untouched(self._marks.excess(seen)):
+            yield demote(page, f"RAM above {self.high} %, longest untouched")

@@ -1,37 +1,31 @@
-"""``policy=write-hot``: only a page written ``writes`` times through a mapping earns RAM.
+"""``policy=write-hot``: only a page that is written ``writes`` times earns RAM.
 
-Signal used: XIP write faults. Reading costs the medium no endurance, so pages that are only read
-stay XIP, however hot they are. Where few pages are written, fewer writes reach the region than
-under FIFO.
+Signals used: XIP write faults, WRITE requests. Reading costs the medium no endurance, so pages
+that are only read stay XIP, however hot they are. Where few pages are written, fewer writes reach
+the region than under FIFO.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from xipfs.accounting.charges import Charge, PteKind
-from xipfs.fs.types import PageKind
-from xipfs.migrate.engine import Move
+from xipfs.migrate.parts import Remembered
+from xipfs.migrate.policy import FAULT, WRITE, Move, PteKind, Seen, Signal, promote
 
 
 @dataclass
 class WriteHot:
-    """Counts XIP write faults per page."""
+    """Counts writes per page, of the pages that were written latest."""
 
+    SIGNALS: ClassVar[frozenset[str]] = frozenset({FAULT, WRITE})
     writes: int = 2
-    _faults: Counter[tuple[int, int]] = field(default_factory=Counter, init=False)
+    _writes: Remembered = field(default_factory=Remembered, init=False)
 
-    def plan(self, charges: Iterable[Charge]) -> list[Move]:
-        """Return the promotions that these charges, in time order, have earned."""
-        moves = []
-        for charge in charges:
-            if charge.kind is not PteKind.XIP or charge.hint or not charge.write:
-                continue
-            page = (charge.ino, charge.page)
-            self._faults[page] += 1
-            if self._faults[page] >= self.writes:
-                del self._faults[page]
-                moves.append(Move(*page, PageKind.PAGECACHE, f"{self.writes} write faults"))
-        return moves
+    def plan(self, signal: Signal, _seen: Seen) -> Iterable[Move]:
+        """Return a promotion at the Nth write."""
+        written = signal.write and signal.kind is PteKind.XIP
+        if written and self._writes.count(signal.page) >= self.writes:
+            self._writes.forget(signal.page)
+            yield promote(signal.page, f"{self.writes} writes")

@@ -1,0 +1,129 @@
+"""A mount's policy at work: signals in, plans carried out in the background.
+
+Everything runs on the trio thread. What the policy hears has one order: that in which it is
+accounted. Moves and evictions are heard where they take effect; faults and requests when the
+observer was drained, merged by their times. A policy that fails is replaced by ``off``, and every
+snapshot says so: a defect in it must not end the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
+
+import trio
+
+from xipfs.accounting.charges import Charge
+from xipfs.errors import FsError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind
+from xipfs.migrate.decider import done, merged
+from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, PteKind, Signal
+from xipfs.migrate.registry import make_policy
+from xipfs.options import MountOptions
+
+log = logging.getLogger(__name__)
+
+
+class Deciding:
+    """The policy of one mount, and what it has planned."""
+
+    def __init__(self, fs: Filesystem, options: MountOptions) -> None:
+        self._fs = fs
+        # Nothing can move on a read-only mount; what would is counted.
+        self._dry = options.dry or fs.read_only
+        self._decider = make_policy(options.policy, options.policy_values, fs.memory.ram_pages)
+        self._requests: list[Signal] = []
+        self._plan: list[Move] = []
+        self._planned = trio.Event()
+        self._failure = ""
+        #: Under ``dry``: how often a page was to move, by new kind and reason.
+        self._would_move: Counter[tuple[str, str]] = Counter()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the policy's part of ``stats.json``."""
+        return {
+            **self._decider.describe(),
+            "dry": self._dry,
+            "failure": self._failure,
+            "would_move": [
+                {"to": to, "reason": reason, "count": count}
+                for (to, reason), count in self._would_move.items()
+            ],
+        }
+
+    def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
+        """Go on with another policy, which starts knowing nothing. Raise UsageError, EROFS."""
+        if self._fs.read_only and not dry and name != "off":
+            raise FsError(errno.EROFS, "the mount is read-only: a policy can only run dry")
+        self._decider = make_policy(name, values.items(), self._fs.memory.ram_pages)
+        self._dry = dry or self._fs.read_only
+        self._failure = ""
+        self._would_move.clear()
+
+    # What is heard
+
+    def page_io(self, pid: int, ino: int, first: int, last: int, *, write: bool) -> None:
+        """Hear of a READ or WRITE request of pages first..last; told at the next ``charged``."""
+        source = WRITE if write else READ
+        if source not in self._decider.signals:
+            return
+        now_ns, pages = time.monotonic_ns(), range(first, last + 1)
+        try:
+            xip = self._fs.wanted(ino, pages, PageKind.PAGECACHE)
+            cached = self._fs.wanted(ino, pages, PageKind.XIP)
+        except FsError:
+            return  # the file went with the request
+        for kind, indexes in ((PteKind.XIP, xip), (PteKind.PAGECACHE, cached)):
+            self._requests += [
+                Signal(now_ns, source, pid, ino, index, kind, write) for index in indexes
+            ]
+
+    def charged(self, charges: Iterable[Charge]) -> None:
+        """Tell the policy what happened since the last call."""
+        requests, self._requests = self._requests, []
+        for signal in merged(requests, charges):
+            self._hear(signal)
+
+    def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
+        """Hear of pages that have moved just now."""
+        for index in pages:
+            self._hear(done(now_ns, MOVED, Move(ino, index, to, "")))
+
+    def evicted(self, ino: int, index: int) -> None:
+        """Hear of a page that lost its frame."""
+        now_ns = time.monotonic_ns()
+        self._hear(Signal(now_ns, EVICTED, 0, ino, index, PteKind.PAGECACHE))
+
+    def _hear(self, signal: Signal) -> None:
+        try:
+            moves = self._decider.hear(signal, self._fs.nr_resident_pages)
+        except Exception as error:
+            log.exception("policy %s failed; it is off from now on", self._decider.name)
+            self._failure = f"{self._decider.name}: {error!r}"
+            self._decider = make_policy("off", [], self._fs.memory.ram_pages)
+            return
+        if moves and self._dry:
+            self._would_move.update((move.to.value, move.reason) for move in moves)
+        elif moves:
+            self._plan += moves
+            self._planned.set()
+
+    async def carry_out(self, move_all: Callable[[list[Move]], Awaitable[object]]) -> None:
+        """Carry out plans for ever; what is planned meanwhile moves together, at the next turn."""
+        while True:
+            await self._planned.wait()
+            self._planned = trio.Event()
+            moves, self._plan = self._plan, []
+            try:
+                await move_all(moves)
+            except Exception:
+                log.exception("a plan of %d moves of %s failed", len(moves), self._decider.name)
+            now_ns = time.monotonic_ns()
+            for move in moves:
+                if self._decider.is_under_way(move):
+                    self._hear(done(now_ns, REFUSED, move))

@@ -1,0 +1,133 @@
+"""One policy at work: what it is told, what of its plans is let through, what was held back.
+
+These rules hold for every policy, shipped or a user's own; each is off unless a parameter or the
+policy's own default sets it.
+
+- A page whose move is under way is not asked for again, and counts in ``Seen`` as moved.
+- ``pages_per_s`` bounds the moves of each second of the stream; what is above it is dropped, and
+  the page's next touch may earn it again (numa_balancing_promote_rate_limit_MBps does the same).
+- ``stay_ms`` damps ping-pong: a page is not moved back sooner after its last move.
+
+Each signal is a point of decision. So a plan follows from the stream alone, however it was cut
+into pieces on its way here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from xipfs.accounting.charges import Charge
+from xipfs.fs.types import PageKind
+from xipfs.migrate.parts import NS_PER_MS, RateLimit, Remembered
+from xipfs.migrate.policy import (
+    MOVED,
+    REFUSED,
+    Move,
+    Page,
+    Policy,
+    PteKind,
+    Seen,
+    Signal,
+    signal_of,
+)
+
+#: Parameters that every policy has, with their defaults; a policy's own field replaces a default.
+COMMON: Final[dict[str, int]] = {"pages_per_s": 0, "stay_ms": 0}
+#: Moves under way at once; a plan is dropped above it, since nobody carries plans out.
+_UNDER_WAY_MAX: Final = 1 << 18
+#: What a move to that kind adds to the frames in use.
+_FRAMES: Final = {PageKind.PAGECACHE: 1, PageKind.XIP: -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeciderStatistics:
+    """Pages: asked for by the policy, let through, and held back by cause."""
+
+    asked: int
+    planned: int
+    held_back: dict[str, int]
+
+
+class Decider:
+    """Runs one policy. ``name`` is what it was chosen by, ``values`` all its parameters."""
+
+    def __init__(
+        self, name: str, policy: Policy, values: Mapping[str, Any], ram_pages: int
+    ) -> None:
+        assert values.keys() >= COMMON.keys(), values
+        self.name = name
+        self.values = dict(values)
+        self.signals = policy.SIGNALS
+        self._policy = policy
+        self._rate = RateLimit(values["pages_per_s"])
+        self._stay_ns = values["stay_ms"] * NS_PER_MS
+        self._ram_pages = ram_pages
+        self._under_way: dict[Page, PageKind] = {}
+        self._frames_to_come = 0
+        self._moved_ns = Remembered()
+        self._asked = self._planned = 0
+        self._held_back = {"under_way": 0, "rate": 0, "stay": 0}
+
+    def statistics(self) -> DeciderStatistics:
+        """Return the counts since the policy was chosen."""
+        return DeciderStatistics(self._asked, self._planned, dict(self._held_back))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the policy's name, the signals it uses, its parameters and its counts."""
+        return {
+            "policy": self.name,
+            "parameters": self.values,
+            "signals": sorted(self.signals),
+            **vars(self.statistics()),
+        }
+
+    def hear(self, signal: Signal, ram_pages_used: int) -> list[Move]:
+        """Tell the policy of one signal; return the moves that it has earned."""
+        if signal.source in (MOVED, REFUSED):
+            to = self._under_way.pop(signal.page, None)
+            if to is not None:
+                self._frames_to_come -= _FRAMES[to]
+        if signal.source == MOVED and self._stay_ns:
+            self._moved_ns.put(signal.page, signal.time_ns)
+        if signal.source not in self.signals:
+            return []
+        used = max(ram_pages_used + self._frames_to_come, 0)
+        plan = self._policy.plan(signal, Seen(used, self._ram_pages))
+        return [move for move in plan if self._let_through(move, signal.time_ns)]
+
+    def is_under_way(self, move: Move) -> bool:
+        """Return whether the move was let through and nothing was heard of it since."""
+        return self._under_way.get((move.ino, move.index)) is move.to
+
+    def _let_through(self, move: Move, time_ns: int) -> bool:
+        self._asked += 1
+        page = (move.ino, move.index)
+        moved_ns = self._moved_ns.get(page) if self._stay_ns else None
+        if page in self._under_way or len(self._under_way) == _UNDER_WAY_MAX:
+            self._held_back["under_way"] += 1
+        elif moved_ns is not None and time_ns - moved_ns < self._stay_ns:
+            self._held_back["stay"] += 1
+        elif not self._rate.take(time_ns):
+            self._held_back["rate"] += 1
+        else:
+            self._under_way[page] = move.to
+            self._frames_to_come += _FRAMES[move.to]
+            self._planned += 1
+            return True
+        return False
+
+
+def done(time_ns: int, source: str, move: Move) -> Signal:
+    """Return the signal that tells of a move's outcome: MOVED or REFUSED."""
+    kind = PteKind.XIP if move.to is PageKind.XIP else PteKind.PAGECACHE
+    return Signal(time_ns, source, 0, move.ino, move.index, kind)
+
+
+def merged(requests: Iterable[Signal], charges: Iterable[Charge]) -> list[Signal]:
+    """Return the signals of one drain in the order of their times: requests, then faults.
+
+    Both are in order already. Of equal times the request comes first: it was sent by then.
+    """
+    return sorted([*requests, *map(signal_of, charges)], key=lambda signal: signal.time_ns)

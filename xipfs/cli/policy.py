@@ -1,4 +1,4 @@
-"""``xipfs policy list|show|test|set``: the policies there are, what one is worth, which one acts."""
+"""``xipfs policy list|show|test|set``: the policies, what one is worth, which one acts."""
 
 from __future__ import annotations
 

@@ -86,6 +86,10 @@ class Deciding:
     def charged(self, charges: Iterable[Charge]) -> None:
         """Tell the policy what happened since the last call."""
         requests, self._requests = self._requests, []
+        if not self._decider.signals:
+            return
+        if not self._decider.signals:
+            return
         for signal in merged(requests, charges):
             self._hear(signal)
 

@@ -18,6 +18,7 @@ gives the same plans, on a mount and in a replay.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple, Protocol
 
 from xipfs.accounting.charges import Charge, PteKind
@@ -25,8 +26,8 @@ from xipfs.fs.types import PageKind
 
 __all__ = [
     "DONE", "EVICTED", "FAULT", "HINT", "MOVED", "READ", "REFUSED", "TOUCHES", "WRITE",
-    "Charge", "Move", "Page", "PageKind", "Policy", "PteKind", "Seen", "Signal", "demote", "promote",
-    "signal_of",
+    "Charge", "Move", "Page", "PageKind", "Policy", "PteKind", "Seen", "Signal", "demote",
+    "promote", "signal_of",
 ]  # fmt: skip
 
 FAULT: Final = "fault"
@@ -50,7 +51,8 @@ Page = tuple[int, int]
 """Inode number and page index."""
 
 
-class Signal(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Signal:
     """One thing that happened to one page; ``time_ns`` is CLOCK_MONOTONIC, as tracefs stamps it."""
 
     time_ns: int
@@ -77,7 +79,8 @@ class Seen(NamedTuple):
     ram_pages: int
 
 
-class Move(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Move:
     """One page that a policy wants moved, and why."""
 
     ino: int

@@ -31,10 +31,12 @@ from xipfs.trace.events import (
     Unmap,
     Zap,
 )
+from xipfs.trace.fault_batch import expanded
 from xipfs.trace.grammar import SETTLE_NS, Grammar
+from xipfs.trace.output import Output
 from xipfs.trace.pids import Adoption
 from xipfs.trace.proc import Identity, MapsLine
-from xipfs.trace.processes import Output, Processes
+from xipfs.trace.processes import Processes
 
 DEV, FILE, PID = 42, 7, 100
 BASE, PAGE = 0x10000, 4096
@@ -102,7 +104,9 @@ class Script:
     def events(self) -> list[Event]:
         rows, self.rows = self.rows, []
         self.grammar.feed(rows)
-        return [e for e in self.output.take() if not isinstance(e, CacheAdd | CacheDelete)]
+        return [
+            e for e in expanded(self.output.take()) if not isinstance(e, CacheAdd | CacheDelete)
+        ]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from conftest import needs
 from live import INSTANCES, PAGE, LiveMount, Mounts
 
 from xipfs.trace.events import Around, Event, Exit, Fault, Fork, Lost, Map, Move, Unmap, Zap
+from xipfs.trace.fault_batch import expanded
 from xipfs.trace.grammar import SETTLE_NS
 from xipfs.trace.observer import Observer
 
@@ -91,7 +92,7 @@ class Run:
                 raise
         assert process.returncode == status
         self.pid = process.pid
-        self.events: list[Event] = observer.drain()
+        self.events: list[Event] = list(expanded(observer.drain()))
         self.faults = [event for event in self.events if isinstance(event, Fault)]
         self.marks = {
             name: (int(minor), int(major))
@@ -261,7 +262,7 @@ def test_a_program_that_nobody_announced(observer: Observer, touch: Path, file: 
             for _ in range(3):
                 assert process.stdout.readline() == "paused\n"
                 time.sleep(10 * SETTLE_NS / 1e9)  # it may not have reached its read(2) yet
-                seen.append(observer.drain())
+                seen.append(list(expanded(observer.drain())))
                 observer.add_pids([process.pid] if len(seen) > 1 else [])
                 process.stdin.write("\n")
                 process.stdin.flush()
@@ -269,7 +270,7 @@ def test_a_program_that_nobody_announced(observer: Observer, touch: Path, file: 
         except BaseException:
             process.kill()
             raise
-    seen.append(observer.drain())
+    seen.append(list(expanded(observer.drain())))
     before, after = (
         [event for event in events if isinstance(event, Fault)] for events in seen[1:3]
     )

@@ -37,6 +37,7 @@ from xipfs.mm.rules import Rules
 from xipfs.mm.vma import Vma
 from xipfs.mm.zap import exit_mmap, unmap_mapping_range, zap_page_range
 from xipfs.trace import events as ev
+from xipfs.trace.fault_batch import FaultBatch, expanded
 from xipfs.units import PAGE_SHIFT
 
 _KIND = {
@@ -99,10 +100,10 @@ class Accountant:
             ev.CacheDelete: self._cache_delete,
         }
 
-    def consume(self, events: Iterable[ev.Event]) -> list[Charge]:
+    def consume(self, events: Iterable[ev.Event | FaultBatch]) -> list[Charge]:
         """Apply a batch of events; return what its faults were charged, in order."""
         charges = []
-        for event in events:
+        for event in expanded(events):
             if type(event) is ev.CowBroken:
                 charges += self._cow_broken(event)
                 continue

@@ -35,6 +35,7 @@ from xipfs.options import MountOptions
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.heat import Heat
 from xipfs.trace.events import Event
+from xipfs.trace.fault_batch import FaultBatch
 from xipfs.trace.grammar import SETTLE_NS
 from xipfs.units import PAGE_SHIFT, pages_of
 
@@ -176,7 +177,7 @@ class Live:
             await trio.sleep(_SETTLE_S)
         return await self.drain()
 
-    def _account(self, events: list[Event]) -> None:
+    def _account(self, events: list[Event | FaultBatch]) -> None:
         charges = self.accountant.consume(events)
         self.heat.add(charge for charge in charges if not charge.hint)
         self.migrator.history.charged(charges)

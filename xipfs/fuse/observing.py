@@ -18,6 +18,7 @@ from xipfs.fuse.mounts import Mount
 from xipfs.options import MountOptions
 from xipfs.stats.snapshot import ObserverFigures
 from xipfs.trace import events as ev
+from xipfs.trace.fault_batch import FaultBatch
 from xipfs.trace.observer import Observer
 from xipfs.trace.session import TRACING, mount_tracefs, probe
 from xipfs.units import PAGE_SHIFT
@@ -47,7 +48,7 @@ class LiveObserver(Protocol):
         """Hear of a READ request that starts at page ``first``."""
         ...
 
-    def drain(self) -> list[ev.Event]:
+    def drain(self) -> list[ev.Event | FaultBatch]:
         """Return what happened since the last call, in order. May block."""
         ...
 
@@ -85,7 +86,7 @@ class TracefsObserver:
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """READ requests tell nothing that the events do not."""
 
-    def drain(self) -> list[ev.Event]:
+    def drain(self) -> list[ev.Event | FaultBatch]:
         """Read the rings."""
         assert self._observer is not None
         return self._observer.drain()
@@ -153,9 +154,10 @@ class RequestsObserver:
             )
         )  # fmt: skip
 
-    def drain(self) -> list[ev.Event]:
+    def drain(self) -> list[ev.Event | FaultBatch]:
         """Return the faults since the last call, and the ends of processes that are gone."""
-        events, self._events = self._events, []
+        events: list[ev.Event | FaultBatch] = [*self._events]
+        self._events = []
         for pid in [pid for pid in self._spaces if not os.path.exists(f"/proc/{pid}")]:
             events.append(ev.Exit(0, self._numbers.pop(pid)))
             del self._spaces[pid]
@@ -196,7 +198,7 @@ class NoObserver:
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """Nothing is heard."""
 
-    def drain(self) -> list[ev.Event]:
+    def drain(self) -> list[ev.Event | FaultBatch]:
         """Return nothing."""
         return []
 

@@ -1,20 +1,24 @@
-"""The compiled twin of ``ring.PlainDecoder``: when it is made, and how it is called.
+"""The compiled twins of ``ring.PlainDecoder`` and ``plain_loop``: when they are made, how called.
 
 Compiling takes seconds the first time and importing numba most of a second every time, which no
 mount should wait for. So ``start_compiling`` does both in a thread of its own, and until that has
-ended the plain decoder works.
+ended the plain decoder works, and the grammar alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from xipfs.trace.plain_loop import Plain
 from xipfs.trace.records import COLUMNS
 from xipfs.trace.ring import CHUNK_PAGES, Plan, Rows
 
@@ -56,17 +60,33 @@ class CompiledDecoder:
         )
 
 
-def start_compiling(
-    plan: Plan, ready: Callable[[CompiledDecoder], None]
-) -> threading.Thread | None:
-    """Prepare the compiled decoder in a thread of its own and hand it to ``ready``.
+def version_of(*modules: ModuleType) -> int:
+    """Return a number that changes with the source of ``modules``."""
+    digest = hashlib.sha256()
+    for module in modules:
+        assert module.__file__ is not None, module
+        digest.update(Path(module.__file__).read_bytes())
+    return int.from_bytes(digest.digest()[:7], "little") | 1
 
-    Returns None where numba is not installed: the plain decoder then stays.
+
+def start_compiling(
+    plan: Plan,
+    use_decoder: Callable[[CompiledDecoder], None],
+    use_run: Callable[[Callable[[Plain], int]], None],
+) -> threading.Thread | None:
+    """Prepare the compiled decoder and loop in a thread of its own and hand both on.
+
+    Returns None where numba is not installed: plain decoder and grammar then stay.
     """
     if importlib.util.find_spec("numba") is None:
         return None
-    thread = threading.Thread(
-        target=lambda: ready(CompiledDecoder(plan)), name="xipfs-trace-compile", daemon=True
-    )
+
+    def prepare() -> None:
+        use_decoder(CompiledDecoder(plan))
+        from xipfs.trace import plain_code
+
+        use_run(plain_code.run)
+
+    thread = threading.Thread(target=prepare, name="xipfs-trace-compile", daemon=True)
     thread.start()
     return thread

@@ -25,16 +25,13 @@ from __future__ import annotations
 from typing import Final
 
 from xipfs.trace import events
+from xipfs.trace.fault_batch import ERROR_EXEC, ERROR_PROTECTION, ERROR_USER, ERROR_WRITE
 from xipfs.trace.proc import PROT_EXEC, PROT_READ, PROT_WRITE
 from xipfs.trace.processes import Processes, Thread
 from xipfs.trace.syscalls import SystemCalls
 from xipfs.trace.vmas import Vma
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
-ERROR_PROTECTION: Final = 1
-ERROR_WRITE: Final = 2
-ERROR_USER: Final = 4
-ERROR_EXEC: Final = 16
 _SIGBUS: Final = 7
 _PTRS_PER_PTE: Final = 512
 _DISAGREED: Final = "mapping disagreed with the shadow"

@@ -23,9 +23,12 @@ import numpy as np
 
 from xipfs.trace import compiled, proc, session
 from xipfs.trace.events import Event
+from xipfs.trace.fault_batch import FaultBatch
 from xipfs.trace.grammar import Grammar
+from xipfs.trace.output import Output
 from xipfs.trace.pids import Adoption, PidFilter
-from xipfs.trace.processes import Output, Processes
+from xipfs.trace.plain import PlainFaults
+from xipfs.trace.processes import Processes
 from xipfs.trace.records import ADOPT, COLUMNS
 from xipfs.trace.ring import Decoder, PlainDecoder, Plan, RingReader, Rows
 from xipfs.units import PAGE_SIZE
@@ -34,8 +37,6 @@ _FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT_PAGES: Final = 16
 #: 8 MiB a CPU last 100 ms and more, however fast programs fault.
 _PUMP_INTERVAL_S: Final = 0.020
-#: Rows turned into Python integers in one go: bounds memory, whatever the backlog.
-_FEED_ROWS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +117,15 @@ class Observer:
         self._processes = Processes(
             self._output, proc.identify, lambda pid: proc.read_maps(pid, dev)
         )
-        self._grammar = Grammar(self._processes, self._take_adoption, fault_around_pages())
+        around_pages = fault_around_pages()
+        self._grammar = Grammar(self._processes, self._take_adoption, around_pages)
+        self._plain = PlainFaults(self._processes, self._grammar, around_pages)
         self._adoption_rows: deque[tuple[int, int]] = deque()
         self._adoptions: dict[int, Adoption] = {}
         self._held: Rows = np.zeros((0, COLUMNS), np.uint64)
         self._events = 0
         self._decoder: Decoder = PlainDecoder(plan)
-        self._compiler = compiled.start_compiling(plan, self._use)
+        self._compiler = compiled.start_compiling(plan, self._use, self._plain.use)
         self._pump = threading.Thread(target=self._pump_until_closed, daemon=True)
         self._pump.start()
 
@@ -153,7 +156,7 @@ class Observer:
         assert self._filter is not None
         self._filter.add(pids, timeout_s)
 
-    def drain(self, until_ns: int | None = None) -> list[Event]:
+    def drain(self, until_ns: int | None = None) -> list[Event | FaultBatch]:
         """Return what happened until ``until_ns`` (default: now) and was not returned before.
 
         In the order in which it took effect. A fault that is still inside the kernel comes with a
@@ -164,8 +167,7 @@ class Observer:
             now_ns = time.monotonic_ns()
             cut_ns = now_ns if until_ns is None else min(until_ns, now_ns)
             rows = self._read(cut_ns)
-            for start in range(0, len(rows), _FEED_ROWS):
-                self._grammar.feed(rows[start : start + _FEED_ROWS].tolist())
+            self._plain.feed(rows)
             self._grammar.settle(cut_ns, proc.in_system_call)
             self._grammar.bury(cut_ns)
             if self._processes.newcomers:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from xipfs.trace import events
+from xipfs.trace.output import Output
 from xipfs.trace.pids import Adoption
 from xipfs.trace.proc import Identity, MapsLine
 from xipfs.trace.vmas import Vma, VmaMap
@@ -95,27 +96,6 @@ class Thread:
         self.pf_faults = self.pf_retries = self.pf_signal = 0
         self.pf_added = self.pf_mapped_last = self.pf_reported = False
         self.pf_arounds: list[tuple[int, int]] = []
-
-
-class Output:
-    """Collects events with the time they took effect; ``take`` returns them in that order."""
-
-    def __init__(self) -> None:
-        self._times: list[int] = []
-        self._events: list[events.Event] = []
-
-    def emit(self, time_ns: int, event: events.Event) -> None:
-        """Add ``event``; among equal times the order of the calls stays."""
-        self._times.append(time_ns)
-        self._events.append(event)
-
-    def take(self) -> list[events.Event]:
-        """Return and forget all events."""
-        order = sorted(range(len(self._times)), key=self._times.__getitem__)
-        taken = [self._events[at] for at in order]
-        self._times.clear()
-        self._events.clear()
-        return taken
 
 
 class Processes:

@@ -28,6 +28,7 @@ from xipfs.trace.events import (
     Map,
     Move,
     Protect,
+    Registered,
     Unmap,
     Zap,
 )
@@ -644,6 +645,34 @@ def test_fork_copies_what_was_told(script: Script) -> None:
     assert [event.mm for event in events if isinstance(event, Exit)] == [2, 1]
     assert len(only(events, Map)) == 1
     assert script.processes.comms[101] == "child"
+
+
+def test_a_library_says_that_it_has_registered(script: Script) -> None:
+    script.call("madvise", 0, 0, 0x78697066, result=-22)
+    events = script.end()
+    assert only(events, Registered) == [Registered(3000, 1, PID)]
+    assert only(events, Exit) == [Exit(4000, 1)], "nothing was mapped, but its end matters"
+    assert script.unfollowed == {}
+
+
+def test_what_descends_from_a_followed_process_is_known_until_it_is_forgotten(
+    script: Script,
+) -> None:
+    roots = script.processes.roots
+    roots |= {PID: PID, 102: 999}
+    script.newtask(101)
+    script.newtask(103, tid=101)
+    script.newtask(104, 0x100 | 0x10000)  # a thread: no process of its own
+    script.newtask(102)
+    script.newtask(105, tid=200)
+    script.exit(101)
+    script.events()
+    assert roots == {PID: PID, 101: PID, 102: PID, 103: PID}
+    later = script.now + 3_000_000_000
+    script.processes.forget_dead(later)
+    assert 101 in roots, "the events of this drain are still to be asked about"
+    script.processes.forget_dead(later)
+    assert roots == {PID: PID, 102: PID, 103: PID}
 
 
 def test_threads_and_vfork_share_the_address_space(script: Script) -> None:

@@ -22,6 +22,7 @@ from xipfs.accounting.charges import Charge, Ledger, PteKind
 from xipfs.accounting.hints import Hints, Page
 from xipfs.accounting.kernel_ptes import ANON, SILENT_CALL, KernelPtes
 from xipfs.accounting.live_file import LiveFile
+from xipfs.accounting.runs import Runs
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm import audit
 from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP, access, maps_what
@@ -67,6 +68,7 @@ class Accountant:
         rules: Rules,
         comm: Callable[[int], str],
         *,
+        root_of: Callable[[int], int | None] = lambda _pid: None,
         readahead: bool = False,
     ) -> None:
         self._fs = fs
@@ -74,6 +76,7 @@ class Accountant:
         self.machine = Machine(fs.memory, rules)
         self.ledger = Ledger()
         self.hints = Hints()
+        self.runs = Runs(root_of, comm)
         self.unfollowed: Counter[str] = Counter()
         #: Told each fault with its charge.
         self.on_charge: Callable[[ev.Fault, Charge], None] | None = None
@@ -90,6 +93,7 @@ class Accountant:
             ev.Move: self._move,
             ev.Zap: self._zap,
             ev.Doubt: self._doubt,
+            ev.Registered: self.runs.registered,
             ev.Split: self._split,
             ev.Lost: self._lost,
             ev.Fork: self._fork,
@@ -261,6 +265,7 @@ class Accountant:
         self.hints.exit(event.mm)
         self.kernel.exit(event.mm)
         self.ledger.exit(event.mm)
+        self.runs.exit(event.mm)
 
     def _around(self, event: ev.Around) -> None:
         """Map what the kernel mapped without a fault of its own: cached pages only (rule F22).
@@ -275,7 +280,8 @@ class Accountant:
                 self._around_in(vma, event)
 
     def _around_in(self, vma: Vma, event: ev.Around) -> None:
-        self.kernel.around(event, vma)
+        mapped = self.kernel.around(event, vma)
+        self.runs.around(event, mapped, shared=bool(vma.flags & VM_MAYSHARE))
         first = max(event.first, vma.pgoff)
         window = range(first, min(event.last + 1, vma.pgoff + vma.pages))
         cached = [page for page in window if self.kernel.is_cached(event.ino, page)]
@@ -305,6 +311,7 @@ class Accountant:
                 address=event.address + (passed << PAGE_SHIFT), index=event.index + passed
             )
         self.kernel.fault(event, vma)
+        self.runs.fault(event)
         if event.verdict == ev.SIGSEGV:
             return None  # the access was not allowed: no fault handler ran
         hinted = self.hints.take(event.mm, event.address)

@@ -199,12 +199,16 @@ class KernelPtes:
         # A protection fault that is no private write leaves what was mapped.
         return before if event.protection and before != NONE else FILE
 
-    def around(self, event: ev.Around, vma: Vma) -> None:
-        """Fault-around tried the pages first..last of the file."""
+    def around(self, event: ev.Around, vma: Vma) -> int:
+        """Fault-around tried the pages first..last of the file; return how many it mapped.
+
+        Those that it may have mapped (``IN_FLIGHT``, ``READAHEAD``) are among them.
+        """
         self._touch(event.mm)
         cached = self._cached.get(event.ino, {})
         first = max(event.first, vma.pgoff)
         last = min(event.last, vma.pgoff + vma.pages - 1)
+        mapped = 0
         for index in range(first, last + 1):
             added_ns = cached.get(index)
             address = vma.address_of(index)
@@ -216,6 +220,8 @@ class KernelPtes:
             elif added_ns and event.time_ns - added_ns < SETTLED_NS:
                 state = IN_FLIGHT
             self._set(event.mm, address, state)
+            mapped += 1
+        return mapped
 
     def doubt(self, mm: int, start: int, end: int, reason: int) -> None:
         """Something happened in [start, end) that no event tells page by page."""

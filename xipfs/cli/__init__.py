@@ -25,6 +25,7 @@ VERBS: Final[dict[str, str]] = {
     "fsck": "check an image that is not mounted, changing nothing",
     "stat": "show what faults were charged, and where pages are",
     "pages": "show a file's pages: XIP, pagecache, hole",
+    "run": "run a program and report its faults; with --exact no page comes without one",
     "record": "write every fault of a mount to a trace file",
     "faults": "count a trace file's faults by process, file or page",
     "verify": "compare what is believed of page tables with the kernel's",

@@ -53,10 +53,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def record(
-    mount: Mount, path: Path, wait: Callable[[int, int], bool], *, force: bool = False
+    mount: Mount,
+    path: Path,
+    wait: Callable[[int, int], bool],
+    *,
+    force: bool = False,
+    also: Callable[[], Json] = dict,
 ) -> Json:
     """Write the faults of ``mount`` from now on to ``path`` while ``wait(faults, missed)`` says so.
 
+    ``also`` adds to the file's metadata, at the end.
     Returns the losses as in the file, which is closed whole also when the daemon ends or the
     recording is interrupted elsewhere than in ``wait``.
     """
@@ -98,6 +104,7 @@ def record(
                 "began_unix_s": began_s,
                 "ended_unix_s": time.time(),
                 "losses": losses,
+                **also(),
             }
         )
     return losses

@@ -15,7 +15,7 @@ from typing import Final
 import trio
 
 from xipfs.accounting.accountant import Accountant
-from xipfs.errors import FsError, UsageError
+from xipfs.errors import FsError, ObserverError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
@@ -64,6 +64,7 @@ class Live:
             fs,
             Rules.parse(options.rules),
             observer.comm,
+            root_of=observer.root_of,
             readahead=readahead_kib(options, observer) != 0,
         )
         self.engine = Engine(fs)
@@ -226,11 +227,17 @@ class Live:
             "pages": self._pages,
             "faults": self._faults,
             "verify": self._verify,
+            "run": self._run,
         }
 
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
-        return {"migrate": self._migrate, "events": self._events, "policy": self._choose_policy}
+        return {
+            "migrate": self._migrate,
+            "events": self._events,
+            "follow": self._follow,
+            "policy": self._choose_policy,
+        }
 
     async def _hottest(self, count: int) -> Json:
         stats = await self.snapshot()
@@ -249,6 +256,26 @@ class Live:
         if not isinstance(self.observer, TracefsObserver):
             return {"unavailable": f"its observer is {self.observer.figures().mode}"}
         return await self.verifier.verify(None if pid == 1 else pid)
+
+    async def _follow(self, request: Json) -> AsyncIterator[Json]:
+        """Begin the figures of a command, before its process does anything of its own."""
+        pid = int(request["pid"])
+        if not isinstance(self.observer, TracefsObserver):
+            figures = self.observer.figures()
+            raise ObserverError(
+                f"faults are not seen on this mount (observer {figures.mode}: {figures.reason})",
+                remedy="mount as root with -o observe=tracefs; xipfs doctor says what is missing",
+            )
+        await trio.to_thread.run_sync(self.observer.add_pids, (pid,))
+        # What it did before is nobody's: charge it before the figures begin.
+        await self.drain_settled()
+        self.observer.follow(pid)
+        self.accountant.runs.follow(pid)
+        yield {"result": {}}
+
+    async def _run(self, root: int) -> Json:
+        await self.drain_settled()
+        return self.accountant.runs.describe(root) or {"unknown": root}
 
     async def _events(self, request: Json) -> AsyncIterator[Json]:
         """Tell of past migrations, and with ``follow`` of those that come, for ever."""

@@ -56,6 +56,14 @@ class LiveObserver(Protocol):
         """Return a process's name, "" if unknown."""
         ...
 
+    def follow(self, pid: int) -> None:
+        """Let ``root_of`` name ``pid`` for itself and its descendants; add_pids has covered it."""
+        ...
+
+    def root_of(self, pid: int) -> int | None:
+        """Return the followed process that ``pid`` stems from, None without one."""
+        ...
+
     def figures(self) -> ObserverFigures:
         """Return the counts so far."""
         ...
@@ -94,6 +102,15 @@ class TracefsObserver:
     def comm(self, pid: int) -> str:
         """Return the name the kernel last gave."""
         return "" if self._observer is None else self._observer.comm(pid)
+
+    def follow(self, pid: int) -> None:
+        """Follow a command."""
+        assert self._observer is not None
+        self._observer.follow(pid)
+
+    def root_of(self, pid: int) -> int | None:
+        """Return what fork records say."""
+        return None if self._observer is None else self._observer.root_of(pid)
 
     def figures(self) -> ObserverFigures:
         """Return the events' counts and the kernel's faults."""
@@ -168,6 +185,13 @@ class RequestsObserver:
         """Return the name the process had at its first READ."""
         return self._comms.get(pid, "")
 
+    def follow(self, pid: int) -> None:
+        """Nobody is followed."""
+
+    def root_of(self, pid: int) -> int | None:
+        """Know of no descent."""
+        return None
+
     def figures(self) -> ObserverFigures:
         """Return how many requests there were; the kernel's own faults are not known."""
         return ObserverFigures(mode="requests", events=self._requests, reason=self._reason)
@@ -205,6 +229,13 @@ class NoObserver:
     def comm(self, pid: int) -> str:
         """Return no name."""
         return ""
+
+    def follow(self, pid: int) -> None:
+        """Nobody is followed."""
+
+    def root_of(self, pid: int) -> int | None:
+        """Know of no descent."""
+        return None
 
     def figures(self) -> ObserverFigures:
         """Return the reason."""

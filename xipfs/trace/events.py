@@ -116,6 +116,14 @@ class Split(NamedTuple):
     end: int
 
 
+class Registered(NamedTuple):
+    """A program's preloaded library has registered its mappings: no fault-around from here on."""
+
+    time_ns: int
+    mm: int
+    pid: int
+
+
 class CowBroken(NamedTuple):
     """A call has faulted all of ``[start, end)`` in for writing, mapped or not: all are copies.
 
@@ -220,6 +228,7 @@ Event = (
     | Move
     | Zap
     | Doubt
+    | Registered
     | CowBroken
     | Split
     | Fork

@@ -195,6 +195,14 @@ class Observer:
         """Return the name of process ``pid``, or an empty string when it is not followed."""
         return self._processes.comms.get(pid, "")
 
+    def follow(self, pid: int) -> None:
+        """Let ``root_of`` name ``pid`` for itself and for what descends from it from now on."""
+        self._processes.roots[pid] = pid
+
+    def root_of(self, pid: int) -> int | None:
+        """Return the followed process that ``pid`` is or descends from, None if there is none."""
+        return self._processes.roots.get(pid)
+
     def close(self) -> None:
         """Stop, and remove both tracefs instances. Events not drained yet are gone."""
         self._closing.set()

@@ -115,12 +115,15 @@ class Processes:
         self.unfollowed: Counter[str] = Counter()
         self.threads: dict[int, Thread] = {}
         self.comms: dict[int, str] = {}
+        #: Processes that stem from a followed command, and its own process.
+        self.roots: dict[int, int] = {}
         #: Threads seen at the mount that the pid filter does not have yet.
         self.newcomers: list[int] = []
         #: Records were lost since the last ``vanished``: any exit may be among them.
         self.exits_lost = False
         self._untraced: set[int] = set()
         self._dead: dict[int, Thread] = {}
+        self._forgettable: list[int] = []
         self._look = look
         self._maps = maps
         self._next_space = 1
@@ -268,6 +271,14 @@ class Processes:
         self._enter(Thread(child_tid, pid, space))
         if not flags & CLONE_THREAD:
             self.comms[child_tid] = comm
+            self._inherit(parent.pid, child_tid)
+
+    def _inherit(self, parent: int, child: int) -> None:
+        root = self.roots.get(parent)
+        if root is not None:
+            self.roots[child] = root
+        else:
+            self.roots.pop(child, None)  # of an earlier process with this number
 
     def _copy(self, time_ns: int, parent: Thread, child_pid: int) -> Space:
         source, space = parent.space, self.new_space(child_pid)
@@ -352,8 +363,14 @@ class Processes:
         return gone
 
     def forget_dead(self, now_ns: int) -> None:
-        """Drop threads that exited long enough ago, and names nobody bears."""
+        """Drop threads that exited long enough ago, and at the next call names nobody bears.
+
+        Not at once: the consumer has yet to ask for them, with the events of this drain.
+        """
+        for pid in self._forgettable:
+            if pid not in self.threads:
+                self.comms.pop(pid, None)
+                self.roots.pop(pid, None)
+        self._forgettable = []
         for tid in [t for t, dead in self._dead.items() if now_ns - dead.dead_ns > GRAVE_NS]:
-            dead = self._dead.pop(tid)
-            if dead.pid not in self.threads:
-                self.comms.pop(dead.pid, None)
+            self._forgettable.append(self._dead.pop(tid).pid)

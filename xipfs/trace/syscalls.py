@@ -28,6 +28,8 @@ _MADV_REMOVE: Final = 9
 _MADV_DONTFORK: Final = 10
 _MADV_DOFORK: Final = 11
 _MADV_PAGEOUT: Final = 21
+#: "xipf": no kernel's advice. The library of exact mode calls it to be seen (preload/register.c).
+_MADV_REGISTERED: Final = 0x78697066
 _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 #: DONTNEED, DONTNEED_LOCKED, GUARD_INSTALL: each takes the PTEs away and leaves the mapping.
@@ -241,6 +243,9 @@ class SystemCalls:
                 name = {_MADV_PAGEOUT: "PAGEOUT", _MADV_REMOVE: "REMOVE"}
                 self._unfollowed[f"MADV_{name[advice]}"] += 1
                 self._doubt(time_ns, thread.space, pieces)
+        elif advice == _MADV_REGISTERED:
+            thread.space.told = True  # so that its end is told
+            self._output.emit(time_ns, events.Registered(time_ns, thread.space.id, thread.pid))
         elif advice not in _MADV_HARMLESS and advice != _MADV_POPULATE_READ and result == 0:
             self._unfollowed[f"madvise advice {advice}"] += 1
 

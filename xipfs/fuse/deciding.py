@@ -8,7 +8,6 @@ snapshot says so: a defect in it must not end the mount.
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.migrate.decider import done, merged
-from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, PteKind, Signal
+from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, Page, PteKind, Signal
 from xipfs.migrate.registry import make_policy
 from xipfs.options import MountOptions
 
@@ -57,11 +56,9 @@ class Deciding:
         }
 
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
-        """Go on with another policy, which starts knowing nothing. Raise UsageError, EROFS."""
-        if self._fs.read_only and not dry and name != "off":
-            raise FsError(errno.EROFS, "the mount is read-only: a policy can only run dry")
+        """Go on with another policy, which starts knowing nothing. Raise UsageError."""
         self._decider = make_policy(name, values.items(), self._fs.memory.ram_pages)
-        self._dry = dry or self._fs.read_only
+        self._dry = dry
         self._failure = ""
         self._would_move.clear()
 
@@ -103,19 +100,30 @@ class Deciding:
         now_ns = time.monotonic_ns()
         self._hear(Signal(now_ns, EVICTED, 0, ino, index, PteKind.PAGECACHE))
 
+    def victims(self, count: int) -> list[Page]:
+        """Return pages that the policy wants evicted first; empty: it has no opinion."""
+        try:
+            return self._decider.victims(count, self._fs.nr_resident_pages)
+        except Exception as error:
+            self._fail(error)
+            return []
+
     def _hear(self, signal: Signal) -> None:
         try:
             moves = self._decider.hear(signal, self._fs.nr_resident_pages)
         except Exception as error:
-            log.exception("policy %s failed; it is off from now on", self._decider.name)
-            self._failure = f"{self._decider.name}: {error!r}"
-            self._decider = make_policy("off", [], self._fs.memory.ram_pages)
+            self._fail(error)
             return
         if moves and self._dry:
             self._would_move.update((move.to.value, move.reason) for move in moves)
         elif moves:
             self._plan += moves
             self._planned.set()
+
+    def _fail(self, error: Exception) -> None:
+        log.exception("policy %s failed; it is off from now on", self._decider.name)
+        self._failure = f"{self._decider.name}: {error!r}"
+        self._decider = make_policy("off", [], self._fs.memory.ram_pages)
 
     async def carry_out(self, move_all: Callable[[list[Move]], Awaitable[object]]) -> None:
         """Carry out plans for ever; what is planned meanwhile moves together, at the next turn."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Protocol
@@ -165,7 +166,7 @@ class RequestsObserver:
         address = space[ino] + (first << PAGE_SHIFT)
         self._events.append(
             ev.Fault(
-                0, mm, pid, pid, address, ino, first,
+                time.monotonic_ns(), mm, pid, pid, address, ino, first,
                 write=False, execute=False, user=True, protection=False,
                 verdict=ev.MAJOR, origin=ev.UNTRACED,
             )

@@ -97,6 +97,16 @@ class Decider:
         plan = self._policy.plan(signal, Seen(used, self._ram_pages))
         return [move for move in plan if self._let_through(move, signal.time_ns)]
 
+    def victims(self, count: int, ram_pages_used: int) -> list[Page]:
+        """Return up to ``count`` pages in RAM that the policy would rather lose than others.
+
+        The method ``victims(count, seen)`` of a policy is optional; none: nothing to say.
+        """
+        choose = getattr(self._policy, "victims", None)
+        if choose is None:
+            return []
+        return list(choose(count, Seen(ram_pages_used, self._ram_pages)))[:count]
+
     def is_under_way(self, move: Move) -> bool:
         """Return whether the move was let through and nothing was heard of it since."""
         return self._under_way.get((move.ino, move.index)) is move.to

@@ -90,7 +90,11 @@ class Move:
 
 
 class Policy(Protocol):
-    """Decides on moves."""
+    """Decides on moves.
+
+    A policy may also have ``victims(count, seen)``: the pages that the page cache should evict
+    first when RAM is full. Without it the least recently used go.
+    """
 
     SIGNALS: ClassVar[frozenset[str]]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from xipfs.migrate.parts import Residents, Watermarks
-from xipfs.migrate.policy import DONE, TOUCHES, Move, PteKind, Seen, Signal, demote, promote
+from xipfs.migrate.policy import DONE, TOUCHES, Move, Page, PteKind, Seen, Signal, demote, promote
 
 
 @dataclass
@@ -34,5 +34,9 @@ class Clock:
         self._residents.hear(signal, seen)
         if signal.source in TOUCHES and signal.kind is PteKind.XIP:
             yield promote(signal.page, "first touch")
-        for page in self._residents.second_chance(self._marks.excess(seen)):
+        for page in self.victims(self._marks.excess(seen), seen):
             yield demote(page, f"RAM above {self.high} %, not touched since the hand passed")
+
+    def victims(self, count: int, _seen: Seen) -> list[Page]:
+        """Return what the hand finds."""
+        return self._residents.second_chance(count)

@@ -20,6 +20,7 @@ from xipfs.migrate.policy import (
     HINT,
     TOUCHES,
     Move,
+    Page,
     PteKind,
     Seen,
     Signal,
@@ -54,5 +55,9 @@ class Tpp:
             window_ns = self.window_ms * NS_PER_MS
             if before_ns is not None and signal.time_ns - before_ns <= window_ns:
                 yield promote(signal.page, f"2 faults in {self.window_ms} ms")
-        for page in self._residents.longest_untouched(self._marks.excess(seen)):
+        for page in self.victims(self._marks.excess(seen), seen):
             yield demote(page, f"RAM above {self.high} %, longest untouched")
+
+    def victims(self, count: int, _seen: Seen) -> list[Page]:
+        """Return the pages longest untouched."""
+        return self._residents.longest_untouched(count)

@@ -104,3 +104,32 @@ def test_a_range_too_large_to_doubt_blurs_its_address_space(scene: Scene) -> Non
     kernel.doubt(MM, BASE, BASE + (5 << 20) * PAGE, BEFORE)
     assert kernel.blurred == {MM: BEFORE}
     assert picture(scene) == "........"
+
+
+def test_an_answered_request_says_which_cached_pages_are_up_to_date(scene: Scene) -> None:
+    kernel, ino = scene.books.kernel, scene.ino
+    scene.run(scene.map(8, RW), ev.CacheAdd(100, ino, 0, 8))
+    kernel.answered(ino, range(2), 200)  # a READ
+    kernel.answered(ino, range(2, 4), 400)  # a READ that was answered after the fault-around
+    kernel.answered(ino, range(4, 5), 200, whole=False)  # a WRITE of some bytes of page 4
+    kernel.answered(ino, range(5, 6), 200, whole=False)
+    kernel.answered(ino, range(5, 6), 250)  # and then a READ
+    scene.run(ev.Around(300, MM, PID, BASE, ino, 0, 7))
+    assert picture(scene) == "ff???f??"
+    scene.run(ev.Zap(500, MM, BASE, BASE + 8 * PAGE))
+    scene.run(ev.Around(SETTLED_NS + 500, MM, PID, BASE, ino, 0, 7))
+    assert picture(scene) == "ffff?fff", "the part of page 4 is still but a part"
+    scene.run(ev.CacheDelete(0, ino, 4, 1), ev.CacheAdd(600, ino, 4, 1))
+    scene.run(ev.Zap(700, MM, BASE, BASE + 8 * PAGE))
+    scene.run(ev.Around(2 * SETTLED_NS, MM, PID, BASE, ino, 0, 7))
+    assert picture(scene) == "ffffffff", "the page went, and the part with it"
+
+
+def test_answers_are_not_kept_for_ever(scene: Scene) -> None:
+    kernel, ino = scene.books.kernel, scene.ino
+    scene.run(scene.map(8, RW), ev.CacheAdd(100, ino, 0, 2))
+    kernel.answered(ino, range(1), 200)
+    kernel.answered(ino, range(7, 8), SETTLED_NS + 300)
+    kernel.answered(ino, range(1), SETTLED_NS + 300, whole=False)
+    scene.run(ev.Around(SETTLED_NS + 400, MM, PID, BASE, ino, 0, 0))
+    assert picture(scene) == "f.......", "a READ long ago made it whole; a WRITE leaves it so"

@@ -334,10 +334,10 @@ static void exec_in_child(struct run *run)
 
 static void become(struct run *run)
 {
-	char *arguments[64];
+	static char *arguments[MAX_WORDS + 1];
 	int count = 0;
 
-	while (run->at < run->end && count < 63)
+	while (run->at < run->end && count < MAX_WORDS)
 		arguments[count++] = run->words[run->at++];
 	arguments[count] = NULL;
 	if (!count)

@@ -30,11 +30,15 @@ class Mapping:
 
 
 class Program:
-    """Grows a program by random commands; ``words`` is its command line."""
+    """Grows a program by random commands; ``words`` is its command line.
 
-    def __init__(self, rng: random.Random, files: list[str]) -> None:
+    ``binary`` is a program on the mount that it may run, "" for none.
+    """
+
+    def __init__(self, rng: random.Random, files: list[str], binary: str = "") -> None:
         self._rng = rng
         self._files = files
+        self._binary = binary
         self._mappings: list[Mapping] = []
         self._current = -1
         self._depth = 0
@@ -42,18 +46,28 @@ class Program:
         self.pauses = 0
 
     def grow(self, commands: int) -> Program:
-        """Add about ``commands`` commands and a pause at the end."""
+        """Add about ``commands`` commands and a pause at the end.
+
+        Some replace themselves half way by a new program, which starts with no mapping.
+        """
+        if self._binary and self._rng.random() < 0.2:
+            self._grow_by(commands // 2)
+            self._say("become", self._binary)
+            self._mappings = []
+        self._grow_by(commands)
+        return self
+
+    def _grow_by(self, commands: int) -> None:
         self._map()
         for _ in range(commands):
             self._step()
         self._pause()
-        return self
 
     def _step(self) -> None:
         steps = (
             (2, self._map), (9, self._read), (9, self._write), (2, self._unmap),
             (3, self._protect), (2, self._remap), (6, self._advise), (2, self._lock),
-            (2, self._fork), (3, self._use), (3, self._pause),
+            (2, self._fork), (3, self._use), (3, self._pause), (1, self._exec),
         )  # fmt: skip
         self._rng.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
 
@@ -167,6 +181,11 @@ class Program:
         self._say("}")
         self._depth -= 1
         self._mappings, self._current = kept, current
+
+    def _exec(self) -> None:
+        """A child runs a program from the mount: its mappings are exec's, and it ends at once."""
+        if self._binary:
+            self._say("exec", self._binary)
 
     def _pause(self) -> None:
         self._say("pause")

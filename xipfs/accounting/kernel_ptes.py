@@ -11,7 +11,8 @@ The rules, measured and read (mm/memory.c, mm/filemap.c, 6.18):
 - A fault maps its page: a private write as a copy, everything else as a page of the file.
 - Fault-around maps those of its pages that are cached, uptodate, unlocked, not marked for
   read-ahead, and not mapped yet (filemap_map_pages). A page is surely uptodate once a fault on it
-  was over, or ``SETTLED_NS`` after it was added; before that its READ may have been under way.
+  was over, or the READ or the WRITE of the whole page was answered; one that nobody has asked us
+  for, ``SETTLED_NS`` after it was added. A WRITE of a part may leave it cached but not uptodate.
 - A page that leaves the page cache is mapped nowhere as a file page; copies stay.
 - The end of a file that moves down takes copies too (unmap_mapping_range, even_cows).
 - fork copies the PTEs of a mapping that has ever had a private copy (vma_needs_copy: anon_vma);
@@ -22,7 +23,7 @@ States are kept as the model keeps its PTEs: leaves of 512 entries, where someth
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -43,6 +44,7 @@ UNKNOWN: Final = 3
 REASONS: Final = (
     "mapped before its process was followed",
     "cached a moment before fault-around: its READ may have been under way",
+    "written in part before it was read, so cached but perhaps not up to date",
     "may have carried the read-ahead mark",
     "get_user_pages, for reading or for writing",
     "fault of a process not followed yet",
@@ -55,6 +57,7 @@ REASONS: Final = (
 (
     BEFORE,
     IN_FLIGHT,
+    IN_PART,
     READAHEAD,
     GUP,
     UNTRACED,
@@ -86,6 +89,9 @@ class KernelPtes:
         self._threads: dict[int, set[int]] = {}
         #: When each cached page was added; 0: it is surely uptodate.
         self._cached: dict[int, dict[int, int]] = {}
+        #: When a request for a page was answered last; below 0: a WRITE of a part of it.
+        self._answered: dict[tuple[int, int], int] = {}
+        self._answers: deque[tuple[int, int, int]] = deque()
         self.pids: dict[int, int] = {}
         #: Address spaces of which nothing is claimed any more, and why.
         self.blurred: dict[int, int] = {}
@@ -185,6 +191,7 @@ class KernelPtes:
         cached = self._cached.get(event.ino)
         if cached is not None and event.index in cached:
             cached[event.index] = 0
+            self._answered.pop((event.ino, event.index), None)
         self._set(event.mm, event.address, self._after_fault(event, vma))
 
     def _after_fault(self, event: ev.Fault, vma: Vma) -> int:
@@ -214,14 +221,22 @@ class KernelPtes:
             address = vma.address_of(index)
             if added_ns is None or self.state(event.mm, address) != NONE:
                 continue
-            state = FILE
-            if added_ns and self._readahead:
-                state = READAHEAD
-            elif added_ns and event.time_ns - added_ns < SETTLED_NS:
-                state = IN_FLIGHT
+            sure = self._uptodate(event.ino, index, added_ns, event.time_ns)
+            state = READAHEAD if added_ns and self._readahead else sure
             self._set(event.mm, address, state)
             mapped += 1
         return mapped
+
+    def _uptodate(self, ino: int, index: int, added_ns: int, now_ns: int) -> int:
+        """Return FILE for a cached page that is surely uptodate, else why that is not sure."""
+        if not added_ns:
+            return FILE
+        answered_ns = self._answered.get((ino, index), 0)
+        if answered_ns < 0:
+            return IN_PART
+        if added_ns < answered_ns < now_ns:
+            return FILE
+        return FILE if now_ns - added_ns >= SETTLED_NS else IN_FLIGHT
 
     def doubt(self, mm: int, start: int, end: int, reason: int) -> None:
         """Something happened in [start, end) that no event tells page by page."""
@@ -245,6 +260,27 @@ class KernelPtes:
 
     # What happens to a file
 
+    def answered(self, ino: int, pages: range, time_ns: int, *, whole: bool = True) -> None:
+        """Our answer to a READ or WRITE of ``pages`` was out before ``time_ns``.
+
+        Answers come before the events around them. They are remembered for ``SETTLED_NS``, after
+        which the age of a page says as much; a WRITE of a part (not ``whole``), until its page goes
+        or is known otherwise.
+        """
+        for index in pages:
+            if whole:
+                self._answered[ino, index] = time_ns
+                self._answers.append((time_ns, ino, index))
+            elif self._cached.get(ino, {}).get(index) != 0:
+                self._answered.setdefault((ino, index), -time_ns)
+        while self._answers and time_ns - self._answers[0][0] > SETTLED_NS:
+            answered_ns, old_ino, old_index = self._answers.popleft()
+            if self._answered.get((old_ino, old_index)) == answered_ns:
+                del self._answered[old_ino, old_index]
+                cached = self._cached.get(old_ino, {})
+                if cached.get(old_index, answered_ns) < answered_ns:
+                    cached[old_index] = 0
+
     def cache_add(self, event: ev.CacheAdd) -> None:
         """The page cache took pages in."""
         cached = self._cached.setdefault(event.ino, {})
@@ -257,6 +293,8 @@ class KernelPtes:
         if cached is not None:
             for index in range(event.first, event.first + event.pages):
                 cached.pop(index, None)
+                if self._answered.get((event.ino, index), 0) < 0:
+                    del self._answered[event.ino, index]
             if not cached:
                 del self._cached[event.ino]
         if file is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
@@ -136,12 +137,25 @@ class Live:
         if size <= 0:
             return
         first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+        # The answer leaves in this very step of the request's task: what comes next is later.
+        trio.lowlevel.current_trio_token().run_sync_soon(self._answered, ino, offset, size, write)
         self.migrator.page_io(ino, first, last)
         self.deciding.page_io(pid, ino, first, last, write=write)
         if write:
             self.writeback.after_write()
         else:
             self.observer.read_request(pid, ino, first)
+
+    def _answered(self, ino: int, offset: int, size: int, write: bool) -> None:
+        kernel, time_ns = self.accountant.kernel, time.monotonic_ns()
+        first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+        if not write:
+            kernel.answered(ino, range(first, last + 1), time_ns)
+            return
+        whole = range(pages_of(offset), offset + size >> PAGE_SHIFT)
+        kernel.answered(ino, whole, time_ns)
+        for part in {first, last} - set(whole):
+            kernel.answered(ino, range(part, part + 1), time_ns, whole=False)
 
     def write_back_of_ours(self, ino: int, offset: int, size: int) -> bool:
         """Return whether a WRITE there answers our own invalidation."""

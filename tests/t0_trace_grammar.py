@@ -20,8 +20,10 @@ from xipfs.trace.events import (
     Around,
     CacheAdd,
     CacheDelete,
+    Doubt,
     Event,
     Exit,
+    Extent,
     Fault,
     Fork,
     Lost,
@@ -94,6 +96,11 @@ class Script:
     def newtask(self, child: int, flags: int = 0, tid: int = PID) -> None:
         self.row(records.NEWTASK, tid, child, flags, 0x64_6C_69_68_63, 0)  # comm "child"
 
+    def store(self, first: int, last: int, stored: bool = True) -> None:
+        """The kernel stores a VMA of pages first..last from BASE on, or a hole, in its tree."""
+        start, end = BASE + first * PAGE, BASE + (last + 1) * PAGE
+        self.row(records.MA_WRITE, PID, start, end - 1, int(stored))
+
     def exit(self, tid: int = PID) -> None:
         self.row(records.EXIT, tid, tid)
 
@@ -133,6 +140,7 @@ def test_a_cached_read(script: Script) -> None:
     script.map(0, 15)
     assert script.end() == [
         Map(2000, 1, PID, BASE, BASE + 32 * PAGE, FILE, 0, 3, False, True, fresh=False),
+        Extent(2000, 1, BASE, BASE + 32 * PAGE),
         Fault(2000, 1, PID, PID, BASE + 5 * PAGE + 17, FILE, 5, False, False, True, False, MINOR,
               "trap"),
         Around(3000, 1, PID, BASE, FILE, 0, 15),
@@ -725,3 +733,105 @@ def test_a_mapping_that_disagrees_is_mended_and_named(script: Script) -> None:
     events += script.end()
     assert [(f.ino, f.index) for f in events if isinstance(f, Fault)] == [(FILE, 0), (9, 3)]
     assert script.unfollowed["mapping disagreed with the shadow"] == 1
+
+
+# The kernel's own VMAs
+
+
+def extents(events: list[Event]) -> list[tuple[int, int]]:
+    """Return the extents told, as first and last page from BASE on."""
+    return [
+        (event.start - BASE >> 12, (event.end - BASE >> 12) - 1)
+        for event in events
+        if isinstance(event, Extent)
+    ]
+
+
+def test_the_kernel_s_vmas_are_told_as_they_split_and_merge(script: Script) -> None:
+    script.maps.clear()
+    script.mmap(BASE, 16)
+    script.store(0, 15)
+    script.pf(BASE)
+    script.fault(0)
+    script.enter("mprotect", BASE + 4 * PAGE, 4 * PAGE, 1)
+    script.store(4, 7)
+    script.store(8, 15)
+    script.leave("mprotect")
+    script.enter("mprotect", BASE + 4 * PAGE, 4 * PAGE, 3)
+    script.store(0, 15)
+    script.leave("mprotect")
+    assert extents(script.end()) == [(0, 15), (4, 7), (8, 15), (0, 15)]
+
+
+def test_a_mapping_that_replaces_another_goes_first(script: Script) -> None:
+    """mmap stores before it returns; what it puts away is told before what it puts there."""
+    script.maps.clear()
+    script.mmap(BASE, 16)
+    script.store(0, 15)
+    script.pf(BASE)
+    script.fault(0)
+    script.enter("mmap", BASE + 4 * PAGE, 4 * PAGE, PRIVATE, 0, 3)
+    script.store(2, 7)
+    script.leave("mmap", BASE + 4 * PAGE)
+    told = [event for event in script.end() if isinstance(event, Unmap | Extent)]
+    assert told == [
+        Extent(5000, 1, BASE, BASE + 16 * PAGE),
+        Unmap(9000, 1, BASE + 4 * PAGE, BASE + 8 * PAGE),
+        Extent(9000, 1, BASE + 2 * PAGE, BASE + 8 * PAGE),
+    ]
+
+
+def test_what_fork_stores_is_the_child_s(script: Script) -> None:
+    script.pf(BASE)
+    script.fault(0)
+    script.store(0, 3)
+    script.store(8, 31, stored=False)
+    script.newtask(101)
+    script.pf(BASE + 9 * PAGE)
+    script.fault(9)
+    events = script.end()
+    assert only(events, Unmap) == []
+    assert extents(events) == [(0, 31)]
+    assert script.unfollowed == {}
+
+
+def test_a_call_without_events_is_read_from_proc(script: Script) -> None:
+    """As a 32-bit call of a 64-bit program is: its store belongs to no call that was seen."""
+    script.pf(BASE)
+    script.fault(0)
+    told = script.events()
+    script.maps[PID] = [
+        MapsLine(BASE, BASE + 4 * PAGE, 3, False, 0, FILE),
+        MapsLine(BASE + 12 * PAGE, BASE + 32 * PAGE, 3, False, 12, FILE),
+    ]
+    script.store(12, 31)
+    script.pf(BASE + 13 * PAGE)
+    script.fault(13)
+    events = told + script.end()
+    assert only(events, Unmap) == [Unmap(5000, 1, BASE + 4 * PAGE, BASE + 12 * PAGE)]
+    assert script.unfollowed == {"mapping changed by a call that is not seen": 1}
+
+
+def test_after_a_loss_mappings_are_what_proc_says(script: Script) -> None:
+    script.pf(BASE)
+    script.fault(0)
+    told = script.events()
+    script.maps[PID] = [
+        MapsLine(BASE, BASE + 4 * PAGE, 3, False, 0, FILE),
+        MapsLine(BASE + 8 * PAGE, BASE + 32 * PAGE, 3, False, 9, FILE),  # another piece of the file
+    ]
+    script.row(records.LOST, 0, 7)
+    script.pf(BASE + 9 * PAGE)
+    script.fault(10)
+    events = told + script.end()
+    assert only(events, Unmap) == [Unmap(4000, 1, BASE + 4 * PAGE, BASE + 32 * PAGE)]
+    assert faults(events) == [(0, MINOR), (10, MINOR)]
+    assert script.unfollowed == {}
+
+
+def test_nothing_is_claimed_of_a_32_bit_program(script: Script) -> None:
+    script.people[PID] = Identity(PID, 1, "prog", compat=True)
+    script.pf(BASE)
+    script.fault(0)
+    script.newtask(101)
+    assert only(script.end(), Doubt) == [Doubt(2000, 1, 0, 1 << 64, calls_unseen=True)]

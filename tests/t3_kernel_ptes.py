@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from t3_accounting import BASE, MM, PAGE, PID, READ, RW, Scene, fs
 
-from xipfs.accounting.kernel_ptes import ANON, BEFORE, FILE, NONE, SETTLED_NS
+from xipfs.accounting.kernel_ptes import ANON, BEFORE, CALLS_UNSEEN, FILE, NONE, SETTLED_NS
 from xipfs.trace import events as ev
 
 __all__ = ["fs"]  # a fixture
@@ -74,7 +74,8 @@ def test_zap_unmap_and_move(scene: Scene) -> None:
 def test_fork_copies_mappings_that_ever_had_a_private_copy(
     scene: Scene, copies: tuple[int, ...], child: str
 ) -> None:
-    scene.run(scene.map(8, RW), *(scene.fault(page) for page in range(5)))
+    scene.run(scene.map(8, RW), ev.Extent(0, MM, BASE, BASE + 8 * PAGE))
+    scene.run(*(scene.fault(page) for page in range(5)))
     scene.run(*(scene.fault(page, write=True) for page in copies))
     scene.run(ev.Fork(0, MM, CHILD, PID, PID + 1, ()))
     assert picture(scene, CHILD) == child
@@ -133,3 +134,49 @@ def test_answers_are_not_kept_for_ever(scene: Scene) -> None:
     kernel.answered(ino, range(1), SETTLED_NS + 300, whole=False)
     scene.run(ev.Around(SETTLED_NS + 400, MM, PID, BASE, ino, 0, 0))
     assert picture(scene) == "f.......", "a READ long ago made it whole; a WRITE leaves it so"
+
+
+def test_fork_goes_by_the_kernel_s_vmas_as_they_were_merged(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), ev.Extent(0, MM, BASE, BASE + 8 * PAGE))
+    scene.run(*(scene.fault(page) for page in range(8)))
+    scene.run(ev.Extent(0, MM, BASE + 2 * PAGE, BASE + 5 * PAGE))  # an mprotect of pages 2 to 4
+    scene.run(scene.fault(6, write=True))
+    scene.run(ev.Fork(0, MM, CHILD, PID, PID + 1, ()))
+    assert picture(scene, CHILD) == ".....faf"
+    scene.run(ev.Exit(0, CHILD), ev.Extent(0, MM, BASE + 2 * PAGE, BASE + 8 * PAGE))
+    scene.run(ev.Extent(0, MM, BASE + 2 * PAGE, BASE + 4 * PAGE))  # merged, then split again
+    scene.run(ev.Fork(0, MM, CHILD + 1, PID, PID + 1, ()))
+    assert picture(scene, CHILD + 1) == "..ffffaf"
+
+
+def test_a_moved_mapping_keeps_having_had_copies(scene: Scene) -> None:
+    new = BASE + 64 * PAGE
+    scene.run(scene.map(8, RW), ev.Extent(0, MM, BASE, BASE + 8 * PAGE))
+    scene.run(
+        scene.fault(0), scene.fault(1, write=True), ev.Zap(0, MM, BASE + PAGE, BASE + 2 * PAGE)
+    )
+    scene.run(ev.Move(0, MM, BASE, BASE + 8 * PAGE, new, new + 8 * PAGE, False))
+    scene.run(ev.Extent(0, MM, new, new + 8 * PAGE), ev.Fork(0, MM, CHILD, PID, PID + 1, ()))
+    assert picture(scene, CHILD, at=new) == "f......."
+
+
+def test_fork_of_a_mapping_from_before_we_watched_is_unknown_unless_a_copy_was_seen(
+    scene: Scene,
+) -> None:
+    old = scene.map(8, RW)._replace(fresh=False)
+    scene.run(old, ev.Extent(0, MM, BASE, BASE + 8 * PAGE))
+    for page in range(8):
+        scene.books.kernel.learn(MM, BASE + page * PAGE, FILE if page < 4 else NONE)
+    scene.run(ev.Fork(0, MM, CHILD, PID, PID + 1, ()))
+    assert picture(scene, CHILD) == "????...."
+    scene.run(scene.fault(5, write=True), ev.Fork(0, MM, CHILD + 1, PID, PID + 1, ()))
+    assert picture(scene, CHILD + 1) == "ffff.a.."
+
+
+def test_nothing_is_claimed_of_programs_whose_calls_are_unseen_nor_of_their_children(
+    scene: Scene,
+) -> None:
+    kernel = scene.books.kernel
+    scene.run(scene.map(8, RW), ev.Doubt(0, MM, 0, 1 << 64, calls_unseen=True))
+    scene.run(ev.Fork(0, MM, CHILD, PID, PID + 1, ()))
+    assert kernel.blurred == {MM: CALLS_UNSEEN, CHILD: CALLS_UNSEEN}

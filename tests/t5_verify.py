@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,3 +203,53 @@ def test_what_cannot_be_verified(mount: LiveMount, live: Mounts) -> None:
     assert done.returncode == 1
     assert "its observer is off" in done.stderr
     assert "observe=tracefs" in done.stderr
+
+
+#: A 32-bit program without a library: maps a file, reads 31 pages, unmaps 8, and waits for a line.
+THIRTY_TWO_BITS = r"""
+static int call(int n, int a, int b, int c, int d, int e)
+{
+    int result;
+
+    asm volatile("push %%ebp; xor %%ebp, %%ebp; int $0x80; pop %%ebp"
+                 : "=a"(result)
+                 : "0"(n), "b"(a), "c"(b), "d"(c), "S"(d), "D"(e)
+                 : "memory");
+    return result;
+}
+
+void start(int *stack)
+{
+    int descriptor = call(5, stack[2], 0, 0, 0, 0); /* open(argv[1]) */
+    volatile char *base = (char *)call(192, 0, 31 * 4096, 1, 2, descriptor); /* mmap2 */
+    char byte;
+
+    for (int page = 0; page < 31; page++)
+        byte = base[page * 4096];
+    call(91, (int)base, 8 * 4096, 0, 0, 0); /* munmap */
+    call(4, 1, (int)"paused\n", 7, 0, 0);
+    call(3, 0, (int)&byte, 1, 0, 0);
+    call(1, 0, 0, 0, 0, 0);
+}
+
+asm(".globl _start; _start: push %esp; call start");
+"""
+
+
+def test_of_a_32_bit_program_nothing_is_claimed(mount: LiveMount, tmp_path: Path) -> None:
+    """Its system calls have no events: its page tables are unknown, not different."""
+    source, program = tmp_path / "small.c", tmp_path / "small"
+    source.write_text(THIRTY_TWO_BITS)
+    flags = ["-m32", "-O1", "-static", "-nostdlib", "-ffreestanding", "-fno-pic", "-no-pie"]
+    subprocess.run(["cc", *flags, "-fno-stack-protector", "-o", program, source], check=True)
+    process = subprocess.Popen([program, mount / "x"], stdin=-1, stdout=-1)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.read(7) == b"paused\n"
+    answer = verify(mount, "--pid", str(process.pid))
+    assert answer["pages_compared"] == 0
+    reason = "of a 32-bit program, whose system calls have no events"
+    assert set(answer["pages_unknown"]) == {reason}
+    assert answer["pages_unknown"][reason] >= 23
+    process.communicate(b"\n")
+    assert process.returncode == 0

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 
 from xipfs.accounting.charges import Charge, Ledger, PteKind
 from xipfs.accounting.hints import Hints, Page
-from xipfs.accounting.kernel_ptes import ANON, SILENT_CALL, KernelPtes
+from xipfs.accounting.kernel_ptes import ANON, CALLS_UNSEEN, SILENT_CALL, KernelPtes
 from xipfs.accounting.live_file import LiveFile
 from xipfs.accounting.runs import Runs
 from xipfs.fs.filesystem import Filesystem
@@ -95,6 +95,7 @@ class Accountant:
             ev.Doubt: self._doubt,
             ev.Registered: self.runs.registered,
             ev.Split: self._split,
+            ev.Extent: self._extent,
             ev.Lost: self._lost,
             ev.Fork: self._fork,
             ev.Exit: self._exit,
@@ -221,7 +222,8 @@ class Accountant:
             zap_page_range(vma, max(vma.start, event.start), min(vma.end, event.end))
 
     def _doubt(self, event: ev.Doubt) -> None:
-        self.kernel.doubt(event.mm, event.start, event.end, SILENT_CALL)
+        reason = CALLS_UNSEEN if event.calls_unseen else SILENT_CALL
+        self.kernel.doubt(event.mm, event.start, event.end, reason)
 
     def _cow_broken(self, event: ev.CowBroken) -> list[Charge]:
         """Charge the write faults that made copies of mapped file pages: no record tells them."""
@@ -246,6 +248,9 @@ class Accountant:
     def _split(self, event: ev.Split) -> None:
         # What a later copy gives its anon_vma to is one piece only, here as in the kernel.
         self._mm(event.mm).isolate(event.start, event.end)
+
+    def _extent(self, event: ev.Extent) -> None:
+        self.kernel.extent(event)
 
     def _lost(self, _event: ev.Lost) -> None:
         self.kernel.lost(self.mms.values())

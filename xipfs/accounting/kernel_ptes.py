@@ -15,8 +15,8 @@ The rules, measured and read (mm/memory.c, mm/filemap.c, 6.18):
   for, ``SETTLED_NS`` after it was added. A WRITE of a part may leave it cached but not uptodate.
 - A page that leaves the page cache is mapped nowhere as a file page; copies stay.
 - The end of a file that moves down takes copies too (unmap_mapping_range, even_cows).
-- fork copies the PTEs of a mapping that has ever had a private copy (vma_needs_copy: anon_vma);
-  of others the child has none.
+- fork copies the PTEs of a VMA that has ever had a private copy (vma_needs_copy: anon_vma); of
+  others the child has none. It goes by the kernel's own VMAs, merged as they are (``Extent``).
 
 States are kept as the model keeps its PTEs: leaves of 512 entries, where something was mapped.
 """
@@ -33,6 +33,7 @@ from xipfs.mm.pte import PageTables
 from xipfs.mm.table_pool import TablePool
 from xipfs.mm.vma import MappedFile, Vma
 from xipfs.trace import events as ev
+from xipfs.trace.extents import Extents, joined
 from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
 NONE: Final = 0
@@ -49,9 +50,10 @@ REASONS: Final = (
     "get_user_pages, for reading or for writing",
     "fault of a process not followed yet",
     "madvise or mlock, which tell no page",
+    "of a 32-bit program, whose system calls have no events",
     "zapped while other threads ran",
     "forked while other threads ran",
-    "forked beside a mapping that it may have been merged with",
+    "forked from a mapping that may or may not have had copies",
     "records were lost",
 )
 (
@@ -62,9 +64,10 @@ REASONS: Final = (
     GUP,
     UNTRACED,
     SILENT_CALL,
+    CALLS_UNSEEN,
     THREADS_ZAP,
     THREADS_FORK,
-    MERGED,
+    COPIES_UNKNOWN,
     LOST,
 ) = range(UNKNOWN, UNKNOWN + len(REASONS))
 
@@ -87,6 +90,8 @@ class KernelPtes:
         self._pool = TablePool()
         self._tables: dict[int, PageTables] = {}
         self._threads: dict[int, set[int]] = {}
+        #: The kernel's own VMAs; the mark: it has or had a private copy (its anon_vma).
+        self._extents: dict[int, Extents] = {}
         #: When each cached page was added; 0: it is surely uptodate.
         self._cached: dict[int, dict[int, int]] = {}
         #: When a request for a page was answered last; below 0: a WRITE of a part of it.
@@ -130,6 +135,7 @@ class KernelPtes:
         self._touch(event.mm)
         self.pids[event.mm] = event.pid
         if not event.fresh:
+            self._extents_of(event.mm).store(event.start, event.end, None)
             self.doubt(event.mm, event.start, event.end, BEFORE)
 
     def zap(self, mm: int, start: int, end: int) -> None:
@@ -142,13 +148,23 @@ class KernelPtes:
     def unmap(self, mm: int, start: int, end: int) -> None:
         """Nothing of [start, end) is mapped any more."""
         self._touch(mm)
+        self._extents_of(mm).cut(start, end)
         for address, _ in self.populated(mm, start, end):
             self._set(mm, address, NONE)
+
+    def extent(self, event: ev.Extent) -> None:
+        """The kernel holds the range as one VMA now."""
+        self._extents_of(event.mm).store(event.start, event.end)
 
     def move(self, event: ev.Move) -> None:
         """mremap takes the PTEs along."""
         moved = list(self.populated(event.mm, event.start, event.end))
+        extents = self._extents_of(event.mm)
+        mark = joined(mark for _, _, mark in extents.meeting(event.start, event.end))
         self.unmap(event.mm, event.start, event.end)
+        extents.store(event.new_start, event.new_end, mark)
+        if event.keep_old:
+            extents.store(event.start, event.end)
         for address, state in moved:
             self._set(event.mm, event.new_start + address - event.start, state)
 
@@ -157,11 +173,15 @@ class KernelPtes:
         self._touch(event.child_mm)
         self.pids[event.child_mm] = event.child_pid
         threaded = len(self._threads.get(event.mm, ())) > 1
-        merged = _may_have_merged_with_copies(list(parent))
+        if event.mm in self.blurred:
+            self.blurred[event.child_mm] = self.blurred[event.mm]
+        extents = self._extents[event.child_mm] = self._extents_of(event.mm).copy()
         for vma in parent:
-            doubt = MERGED if vma.start in merged else THREADS_FORK if threaded else 0
-            if doubt == MERGED or vma.anon_vma:
-                for address, state in self.populated(event.mm, vma.start, vma.end):
+            for start, end, mark in extents.cover(vma.start, vma.end):
+                if mark is False:
+                    continue
+                doubt = COPIES_UNKNOWN if mark is None else THREADS_FORK if threaded else 0
+                for address, state in self.populated(event.mm, start, end):
                     self._set(event.child_mm, address, doubt or state)
         for start, end in event.dontfork:
             self.unmap(event.child_mm, start, end)
@@ -173,6 +193,7 @@ class KernelPtes:
             for address, _ in tables.populated(0, 1 << 57):
                 tables.set(address, NONE)
             tables.free(0, 1 << 57)
+        self._extents.pop(mm, None)
         self._threads.pop(mm, None)
         self.pids.pop(mm, None)
         self.blurred.pop(mm, None)
@@ -326,30 +347,11 @@ class KernelPtes:
                 return
             tables = self._tables[mm] = PageTables(self._pool)
         tables.set(address & PAGE_MASK, state)
+        if state == ANON:
+            self._extents_of(mm).mark(address)
 
-
-def _may_have_merged_with_copies(vmas: list[Vma]) -> set[int]:
-    """Return the starts of mappings that the kernel may keep as one with one that has copies.
-
-    The model's MIXEDMAP mappings never merge; those of the kernel below do, when they touch and
-    are alike, however long the row. Which of them do depends on more than events tell.
-    """
-    doubtful: set[int] = set()
-    row: list[Vma] = []
-    for vma in [*vmas, None]:
-        if row and not (vma is not None and _alike(row[-1], vma)):
-            if any(member.anon_vma for member in row):
-                doubtful |= {member.start for member in row if not member.anon_vma}
-            row = []
-        if vma is not None:
-            row.append(vma)
-    return doubtful
-
-
-def _alike(lower: Vma, upper: Vma) -> bool:
-    return (
-        lower.end == upper.start
-        and lower.file is upper.file
-        and lower.flags == upper.flags
-        and lower.pgoff + lower.pages == upper.pgoff
-    )
+    def _extents_of(self, mm: int) -> Extents:
+        extents = self._extents.get(mm)
+        if extents is None:
+            extents = self._extents[mm] = Extents()
+        return extents

@@ -105,6 +105,20 @@ class Doubt(NamedTuple):
     mm: int
     start: int
     end: int
+    calls_unseen: bool = False
+    """The process makes system calls that are not seen, now and later (it is a 32-bit program)."""
+
+
+class Extent(NamedTuple):
+    """``[start, end)`` is one VMA of the kernel's, as merged or split as it may be.
+
+    Told of mappings that were told: with them, and whenever it changes.
+    """
+
+    time_ns: int
+    mm: int
+    start: int
+    end: int
 
 
 class Split(NamedTuple):
@@ -231,6 +245,7 @@ Event = (
     | Registered
     | CowBroken
     | Split
+    | Extent
     | Fork
     | Exit
     | Fault

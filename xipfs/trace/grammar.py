@@ -13,7 +13,7 @@ from typing import Final
 from xipfs.trace import events, records
 from xipfs.trace.faults import Faults
 from xipfs.trace.pids import Adoption
-from xipfs.trace.processes import Processes, Thread
+from xipfs.trace.processes import CLONE_VM, Processes, Space, Thread
 from xipfs.trace.syscalls import SystemCalls
 from xipfs.trace.vmas import Vma
 
@@ -69,6 +69,8 @@ class Grammar:
             if thread is None:
                 continue
             if kind <= records.PF_KERNEL:
+                if thread.stores:
+                    self._flush_stores(row[0], thread)
                 faults.trap(thread, row[0], row[2], row[3], kind == records.PF_KERNEL)
             elif kind == records.MAP_PAGES:
                 faults.map_pages(thread, row[0], row[3], row[4], row[5])
@@ -127,6 +129,9 @@ class Grammar:
                 self.faults.close(thread)
             self._processes.exits_lost = True
             self._emit(time_ns, events.Lost(time_ns, row[2]))
+            for space in {thread.space for thread in self._threads.values()}:
+                if space.told:
+                    self._calls.resynchronise(time_ns, space)
         elif kind == records.ADOPT:
             self._processes.adopt(self._adoptions(row[2]))
         else:
@@ -135,15 +140,42 @@ class Grammar:
     # -- the life of address spaces ----------------------------------------------------------------
 
     def _ma_write(self, thread: Thread, row: Row) -> None:
-        if not thread.exec_window:
+        time_ns, start, end, stored = row[0], row[2], row[3] + 1, bool(row[4])
+        if thread.exec_window:
+            self._calls.remove(time_ns, thread.space, start, end)
+            if stored:
+                thread.space.extents.store(start, end)
+                thread.space.vmas.insert(Vma(start, end, prot_known=False))
+        elif thread.call < 0 or self._calls.replaces(thread):
+            thread.stores.append((start, end, stored))
+        elif stored:
+            self._processes.store(time_ns, thread.space, start, end)
+
+    def _flush_stores(self, time_ns: int, thread: Thread) -> None:
+        """Take in the stores of a call that has ended, or of none that we saw."""
+        stores, thread.stores = thread.stores, []
+        for start, end, stored in stores:
+            if thread.call < 0:
+                self._unseen_call(time_ns, thread.space, start, end, stored)
+            if stored:
+                self._processes.store(time_ns, thread.space, start, end)
+
+    def _unseen_call(self, time_ns: int, space: Space, start: int, end: int, stored: bool) -> None:
+        """Something changed ``[start, end)``: brk, a growing stack, or a call without events."""
+        held = space.vmas.meeting(start, end)
+        if not any(vma.told for vma in held):
             return
-        start, end = row[2], row[3] + 1
-        self._calls.remove(row[0], thread.space, start, end)
-        if row[4]:
-            thread.space.vmas.insert(Vma(start, end, prot_known=False))
+        self._unfollowed["mapping changed by a call that is not seen"] += 1
+        if not stored:
+            self._calls.remove(time_ns, space, start, end)
+        else:
+            self._calls.resynchronise(time_ns, space)
 
     def _newtask(self, thread: Thread, row: Row) -> None:
         self.faults.close(thread)
+        if not row[3] & CLONE_VM:
+            # They filled the child's tree.
+            thread.stores = []
         self._processes.fork(row[0], thread, row[2], row[3], _text(row[4], row[5]))
 
     def _prepare_exec(self, thread: Thread, row: Row) -> None:
@@ -171,11 +203,13 @@ class Grammar:
 
     def _sys_enter(self, thread: Thread, row: Row) -> None:
         self.faults.close(thread)
+        self._flush_stores(row[0], thread)
         self._calls.enter(row[0], thread, row[2], tuple(row[3:]))
 
     def _sys_exit(self, thread: Thread, row: Row) -> None:
         self.faults.close(thread)
         self._calls.leave(row[0], thread, row[2], row[3])
+        self._flush_stores(row[0], thread)
         if thread.buffered:
             self.faults.replay(thread)
         self._calls.finish(thread)

@@ -173,6 +173,8 @@ class PlainFaults:
 
 def _is_plain(thread: Thread) -> bool:
     """Tell whether the thread's open fault, if it has one, is all in the fields that are copied."""
+    if thread.stores:
+        return False
     if not thread.pf_open:
         return True
     if thread.pf_origin != events.TRAP or thread.pf_signal or thread.pf_reported:

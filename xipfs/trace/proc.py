@@ -90,11 +90,12 @@ def tids_of(pid: int) -> set[int]:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whose thread this is: process id, parent's process id, name."""
+    """Whose thread this is: process id, parent's process id, name, whether of a 32-bit program."""
 
     tgid: int
     ppid: int
     comm: str
+    compat: bool = False
 
 
 def identify(tid: int) -> Identity | None:
@@ -104,7 +105,17 @@ def identify(tid: int) -> Identity | None:
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return Identity(int(fields["Tgid"]), int(fields["PPid"]), fields["Name"].strip())
+    tgid = int(fields["Tgid"])
+    return Identity(tgid, int(fields["PPid"]), fields["Name"].strip(), _is_compat(tgid))
+
+
+def _is_compat(pid: int) -> bool:
+    """Tell a 32-bit program by its auxiliary vector: two of its words lie in one of ours."""
+    try:
+        first = (_PROC / str(pid) / "auxv").read_bytes()[:8]
+    except OSError:
+        return False
+    return int.from_bytes(first, "little") >= 1 << 32
 
 
 def in_system_call(tid: int) -> bool | None:

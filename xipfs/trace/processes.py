@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from xipfs.trace import events
+from xipfs.trace.extents import Extents
 from xipfs.trace.output import Output
 from xipfs.trace.pids import Adoption
 from xipfs.trace.proc import Identity, MapsLine
@@ -27,17 +28,20 @@ GRAVE_NS: Final = 2_000_000_000
 class Space:
     """One address space: its number, the process it shows as, its mappings, its live threads.
 
-    ``told``: the consumer has heard of it, and is told of its end.
+    ``told``: the consumer has heard of it, and is told of its end. ``extents`` are the kernel's own
+    VMAs, of all memory. ``compat``: a 32-bit program, whose system calls have no events.
     """
 
-    __slots__ = ("id", "pid", "tids", "told", "vmas")
+    __slots__ = ("compat", "extents", "id", "pid", "tids", "told", "vmas")
 
     def __init__(self, number: int, pid: int) -> None:
         self.id = number
         self.pid = pid
         self.tids: set[int] = set()
         self.told = False
+        self.compat = False
         self.vmas = VmaMap()
+        self.extents = Extents()
 
 
 class Thread:
@@ -70,6 +74,7 @@ class Thread:
         "pid",
         "populate_next",
         "space",
+        "stores",
         "tid",
         "traced",
     )
@@ -84,6 +89,8 @@ class Thread:
         self.call = -1
         self.call_args: tuple[int, ...] = ()
         self.populate_next = 0
+        #: Stores into the maple tree whose time or owner only a later record tells.
+        self.stores: list[tuple[int, int, bool]] = []
         self.buffered: list[tuple[int, int, int, int, int]] = []
         self.pf_open = False
         self.pf_time_ns = self.pf_last_ns = 0
@@ -125,7 +132,7 @@ class Processes:
         self._dead: dict[int, Thread] = {}
         self._forgettable: list[int] = []
         self._look = look
-        self._maps = maps
+        self.maps = maps
         self._next_space = 1
 
     def new_space(self, pid: int) -> Space:
@@ -140,6 +147,7 @@ class Processes:
             return
         assert vma.ino is not None
         assert vma.pgoff is not None
+        first = not space.told
         vma.told = space.told = True
         self.output.emit(
             time_ns,
@@ -157,6 +165,18 @@ class Processes:
                 vma.fresh,
             ),
         )
+        for start, end, _ in space.extents.meeting(vma.start, vma.end):
+            self.output.emit(time_ns, events.Extent(time_ns, space.id, start, end))
+        if first and space.compat:
+            self.output.emit(
+                time_ns, events.Doubt(time_ns, space.id, 0, 1 << 64, calls_unseen=True)
+            )
+
+    def store(self, time_ns: int, space: Space, start: int, end: int) -> None:
+        """Take in that ``[start, end)`` is one VMA of the kernel's now."""
+        space.extents.store(start, end)
+        if any(vma.told for vma in space.vmas.meeting(start, end)):
+            self.output.emit(time_ns, events.Extent(time_ns, space.id, start, end))
 
     def around(
         self, time_ns: int, space: Space, pid: int, address: int, ino: int, first: int, last: int
@@ -206,7 +226,7 @@ class Processes:
                 thread = self._join(identity, tid)
             thread.traced = True
         if adoption.tids:
-            self._merge_maps(self.threads[min(adoption.tids)].space, adoption.maps)
+            self.merge_maps(self.threads[min(adoption.tids)].space, adoption.maps)
 
     def _join(self, identity: Identity, tid: int) -> Thread:
         """Create thread ``tid``, in its process's address space where one is known."""
@@ -214,6 +234,7 @@ class Processes:
         if leader is None:
             leader = next((t for t in self.threads.values() if t.pid == identity.tgid), None)
         space = leader.space if leader is not None else self.new_space(identity.tgid)
+        space.compat |= identity.compat
         if identity.comm:
             self.comms[identity.tgid] = identity.comm
         return self._enter(Thread(tid, identity.tgid, space))
@@ -226,13 +247,13 @@ class Processes:
 
     def read_maps(self, space: Space) -> bool:
         """Add what /proc says now to ``space``; False when the process is gone."""
-        lines = self._maps(space.pid)
+        lines = self.maps(space.pid)
         if lines is None:
             return False
-        self._merge_maps(space, lines)
+        self.merge_maps(space, lines)
         return True
 
-    def _merge_maps(self, space: Space, lines: Iterable[MapsLine]) -> None:
+    def merge_maps(self, space: Space, lines: Iterable[MapsLine]) -> None:
         """Add mappings read from /proc where the shadow has none or an unknown one.
 
         The reading is a little older or newer than the records around it, so what the records said
@@ -242,6 +263,7 @@ class Processes:
             held = space.vmas.isolate(line.start, line.end)
             if any(vma.ino is not None for vma in held):
                 continue
+            space.extents.store(line.start, line.end)
             space.vmas.carve(line.start, line.end)
             space.vmas.insert(
                 Vma(
@@ -282,6 +304,7 @@ class Processes:
 
     def _copy(self, time_ns: int, parent: Thread, child_pid: int) -> Space:
         source, space = parent.space, self.new_space(child_pid)
+        space.compat, space.extents = source.compat, source.extents.copy()
         dontfork = []
         told = False
         for vma in source.vmas:
@@ -289,6 +312,7 @@ class Processes:
             if vma.dontfork:
                 if vma.told:
                     dontfork.append((vma.start, vma.end))
+                space.extents.cut(vma.start, vma.end)
                 continue
             copy = vma.piece(vma.start, vma.end)
             copy.locked = False  # as dup_mmap does
@@ -322,14 +346,18 @@ class Processes:
 
     def exec_done(self, time_ns: int, thread: Thread, old_tid: int) -> None:
         """sched_process_exec: the new program is mapped."""
+        identity = self._look(thread.tid)
+        compat = identity is not None and identity.compat
         if thread.exec_window:
             thread.exec_window = False
+            thread.space.compat = compat
             return
         # This kernel has no sched_prepare_exec: what exec mapped is only in /proc.
         self._leave(time_ns, thread)
         if old_tid != thread.tid and old_tid in self.threads:
             self._leave(time_ns, self.threads.pop(old_tid))
         thread = self._enter(Thread(thread.tid, thread.pid, self.new_space(thread.pid)))
+        thread.space.compat = compat
         if not self.read_maps(thread.space):
             self.unfollowed["exec of a process gone before /proc was read"] += 1
 

@@ -14,7 +14,7 @@ from xipfs.trace.proc import PROT_WRITE
 from xipfs.trace.processes import Processes, Space, Thread
 from xipfs.trace.records import SYSTEM_CALLS
 from xipfs.trace.vmas import Vma
-from xipfs.units import PAGE_MASK, PAGE_SIZE
+from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 _ERROR_MIN: Final = (1 << 64) - 4095
 #: Above every address.
@@ -108,6 +108,11 @@ class SystemCalls:
         """Tell whether only the call's exit will say where its pages are: an mmap."""
         return thread.call >= 0 and thread.populate_next < 0
 
+    def replaces(self, thread: Thread) -> bool:
+        """Tell whether the call may put mappings where others are: these go first."""
+        name = SYSTEM_CALLS[thread.call]
+        return name in ("mmap", "munmap", "mremap", "remap_file_pages")
+
     def leave(self, time_ns: int, thread: Thread, number: int, result: int) -> None:
         """Apply system call ``number``, which returned ``result`` (an unsigned word)."""
         if thread.call != number:
@@ -121,6 +126,28 @@ class SystemCalls:
     def finish(self, thread: Thread) -> None:
         """The call is over, and so are the faults it took."""
         thread.call = -1
+
+    def resynchronise(self, time_ns: int, space: Space) -> None:
+        """Make the shadow of ``space`` what /proc says now: something happened that was not seen.
+
+        Later records are of before this reading or after it; either way what they say stands.
+        """
+        lines = self._processes.maps(space.pid)
+        if lines is None:
+            return
+        for vma in [vma for vma in space.vmas if vma.ino is not None]:
+            at = vma.start
+            for line in lines:
+                if not (vma.start < line.end and line.start < vma.end) or line.ino != vma.ino:
+                    continue
+                if vma.pgoff != line.pgoff + (vma.start - line.start >> PAGE_SHIFT):
+                    continue
+                if at < line.start:
+                    self.remove(time_ns, space, at, line.start)
+                at = min(line.end, vma.end)
+            if at < vma.end:
+                self.remove(time_ns, space, at, vma.end)
+        self._processes.merge_maps(space, lines)
 
     def remove(self, time_ns: int, space: Space, start: int, end: int) -> list[Vma]:
         """Take ``[start, end)`` out of ``space``; tell the consumer if it knew any of it."""

@@ -20,7 +20,7 @@ from xipfs.trace import plain_loop, records
 from xipfs.trace.fault_batch import Cells, expanded
 from xipfs.trace.plain import PlainFaults, Run
 from xipfs.trace.proc import Identity, MapsLine
-from xipfs.trace.processes import Thread
+from xipfs.trace.threads import Thread
 
 #: To replay a failure: XIPFS_TEST_SEED=N pytest tests/t0_trace_plain.py
 SEED = int(os.environ.get("XIPFS_TEST_SEED") or secrets.randbelow(1 << 32))

@@ -27,8 +27,9 @@ from typing import Final
 from xipfs.trace import events
 from xipfs.trace.fault_batch import ERROR_EXEC, ERROR_PROTECTION, ERROR_USER, ERROR_WRITE
 from xipfs.trace.proc import PROT_EXEC, PROT_READ, PROT_WRITE
-from xipfs.trace.processes import Processes, Thread
+from xipfs.trace.processes import Processes
 from xipfs.trace.syscalls import SystemCalls
+from xipfs.trace.threads import Thread
 from xipfs.trace.vmas import Vma
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 

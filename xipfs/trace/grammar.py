@@ -13,8 +13,9 @@ from typing import Final
 from xipfs.trace import events, records
 from xipfs.trace.faults import Faults
 from xipfs.trace.pids import Adoption
-from xipfs.trace.processes import CLONE_VM, Processes, Space, Thread
+from xipfs.trace.processes import CLONE_VM, Processes
 from xipfs.trace.syscalls import SystemCalls
+from xipfs.trace.threads import Space, Thread
 from xipfs.trace.vmas import Vma
 
 Row = Sequence[int]

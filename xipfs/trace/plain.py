@@ -17,8 +17,9 @@ from xipfs.trace import events, records
 from xipfs.trace import plain_loop as loop
 from xipfs.trace.fault_batch import CELL_COLUMNS
 from xipfs.trace.grammar import Grammar
-from xipfs.trace.processes import Processes, Thread
+from xipfs.trace.processes import Processes
 from xipfs.trace.ring import Rows
+from xipfs.trace.threads import Thread
 from xipfs.trace.vmas import Vma
 
 #: Shorter stretches cost more to hand over than they save.

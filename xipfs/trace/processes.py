@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from xipfs.trace import events
-from xipfs.trace.extents import Extents
 from xipfs.trace.output import Output
 from xipfs.trace.pids import Adoption
 from xipfs.trace.proc import Identity, MapsLine
+from xipfs.trace.threads import Space, Thread
 from xipfs.trace.vmas import Vma, VmaMap
 from xipfs.units import PAGE_SHIFT
 
@@ -23,86 +23,6 @@ CLONE_VM: Final = 0x100
 CLONE_THREAD: Final = 0x10000
 #: How long a thread that exited is remembered: the end of its address space still makes records.
 GRAVE_NS: Final = 2_000_000_000
-
-
-class Space:
-    """One address space: its number, the process it shows as, its mappings, its live threads.
-
-    ``told``: the consumer has heard of it, and is told of its end. ``extents`` are the kernel's own
-    VMAs, of all memory. ``compat``: a 32-bit program, whose system calls have no events.
-    """
-
-    __slots__ = ("compat", "extents", "id", "pid", "tids", "told", "vmas")
-
-    def __init__(self, number: int, pid: int) -> None:
-        self.id = number
-        self.pid = pid
-        self.tids: set[int] = set()
-        self.told = False
-        self.compat = False
-        self.vmas = VmaMap()
-        self.extents = Extents()
-
-
-class Thread:
-    """One thread and the fault or system call it is in; ``grammar`` owns the fields ``pf_*``."""
-
-    __slots__ = (
-        "awaits_exit",
-        "buffered",
-        "call",
-        "call_args",
-        "dead_ns",
-        "exec_window",
-        "pf_added",
-        "pf_address",
-        "pf_arounds",
-        "pf_error",
-        "pf_faults",
-        "pf_index",
-        "pf_ino",
-        "pf_kernel",
-        "pf_last_ns",
-        "pf_mapped_last",
-        "pf_open",
-        "pf_origin",
-        "pf_reported",
-        "pf_retries",
-        "pf_signal",
-        "pf_time_ns",
-        "pf_vma",
-        "pid",
-        "populate_next",
-        "space",
-        "stores",
-        "tid",
-        "traced",
-    )
-
-    def __init__(self, tid: int, pid: int, space: Space) -> None:
-        self.tid = tid
-        self.pid = pid
-        self.space = space
-        self.traced = True
-        self.dead_ns = 0
-        self.exec_window = self.awaits_exit = False
-        self.call = -1
-        self.call_args: tuple[int, ...] = ()
-        self.populate_next = 0
-        #: Stores into the maple tree whose time or owner only a later record tells.
-        self.stores: list[tuple[int, int, bool]] = []
-        self.buffered: list[tuple[int, int, int, int, int]] = []
-        self.pf_open = False
-        self.pf_time_ns = self.pf_last_ns = 0
-        self.pf_address = self.pf_error = 0
-        self.pf_kernel = False
-        self.pf_origin = events.TRAP
-        self.pf_vma: Vma | None = None
-        self.pf_ino = -1
-        self.pf_index = 0
-        self.pf_faults = self.pf_retries = self.pf_signal = 0
-        self.pf_added = self.pf_mapped_last = self.pf_reported = False
-        self.pf_arounds: list[tuple[int, int]] = []
 
 
 class Processes:

@@ -11,8 +11,9 @@ from typing import Final
 
 from xipfs.trace import events
 from xipfs.trace.proc import PROT_WRITE
-from xipfs.trace.processes import Processes, Space, Thread
+from xipfs.trace.processes import Processes
 from xipfs.trace.records import SYSTEM_CALLS
+from xipfs.trace.threads import Space, Thread
 from xipfs.trace.vmas import Vma
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 

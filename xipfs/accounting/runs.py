@@ -70,10 +70,14 @@ class Runs:
 
     def fault(self, event: ev.Fault) -> None:
         """Count a fault, and the page that it mapped."""
-        if self._runs and (known := self._space(event.mm, event.pid)) is not None:
-            run = known[0]
-            run.faults += 1
-            run.own += not event.protection and event.verdict in (ev.MAJOR, ev.MINOR)
+        maps = not event.protection and event.verdict in (ev.MAJOR, ev.MINOR)
+        self.faults(event.mm, event.pid, 1, int(maps))
+
+    def faults(self, mm: int, pid: int, faults: int, own: int) -> None:
+        """Count faults of one address space; ``own`` of them mapped a page that was not mapped."""
+        if self._runs and (known := self._space(mm, pid)) is not None:
+            known[0].faults += faults
+            known[0].own += own
 
     def around(self, event: ev.Around, pages: int, *, shared: bool) -> None:
         """Count ``pages`` that a fault beside them mapped."""

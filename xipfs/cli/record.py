@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from xipfs.cli.client import Json, ask
 from xipfs.errors import MountError
@@ -32,15 +35,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Record; exits 1 if anything was lost."""
     tell = sys.stderr.isatty()
+    asked_to_end = threading.Event()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        # A flag, for an exception could come in the middle of an answer; at the second time that.
+        asked_to_end.set()
+        signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
     def wait(faults: int, missed: int) -> bool:
         if tell:
             print(f"\r{faults} faults, {missed} missed", end="", file=sys.stderr, flush=True)
-        try:
-            time.sleep(POLL_S)
-        except KeyboardInterrupt:
-            return False
-        return True
+        return not asked_to_end.wait(POLL_S)
 
     print(f"recording to {args.output}; Ctrl-C ends it", file=sys.stderr, flush=True)
     losses = record(mount_at(args.directory), args.output, wait, force=args.force)

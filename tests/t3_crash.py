@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from imagecheck import check as check_by_the_text
 from proving.crash import tree
 from proving.crash.explorer import Explorer, Tally, World
 from proving.crash.medium import Point, Undecided, Watched, next_choices
+from proving.crash.sweep import Log, sweep
 from proving.crash.workloads import OPERATIONS, Workload, base_image, workloads
 
+from xipfs.errors import UsageError
 from xipfs.memory.emulated import EmulatedMedium
 
 #: CRASH_SEED=N python -m pytest tests/t3_crash.py draws other pairs.
@@ -109,3 +112,24 @@ def test_a_journal_without_its_flushes_or_fences_is_caught(
     monkeypatch.setattr(EmulatedMedium, call, left_out)
     pair = Workload(("create", "setxattr"), "none")
     assert explored(Workload(("create",), "none"), pair).violations
+
+
+def test_a_sweep_resumes_from_its_log_and_refuses_another_s(tmp_path: Path) -> None:
+    todo = [Workload(("chmod",), kind) for kind in ("none", "sync")]
+    log = tmp_path / "log"
+
+    def sweep_on(seed: int = 1) -> tuple[Tally, list[int]]:
+        told: list[int] = []
+        kept = Log(log, seed)
+        tally = sweep(todo, kept, seed=seed, processes=1, progress=lambda n, _, __: told.append(n))
+        return tally, told
+
+    whole, told = sweep_on()
+    assert (whole.workloads, whole.violations, told) == (2, [], [1, 2])
+    head, first, second = log.read_text().splitlines()
+    log.write_text(f"{head}\n{first}\n{second[:40]}")  # as an interrupt leaves it
+    again, told = sweep_on()
+    assert (again.workloads, told) == (2, [2])
+    assert sweep_on() == (again, [])
+    with pytest.raises(UsageError, match="another seed"):
+        sweep_on(seed=2)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from proving.crash.medium import Point, Undecided, Unknown, Watched, next_choices
+from proving.crash.medium import Point, Settled, Undecided, Unknown, Watched, next_choices
 from proving.crash.tree import (
     Allowed,
     Contents,
@@ -245,7 +245,7 @@ class Explorer:
         """Return what a program sees after ``steps`` that nothing interrupts."""
         found = self._twins.get(steps)
         if found is None:
-            world = World(EmulatedMedium(self.base), self.ram_pages)
+            world = World(Settled(self.base), self.ram_pages)
             for step in steps:
                 world.run(step)
             tree = tree_of(world.fs)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from proving.crash.medium import Undecided
+from proving.crash.medium import Settled, Undecided
 from xipfs.clock import ManualClock
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.image import layout
 from xipfs.image.check import check
 from xipfs.image.volume import Volume
-from xipfs.memory.emulated import WORD_SIZE, EmulatedMedium
+from xipfs.memory.emulated import WORD_SIZE
 from xipfs.memory.region import LINE_SIZE, Medium
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE, pages_of
 
@@ -122,7 +122,7 @@ def judge_structure(medium: Medium) -> None:
 
 def use(image: bytes, contents: Contents) -> None:
     """Recover again, which changes nothing; open, rename and delete everything; fill the image."""
-    medium = EmulatedMedium(image)
+    medium = Settled(image)
     fs = open_medium(medium, ram_pages=4)
     assert bytes(medium.now) == image, "recovery run twice changed the image"
     _open_all(fs, contents)

@@ -62,9 +62,8 @@ def numba_is_installed() -> bool:
 
 
 @functools.cache
-def compiled_run() -> Callable[[loop.World], int]:
-    """Return ``bulk_loop.run`` compiled; the first call in a process takes seconds."""
-    import numba
+def make_callable() -> None:
+    """Let compiled code call what the loop is made of."""
     from numba.extending import register_jitable
 
     for function in (
@@ -77,12 +76,21 @@ def compiled_run() -> Callable[[loop.World], int]:
         loop.take,
         loop.available,
         loop.find_row,
+        loop.placed_frame,
         loop.pte_kind,
         loop.classify,
         loop.find_outcome,
         loop.apply,
     ):
         register_jitable(forceinline=True)(function)
+
+
+@functools.cache
+def compiled_run() -> Callable[[loop.World], int]:
+    """Return ``bulk_loop.run`` compiled; the first call in a process takes seconds."""
+    import numba
+
+    make_callable()
     # The loop allocates nothing. Without _nrt=False numba would count references to every array
     # that a helper is handed, atomically, at each miss, which takes longer than the miss itself.
     options: dict[str, Any] = {"nogil": True, "_nrt": False}

@@ -66,9 +66,12 @@ def add_to_counters(thing: Machine | MmStruct, amounts: dict[_Counter, int], tim
 
 
 class Situation:
-    """A miss about to be taken by the slow path, and all that it may change."""
+    """A miss about to be taken by the slow path, and all that it may change.
 
-    def __init__(self, vma: Vma, page: int, wanted: loop.Ints) -> None:
+    ``frame`` is the pfn of the file's page where the file is not a placed one.
+    """
+
+    def __init__(self, vma: Vma, page: int, wanted: loop.Ints, frame: int = -1) -> None:
         self.vma = vma
         self.address = page << PAGE_SHIFT
         self.wanted = wanted.copy()
@@ -80,7 +83,7 @@ class Situation:
         self.vma_state = (vma.flags, vma.page_prot)
         memory = mm.machine.memory
         self.free = (len(memory.ram_free), len(memory.anon_free))
-        self.frame = self._files_frame()
+        self.frame = frame if frame >= 0 else self._files_frame()
         self.page_counts = self._counts(self.counted)
         self.zero_counts = self._counts(mm.machine.zero_pfn)
 

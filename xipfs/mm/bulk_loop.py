@@ -34,6 +34,9 @@ FILE_PAGES: Final = 5
 MIDDLE: Final = 6  #: entry of World.middles for the first gibibyte of the VMA
 ROW_COLUMNS: Final = 7
 
+#: Instead of a frame: the page lies beyond the file's end, or only the slow path may ask.
+NO_FRAME: Final = -2
+
 # What a miss finds: together with the VMA and the kind of access, the key of an outcome.
 EMPTY_ANONYMOUS: Final = 0
 EMPTY_XIP: Final = 1
@@ -164,7 +167,8 @@ def run(world: World) -> int:
                 world.entries[slot] = used
             hits += 1
         else:
-            outcome = find_outcome(world, row, page, write, pte)
+            frame = placed_frame(world, row, page)
+            outcome = find_outcome(world, row, page, write, pte, frame)
             if outcome >= 0 and middle == 0:
                 # Known, but the loop makes leaves only; there is nothing to learn from it again.
                 world.wanted[KEY] = outcome = -1
@@ -179,7 +183,7 @@ def run(world: World) -> int:
                 world.entries[middle + (page >> _LEAF_PAGES_SHIFT & _SLOT_MASK)] = leaf
                 world.leaves_made[process] += 1
                 slot = leaf + (page & _SLOT_MASK)
-            apply(world, world.outcomes[outcome], row, page, slot)
+            apply(world, world.outcomes[outcome], row, page, slot, frame)
             world.uses[outcome] += 1
         at += 1
     world.tally[AT] = at
@@ -202,13 +206,22 @@ def find_row(rows: Ints, low: int, end: int, page: int) -> int:
     return -1
 
 
-def find_outcome(world: World, row: int, page: int, write: bool, pte: int) -> int:
+def placed_frame(world: World, row: int, page: int) -> int:
+    """Return the entry of ``frames`` for the page: a pfn or ABSENT; NO_FRAME where it has none."""
+    base = world.rows[row, FRAMES]
+    index = world.rows[row, PGOFF] + page - world.rows[row, START]
+    if base < 0 or index >= world.rows[row, FILE_PAGES]:
+        return NO_FRAME
+    return int(world.frames[base + index])
+
+
+def find_outcome(world: World, row: int, page: int, write: bool, pte: int, frame: int) -> int:
     """Describe a miss in ``world.wanted``; return the outcome to repeat, or -1.
 
-    An outcome that would take a frame where none is left, or free the page, is not repeated.
+    ``frame`` is the pfn of the file's page, ABSENT or NO_FRAME. An outcome that would take a frame where none is left, or free the page, is not repeated.
     """
     wanted = world.wanted
-    state = classify(world, row, page, pte)
+    state = classify(world, row, page, pte, frame)
     if state < 0 or available(world, ANON) == 0:
         # Some faults take an anonymous frame and give it back; without any they fail.
         wanted[KEY] = -1
@@ -233,7 +246,7 @@ def find_outcome(world: World, row: int, page: int, write: bool, pte: int) -> in
     return -1
 
 
-def classify(world: World, row: int, page: int, pte: int) -> int:
+def classify(world: World, row: int, page: int, pte: int, frame: int) -> int:
     """Return the state that a miss finds, -1 where only the slow path may act; fill ``wanted``.
 
     The counts of an anonymous page are part of the situation, since they decide whether it is
@@ -249,9 +262,9 @@ def classify(world: World, row: int, page: int, pte: int) -> int:
     if pte == 0:
         state = EMPTY_ANONYMOUS
         if base != ANONYMOUS:
-            if index >= world.rows[row, FILE_PAGES]:
+            if frame == NO_FRAME:
                 return -1
-            pfn = world.frames[base + index]
+            pfn = frame
             if pfn < 0:
                 state = EMPTY_ABSENT
             elif pfn < len(world.refcount):
@@ -297,7 +310,7 @@ def pte_kind(world: World, vm_flags: int, linear_pfn: int, pte: int) -> int:
     )
 
 
-def apply(world: World, known: Ints, row: int, page: int, slot: int) -> None:
+def apply(world: World, known: Ints, row: int, page: int, slot: int, frame: int) -> None:
     """Do to PTE, page and frames what the outcome ``known`` says; counters come from ``uses``."""
     pte = world.entries[slot]
     pfn = pte >> PTE_PFN_SHIFT
@@ -306,15 +319,14 @@ def apply(world: World, known: Ints, row: int, page: int, slot: int) -> None:
         world.refcount[counted] += known[REF_ADDED]
         world.mapcount[counted] += known[MAP_ADDED]
         world.page_flags[counted] = known[FLAGS_AFTER]
-    base = world.rows[row, FRAMES]
-    index = base + world.rows[row, PGOFF] + page - world.rows[row, START]
     if known[SOURCE] == FILES_FRAME:
-        pfn = world.frames[index]
+        pfn = frame
     elif known[SOURCE] == ZERO_PAGE:
         pfn = world.zero_pfn
     if known[FILLS]:
         filled = take(world, RAM, world.ram_returned)
-        world.frames[index] = filled
+        index = world.rows[row, PGOFF] + page - world.rows[row, START]
+        world.frames[world.rows[row, FRAMES] + index] = filled
         world.refcount[filled] = known[FILL_REF]
         world.mapcount[filled] = known[FILL_MAP]
         world.page_flags[filled] = known[FILL_FLAGS]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from t3_accounting import BASE, MM, PAGE, PID, READ, RW, Scene, fs
 
-from xipfs.accounting.kernel_ptes import ANON, BEFORE, CALLS_UNSEEN, FILE, NONE, SETTLED_NS
+from xipfs.accounting.kernel_states import ANON, BEFORE, CALLS_UNSEEN, FILE, NONE, SETTLED_NS
 from xipfs.trace import events as ev
 
 __all__ = ["fs"]  # a fixture

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable
 
 from xipfs.accounting.charges import Charge, Ledger, PteKind
 from xipfs.accounting.hints import Hints, Page
-from xipfs.accounting.kernel_ptes import ANON, CALLS_UNSEEN, SILENT_CALL, KernelPtes
+from xipfs.accounting.kernel_ptes import KernelPtes
+from xipfs.accounting.kernel_states import ANON, CALLS_UNSEEN, SILENT_CALL
 from xipfs.accounting.live_file import LiveFile
 from xipfs.accounting.runs import Runs
 from xipfs.fs.filesystem import Filesystem

@@ -27,6 +27,23 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from xipfs.accounting.cached_pages import CachedPages
+from xipfs.accounting.kernel_states import (
+    ANON,
+    BEFORE,
+    COPIES_UNKNOWN,
+    FILE,
+    GUP,
+    IN_FLIGHT,
+    IN_PART,
+    LOST,
+    NONE,
+    READAHEAD,
+    SETTLED_NS,
+    THREADS_FORK,
+    THREADS_ZAP,
+    UNTRACED,
+)
 from xipfs.mm.flags import VM_MAYSHARE, VM_WRITE
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.pte import PageTables
@@ -36,43 +53,6 @@ from xipfs.trace import events as ev
 from xipfs.trace.extents import Extents, joined
 from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
-NONE: Final = 0
-FILE: Final = 1
-ANON: Final = 2
-#: From here on unknown; the state less this is the reason's place in ``REASONS``.
-UNKNOWN: Final = 3
-
-REASONS: Final = (
-    "mapped before its process was followed",
-    "cached a moment before fault-around: its READ may have been under way",
-    "written in part before it was read, so cached but perhaps not up to date",
-    "may have carried the read-ahead mark",
-    "get_user_pages, for reading or for writing",
-    "fault of a process not followed yet",
-    "madvise or mlock, which tell no page",
-    "of a 32-bit program, whose system calls have no events",
-    "zapped while other threads ran",
-    "forked while other threads ran",
-    "forked from a mapping that may or may not have had copies",
-    "records were lost",
-)
-(
-    BEFORE,
-    IN_FLIGHT,
-    IN_PART,
-    READAHEAD,
-    GUP,
-    UNTRACED,
-    SILENT_CALL,
-    CALLS_UNSEEN,
-    THREADS_ZAP,
-    THREADS_FORK,
-    COPIES_UNKNOWN,
-    LOST,
-) = range(UNKNOWN, UNKNOWN + len(REASONS))
-
-#: After this time a page that was added to the page cache is not waiting for its READ any more.
-SETTLED_NS: Final = 1_000_000_000
 #: A larger range (16 GiB) is not doubted page by page; its address space as a whole is.
 DOUBT_PAGES_MAX: Final = 4 << 20
 
@@ -87,13 +67,12 @@ class KernelPtes:
 
     def __init__(self, *, readahead: bool) -> None:
         self._readahead = readahead
-        self._pool = TablePool()
+        self.pool = TablePool()
         self._tables: dict[int, PageTables] = {}
         self._threads: dict[int, set[int]] = {}
         #: The kernel's own VMAs; the mark: it has or had a private copy (its anon_vma).
         self._extents: dict[int, Extents] = {}
-        #: When each cached page was added; 0: it is surely uptodate.
-        self._cached: dict[int, dict[int, int]] = {}
+        self.cached = CachedPages(self.pool)
         #: When a request for a page was answered last; below 0: a WRITE of a part of it.
         self._answered: dict[tuple[int, int], int] = {}
         self._answers: deque[tuple[int, int, int]] = deque()
@@ -126,7 +105,7 @@ class KernelPtes:
 
     def is_cached(self, ino: int, index: int) -> bool:
         """Return whether the kernel's page cache holds the page."""
-        return index in self._cached.get(ino, ())
+        return self.cached.get(ino, index) is not None
 
     # What happens to an address space
 
@@ -209,9 +188,8 @@ class KernelPtes:
         if event.verdict == ev.SIGBUS:
             self._set(event.mm, event.address, NONE)
             return
-        cached = self._cached.get(event.ino)
-        if cached is not None and event.index in cached:
-            cached[event.index] = 0
+        if self.is_cached(event.ino, event.index):
+            self.cached.settle(event.ino, event.index)
             self._answered.pop((event.ino, event.index), None)
         self._set(event.mm, event.address, self._after_fault(event, vma))
 
@@ -233,12 +211,11 @@ class KernelPtes:
         Those that it may have mapped (``IN_FLIGHT``, ``READAHEAD``) are among them.
         """
         self._touch(event.mm)
-        cached = self._cached.get(event.ino, {})
         first = max(event.first, vma.pgoff)
         last = min(event.last, vma.pgoff + vma.pages - 1)
         mapped = 0
         for index in range(first, last + 1):
-            added_ns = cached.get(index)
+            added_ns = self.cached.get(event.ino, index)
             address = vma.address_of(index)
             if added_ns is None or self.state(event.mm, address) != NONE:
                 continue
@@ -265,7 +242,7 @@ class KernelPtes:
         if end - start >> PAGE_SHIFT > DOUBT_PAGES_MAX:
             self.blurred[mm] = reason
         elif end > start:
-            self._tables.setdefault(mm, PageTables(self._pool)).fill(start, end, reason)
+            self._tables.setdefault(mm, PageTables(self.pool)).fill(start, end, reason)
 
     def lost(self, mms: Iterable[MmStruct]) -> None:
         """Records were overwritten unread: nothing that was believed is sure any more."""
@@ -292,32 +269,27 @@ class KernelPtes:
             if whole:
                 self._answered[ino, index] = time_ns
                 self._answers.append((time_ns, ino, index))
-            elif self._cached.get(ino, {}).get(index) != 0:
+            elif self.cached.get(ino, index) != 0:
                 self._answered.setdefault((ino, index), -time_ns)
         while self._answers and time_ns - self._answers[0][0] > SETTLED_NS:
             answered_ns, old_ino, old_index = self._answers.popleft()
             if self._answered.get((old_ino, old_index)) == answered_ns:
                 del self._answered[old_ino, old_index]
-                cached = self._cached.get(old_ino, {})
-                if cached.get(old_index, answered_ns) < answered_ns:
-                    cached[old_index] = 0
+                added_ns = self.cached.get(old_ino, old_index)
+                if added_ns is not None and added_ns < answered_ns:
+                    self.cached.settle(old_ino, old_index)
 
     def cache_add(self, event: ev.CacheAdd) -> None:
         """The page cache took pages in."""
-        cached = self._cached.setdefault(event.ino, {})
         for index in range(event.first, event.first + event.pages):
-            cached[index] = event.time_ns
+            self.cached.add(event.ino, index, event.time_ns)
 
     def cache_delete(self, event: ev.CacheDelete, file: MappedFile | None) -> None:
         """The page cache dropped pages: no PTE maps them any more."""
-        cached = self._cached.get(event.ino)
-        if cached is not None:
-            for index in range(event.first, event.first + event.pages):
-                cached.pop(index, None)
-                if self._answered.get((event.ino, index), 0) < 0:
-                    del self._answered[event.ino, index]
-            if not cached:
-                del self._cached[event.ino]
+        for index in range(event.first, event.first + event.pages):
+            self.cached.remove(event.ino, index)
+            if self._answered.get((event.ino, index), 0) < 0:
+                del self._answered[event.ino, index]
         if file is not None:
             self._drop(file, event.first, event.first + event.pages, even_cows=False)
 
@@ -345,7 +317,7 @@ class KernelPtes:
         if tables is None:
             if state == NONE:
                 return
-            tables = self._tables[mm] = PageTables(self._pool)
+            tables = self._tables[mm] = PageTables(self.pool)
         tables.set(address & PAGE_MASK, state)
         if state == ANON:
             self._extents_of(mm).mark(address)

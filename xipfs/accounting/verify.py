@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xipfs.accounting.accountant import Accountant
-from xipfs.accounting.kernel_ptes import ANON, FILE, NONE, REASONS, UNKNOWN
+from xipfs.accounting.kernel_states import ANON, FILE, NONE, REASONS, UNKNOWN
 from xipfs.mm.access import MAPS_ANON, maps_what
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.trace import pagemap

@@ -218,7 +218,8 @@ def placed_frame(world: World, row: int, page: int) -> int:
 def find_outcome(world: World, row: int, page: int, write: bool, pte: int, frame: int) -> int:
     """Describe a miss in ``world.wanted``; return the outcome to repeat, or -1.
 
-    ``frame`` is the pfn of the file's page, ABSENT or NO_FRAME. An outcome that would take a frame where none is left, or free the page, is not repeated.
+    ``frame`` is the pfn of the file's page, ABSENT or NO_FRAME. An outcome that would take a frame
+    where none is left, or free the page, is not repeated.
     """
     wanted = world.wanted
     state = classify(world, row, page, pte, frame)

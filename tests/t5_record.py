@@ -40,6 +40,7 @@ def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
         "mount_outlived_recording": True,
         "faults": 3,
         "faults_missed": 0,
+        "items_missed": 0,
         "events_lost": 0,
     }
     assert [(line["page"], line["faults"], line["xip"]) for line in told["lines"]] == [

@@ -19,7 +19,6 @@ import trio
 
 from xipfs.clock import SystemClock
 from xipfs.errors import MountError, XipfsError
-from xipfs.fs.filesystem import Filesystem
 from xipfs.fuse.control import ControlTree
 from xipfs.fuse.live import Live
 from xipfs.fuse.mounts import FSTYPE, Mount, mount_at, unmount
@@ -29,6 +28,7 @@ from xipfs.fuse.observing import (
     set_readahead,
 )
 from xipfs.fuse.operations import Operations
+from xipfs.fuse.recording import RecordedFilesystem
 from xipfs.options import MountOptions
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def serve(
     Raises XipfsError if the mount cannot be made; ``on_ready`` is called once it is there.
     """
     observer = choose_observer(options)
-    fs = Filesystem.open(
+    fs = RecordedFilesystem.open(
         image,
         ram_bytes=options.ram_bytes,
         struct_page_bytes=options.struct_page_bytes,

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from xipfs.accounting.causes import Causes
 from xipfs.accounting.charges import Charge, Ledger, PteKind
 from xipfs.accounting.hints import Hints, Page
 from xipfs.accounting.kernel_ptes import KernelPtes
@@ -40,7 +41,7 @@ from xipfs.mm.vma import Vma
 from xipfs.mm.zap import exit_mmap, unmap_mapping_range, zap_page_range
 from xipfs.trace import events as ev
 from xipfs.trace.fault_batch import FaultBatch, expanded
-from xipfs.units import PAGE_SHIFT
+from xipfs.units import PAGE_SHIFT, PAGE_SIZE
 
 _KIND = {
     MAPS_XIP: PteKind.XIP,
@@ -78,9 +79,12 @@ class Accountant:
         self.ledger = Ledger()
         self.hints = Hints()
         self.runs = Runs(root_of, comm)
+        self.causes = Causes()
         self.unfollowed: Counter[str] = Counter()
         #: Told each fault with its charge.
         self.on_charge: Callable[[ev.Fault, Charge], None] | None = None
+        #: Told each other event before it is applied, and what of xipfs's doing caused it.
+        self.on_event: Callable[[ev.Event, str], None] | None = None
         self.around_pages = 0
         self._files: dict[int, LiveFile] = {}
         #: The modelled address spaces by their number in the events.
@@ -110,6 +114,8 @@ class Accountant:
         """Apply a batch of events; return what its faults were charged, in order."""
         charges = []
         for event in expanded(events):
+            if self.on_event is not None and type(event) is not ev.Fault:
+                self.on_event(event, self.causes.of_event(event))
             if type(event) is ev.CowBroken:
                 charges += self._cow_broken(event)
                 continue
@@ -195,6 +201,7 @@ class Accountant:
     def _unmap(self, event: ev.Unmap) -> None:
         do_munmap(self._mm(event.mm), event.start, event.end)
         self.kernel.unmap(event.mm, event.start, event.end)
+        self.causes.forget(event.mm, event.start, event.end)
 
     def _protect(self, event: ev.Protect) -> None:
         mm = self._mm(event.mm)
@@ -207,6 +214,7 @@ class Accountant:
 
     def _move(self, event: ev.Move) -> None:
         self.kernel.move(event)
+        self.causes.forget(event.mm, event.start, event.end)
         move_mapping(
             self._mm(event.mm),
             event.start,
@@ -219,6 +227,7 @@ class Accountant:
     def _zap(self, event: ev.Zap) -> None:
         mm = self._mm(event.mm)
         self.kernel.zap(event.mm, event.start, event.end)
+        self.causes.forget(event.mm, event.start, event.end)
         for vma in mm.overlapping(event.start, event.end):
             zap_page_range(vma, max(vma.start, event.start), min(vma.end, event.end))
 
@@ -269,6 +278,7 @@ class Accountant:
         if mm is not None:
             exit_mmap(mm)
         self.hints.exit(event.mm)
+        self.causes.exit(event.mm)
         self.kernel.exit(event.mm)
         self.ledger.exit(event.mm)
         self.runs.exit(event.mm)
@@ -295,8 +305,11 @@ class Accountant:
         self.around_pages += filemap_map_pages(
             vma, [(page, pfn) for page, pfn in frames if pfn is not None]
         )
-        # Mapped without a fault, so none will answer a hint.
+        # Mapped without a fault, so none will answer a hint or a move.
         self.hints.forget(event.mm, (vma.address_of(page) for page in cached))
+        for page in cached:
+            address = vma.address_of(page)
+            self.causes.forget(event.mm, address, address + PAGE_SIZE)
         tables = vma.mm.tables
         if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
             self.unfollowed["fault-around windows over XIP or evicted pages"] += 1
@@ -306,6 +319,8 @@ class Accountant:
 
     def _cache_delete(self, event: ev.CacheDelete) -> None:
         file = self._files.get(event.ino)
+        if file is not None:
+            self.causes.deleted(event, file.mapped, self.kernel)
         self.kernel.cache_delete(event, None if file is None else file.mapped)
 
     def _fault(self, event: ev.Fault) -> Charge | None:
@@ -321,6 +336,7 @@ class Accountant:
         if event.verdict == ev.SIGSEGV:
             return None  # the access was not allowed: no fault handler ran
         hinted = self.hints.take(event.mm, event.address)
+        cause = self.causes.take(event.mm, event.address)
         kind, major, faults = self._outcome(event)
         hint = hinted and not faults and kind is not PteKind.NONE
         charge = Charge(
@@ -333,6 +349,7 @@ class Accountant:
             major and not hint,
             max(faults - 1, 0),
             hint,
+            cause,
         )
         self._fs.touch(event.ino, event.index)
         self.ledger.charge(event.mm, self._comm(event.pid), charge)

@@ -35,6 +35,8 @@ class Charge(NamedTuple):
     """Further faults that the rules would have taken for this access."""
     hint: bool = False
     """The modelled PTE let the access pass: the fault is xipfs's own doing (see ``hints``)."""
+    cause: str = ""
+    """What took the page from the kernel if xipfs did: move, evict or hint (see ``causes``)."""
 
 
 @dataclass

@@ -53,8 +53,10 @@ def count(trace: TraceReader, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     counters: dict[tuple[Any, ...], Counter[str]] = {}
     for batch in trace.batches():
         names = zip(*(batch[key] for key in keys), strict=True)
-        columns = zip(names, batch["charged"], batch["major"], batch["extra"], strict=True)
-        for name, charged, major, extra in columns:
+        figures = (batch[column] for column in ("item", "charged", "major", "extra"))
+        for name, item, charged, major, extra in zip(names, *figures, strict=True):
+            if item != "fault":
+                continue
             counter = counters.setdefault(name, Counter())
             counter[charged] += 1
             if charged != "hint":

@@ -9,9 +9,11 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from xipfs.cli.client import Json, ask
 from xipfs.errors import MountError
@@ -19,7 +21,7 @@ from xipfs.fuse.mounts import Mount, mount_at
 from xipfs.stats.trace_file import TraceWriter, parse_rows
 
 POLL_S = 0.2
-#: Beyond any fault's number: the daemon answers with the next one's.
+#: Beyond any number: the daemon begins to keep what comes, and answers with the next number.
 _START = 10**15 - 1
 
 
@@ -53,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"recording to {args.output}; Ctrl-C ends it", file=sys.stderr, flush=True)
     losses = record(mount_at(args.directory), args.output, wait, force=args.force)
     print(
-        f"{losses['faults']} faults in {args.output}, {losses['faults_missed']} missed, "
+        f"{losses['faults']} faults in {args.output}, "
+        f"{losses['faults_missed'] + losses['items_missed']} missed, "
         f"{losses['events_lost']} events lost",
         file=sys.stderr,
     )
-    return int(bool(losses["faults_missed"] or losses["events_lost"]))
+    return int(any(losses[name] for name in ("faults_missed", "items_missed", "events_lost")))
 
 
 def record(
@@ -75,20 +78,14 @@ def record(
     recording is interrupted elsewhere than in ``wait``.
     """
     before = ask(mount, "stats.json")
-    cursor = int(ask(mount, f"faults.{_START}.json")["next"])
-    writer = TraceWriter(path, force=force)
     began_s = time.time()
-    missed = 0
+    stream = _Stream(mount)
+    writer = TraceWriter(path, force=force)
     more = True
     try:
         while more:
-            more = wait(writer.faults, missed)
-            while True:
-                answer = ask(mount, f"faults.{cursor}.json")
-                writer.append(parse_rows(answer["faults"]))
-                cursor, missed = answer["next"], missed + answer["missed"]
-                if answer["next"] >= answer["end"]:
-                    break
+            more = wait(stream.faults, stream.faults_missed + stream.items_missed)
+            stream.poll(writer)
     finally:
         whole = True
         try:
@@ -98,8 +95,9 @@ def record(
             after, whole = before, False
         losses: Json = {
             "mount_outlived_recording": whole,
-            "faults": writer.faults,
-            "faults_missed": missed,
+            "faults": stream.faults,
+            "faults_missed": stream.faults_missed,
+            "items_missed": stream.items_missed,
             "events_lost": after["observer"]["lost"] - before["observer"]["lost"],
         }
         writer.close(
@@ -116,3 +114,53 @@ def record(
             }
         )
     return losses
+
+
+class _Stream:
+    """The daemon's two logs, put together in the order in which things happened.
+
+    It begins with the state of now; faults told before that are not of this recording.
+    """
+
+    def __init__(self, mount: Mount) -> None:
+        self._mount = mount
+        self._next_fault = self._next_item = _START
+        #: Items told before the faults that come before them, each with the next fault's number.
+        self._held: deque[tuple[int, list[Any]]] = deque()
+        self.faults = self.faults_missed = self.items_missed = 0
+        ask(self._mount, f"faults.{_START}.json")
+        self._ask_items()
+        self._next_fault = self._held[0][0]
+
+    def poll(self, writer: TraceWriter) -> None:
+        """Write what has happened since the last time."""
+        while True:
+            answer = ask(self._mount, f"faults.{self._next_fault}.json")
+            # Items up to those faults are in the other log by now.
+            while not self._ask_items():
+                pass
+            self.faults_missed += answer["missed"]
+            rows = parse_rows(answer["faults"], answer["columns"])
+            for number, row in enumerate(rows, answer["next"] - len(rows)):
+                writer.append([*self._items_before(number), row])
+            writer.append(self._items_before(answer["next"]))
+            self.faults += len(rows)
+            self._next_fault = answer["next"]
+            if answer["next"] >= answer["end"]:
+                return
+
+    def _ask_items(self) -> bool:
+        """Take the next items; return whether these were all."""
+        answer = ask(self._mount, f"items.{self._next_item}.json")
+        rows = parse_rows(answer["items"], answer["columns"])
+        self._held.extend(zip(answer["next_faults"], rows, strict=True))
+        if self._next_item != _START:
+            self.items_missed += answer["missed"]
+        self._next_item = answer["next"]
+        return bool(answer["next"] >= answer["end"])
+
+    def _items_before(self, fault: int) -> list[list[Any]]:
+        rows = []
+        while self._held and self._held[0][0] <= fault:
+            rows.append(self._held.popleft()[1])
+        return rows

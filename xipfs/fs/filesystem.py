@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from xipfs.clock import Clock
 from xipfs.fs.attributes import Attributes
@@ -75,7 +76,7 @@ class Filesystem:
         struct_page_bytes: int = 64,
         read_only: bool = False,
         clock: Clock,
-    ) -> Filesystem:
+    ) -> Self:
         """Lock and open the image file.
 
         An image that was not closed cleanly is recovered first: its pending transaction is

@@ -112,6 +112,10 @@ class PageCache:
         """Return the files that have resident pages."""
         return self._frames.files()
 
+    def by_age(self) -> list[CachedPage]:
+        """Return all resident pages, the coldest first."""
+        return list(self._by_age.values())
+
     def frames(self) -> list[Pfn]:
         """Return the frames of all resident pages."""
         return [Pfn(pfn) for pfn in self._frames.all().tolist()]

@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from xipfs.accounting.accountant import Accountant
+from xipfs.accounting.causes import HINT
 from xipfs.fuse.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class HintScanner:
         pages = self._accountant.mark_hints(count)
         self._allowance -= len(pages)
         try:
-            await self._notifier.invalidate_all(pages)
+            await self._notifier.invalidate_all(pages, HINT)
         except OSError:
             # The marks stay; a page that was kept makes no fault, and its mark goes with the next.
             log.exception("%d hinted pages not invalidated", len(pages))

@@ -16,8 +16,8 @@ from typing import Final
 import trio
 
 from xipfs.accounting.accountant import Accountant
+from xipfs.accounting.causes import EVICT
 from xipfs.errors import FsError, ObserverError, UsageError
-from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
 from xipfs.fuse.deciding import Deciding
@@ -26,6 +26,7 @@ from xipfs.fuse.migration import Migrator
 from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, runs, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, readahead_kib
+from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.fuse.writeback import Writeback
@@ -57,7 +58,9 @@ KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
 class Live:
     """One mount's moving parts, joined. ``start`` makes it whole once the mount is there."""
 
-    def __init__(self, fs: Filesystem, options: MountOptions, observer: LiveObserver) -> None:
+    def __init__(
+        self, fs: RecordedFilesystem, options: MountOptions, observer: LiveObserver
+    ) -> None:
         self.fs = fs
         self.options = options
         self.observer = observer
@@ -73,6 +76,8 @@ class Live:
         self.writeback = Writeback(fs)
         self.fault_log = FaultLog(observer.comm)
         self.accountant.on_charge = self.fault_log.add
+        self.recorder = Recorder(fs, self.accountant, self.fault_log)
+        self.accountant.on_event = self.recorder.event
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.deciding = Deciding(fs, options)
@@ -83,15 +88,17 @@ class Live:
         fs.set_hooks(
             on_unmap=self.accountant.unmap_pages,
             on_evict=self._on_evict,
-            on_cut=self.accountant.cut,
+            on_cut=self._on_cut,
         )
 
     def start(self, nursery: trio.Nursery, mount: Mount) -> None:
         """Begin the background work."""
         self.mount = mount
-        self.notifier = Notifier(session_fd())
+        self.notifier = Notifier(session_fd(), self.accountant.causes)
         self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
         self.migrator.history.on_moved = self.deciding.moved
+        self.migrator.on_move = self.recorder.moved
+        self.migrator.before_move = self.recorder.file
         self.verifier = Verifier(self)
         nursery.start_soon(self._drain_forever)
         nursery.start_soon(self.verifier.audit_forever)
@@ -141,6 +148,7 @@ class Live:
         trio.lowlevel.current_trio_token().run_sync_soon(self._answered, ino, offset, size, write)
         self.migrator.page_io(ino, first, last)
         self.deciding.page_io(pid, ino, first, last, write=write)
+        self.recorder.page_io(pid, ino, offset, size, write=write)
         if write:
             self.writeback.after_write()
         else:
@@ -204,11 +212,16 @@ class Live:
         while True:
             drained = await self.drain()
             self.fault_log.rest(trio.current_time())
+            self.recorder.log.rest(trio.current_time())
             interval_s = DRAIN_INTERVAL_S if drained else min(interval_s * 2, IDLE_INTERVAL_S)
             await trio.sleep(interval_s)
 
     # Eviction: the model's frame is gone, so the kernel's page must go too, or its next touch
     # would make no fault and the refill could not be charged.
+
+    def _on_cut(self, ino: int, first: int) -> None:
+        self.accountant.cut(ino, first)
+        self.recorder.file_cut(ino, first)
 
     def _on_evict(self, ino: int, index: int) -> None:
         self.deciding.evicted(ino, index)
@@ -222,7 +235,7 @@ class Live:
             pages, self._evicted = sorted(set(self._evicted)), []
             for ino, first, count in runs(pages):
                 try:
-                    await self.notifier.invalidate_pages(ino, first, count)
+                    await self.notifier.invalidate_pages(ino, first, count, EVICT)
                 except Exception:
                     # The kernel keeps the page; its refill will only be charged late.
                     log.exception("pages %d+%d of inode %d not invalidated", first, count, ino)
@@ -240,6 +253,7 @@ class Live:
             "hottest": self._hottest,
             "pages": self._pages,
             "faults": self._faults,
+            "items": self._items,
             "verify": self._verify,
             "run": self._run,
         }
@@ -260,6 +274,9 @@ class Live:
     async def _faults(self, cursor: int) -> Json:
         await self.drain_settled()
         return self.fault_log.since(cursor, trio.current_time())
+
+    async def _items(self, cursor: int) -> Json:
+        return self.recorder.since(cursor, trio.current_time())
 
     async def _pages(self, ino: int) -> Json:
         await self.drain_settled()

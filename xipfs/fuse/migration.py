@@ -24,7 +24,9 @@ from typing import Final
 
 import trio
 
+from xipfs.accounting.causes import MOVE
 from xipfs.errors import FsError
+from xipfs.fs.moving import Moved
 from xipfs.fs.types import PageKind
 from xipfs.fuse.notify import Notifier, runs
 from xipfs.migrate.engine import PASSES_MAX, REASONS, Engine, Tally
@@ -35,6 +37,10 @@ from xipfs.units import PAGE_SIZE
 CHUNK_PAGES: Final = 256
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
 _PASS_PAUSE_S: Final = 0.001
+
+
+def _nobody_listens(*_: object) -> None:
+    """Do nothing."""
 
 
 @dataclass
@@ -66,6 +72,9 @@ class Migrator:
         self._drain = drain
         self._windows: list[_Window] = []
         self.history = History()
+        #: Told before and after the pages of a range have moved, with nothing in between.
+        self.before_move: Callable[[int], None] = _nobody_listens
+        self.on_move: Callable[[int, range, PageKind, str, Moved], None] = _nobody_listens
 
     def page_io(self, ino: int, first: int, last: int) -> None:
         """Hear of a READ or WRITE of pages first..last."""
@@ -145,7 +154,9 @@ class Migrator:
     def _move(self, window: _Window, chunk: range, to: PageKind) -> dict[int, list[int]]:
         """Step 3, one pass; returns what was refused."""
         start_ns = time.monotonic_ns()
+        self.before_move(window.ino)
         result = self._engine.move_pages(window.ino, chunk, to)
+        self.on_move(window.ino, chunk, to, window.event.reason, result)
         now_ns = window.took("move", start_ns)
         self.history.moved(window.ino, result.moved, to, now_ns)
         event = window.event
@@ -166,4 +177,4 @@ class Migrator:
 
     async def _invalidate(self, window: _Window) -> None:
         count = window.last - window.first + 1
-        await self._notifier.invalidate_pages(window.ino, window.first, count)
+        await self._notifier.invalidate_pages(window.ino, window.first, count, MOVE)

@@ -15,12 +15,14 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
 import trio
 
+from xipfs.accounting.causes import Causes
 from xipfs.units import PAGE_SHIFT
 
 _NOTIFY_INVAL_INODE: Final = 2
@@ -42,8 +44,9 @@ def session_fd() -> int:
 class Notifier:
     """Range invalidations of one mount. Used from the trio thread; the writes happen elsewhere."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, causes: Causes) -> None:
         self._fd = fd
+        self._causes = causes
         self._in_flight: list[tuple[int, int, int]] = []
         # One at a time: invalidations of one mount gain nothing from running side by side.
         self._limiter = trio.CapacityLimiter(1)
@@ -65,8 +68,10 @@ class Notifier:
         finally:
             self._in_flight.remove(mark)
 
-    async def invalidate_pages(self, ino: int, first: int, count: int) -> None:
+    async def invalidate_pages(self, ino: int, first: int, count: int, cause: str) -> None:
         """Drop ``count`` pages of ``ino`` from index ``first`` from the kernel's cache.
+
+        ``cause`` (accounting/causes.py) is what the faults that follow are marked with.
 
         Returns when they are gone and their dirty bytes have come back as WRITEs. An inode that
         the kernel does not know holds nothing and is no error.
@@ -77,13 +82,15 @@ class Notifier:
         message = _HEADER.pack(_HEADER.size + len(payload), _NOTIFY_INVAL_INODE, 0) + payload
         with self._marked(ino, start, start + size):
             # Not abandoned on cancel: half an invalidation would leave a mark that lies.
+            told = self._causes.begin(ino, first, count, cause, time.monotonic_ns())
             await trio.to_thread.run_sync(self._send, message, limiter=self._limiter)
+            told.ended_ns = time.monotonic_ns()
         self.invalidations += 1
 
-    async def invalidate_all(self, pages: list[tuple[int, int]]) -> None:
+    async def invalidate_all(self, pages: list[tuple[int, int]], cause: str) -> None:
         """Drop the (ino, index) ``pages``, sorted, from the kernel's cache, run by run."""
         for ino, first, count in runs(pages):
-            await self.invalidate_pages(ino, first, count)
+            await self.invalidate_pages(ino, first, count, cause)
 
     def _send(self, message: bytes) -> None:
         try:

@@ -29,12 +29,12 @@ class FaultLog:
     def __init__(self, comm: Callable[[int], str], kept: int = KEPT_FAULTS) -> None:
         self._comm = comm
         self._kept: deque[tuple[Fault, Charge, str]] = deque(maxlen=kept)
-        self._next = 1
+        self.next_number = 1
         self._asked_s: float | None = None
 
     def add(self, fault: Fault, charge: Charge) -> None:
         """Number one fault; keep it while somebody reads."""
-        self._next += 1
+        self.next_number += 1
         if self._asked_s is not None:
             # Now: who asks later may find the process gone, and its name with it.
             self._kept.append((fault, charge, self._comm(fault.pid)))
@@ -53,22 +53,22 @@ class FaultLog:
         but its place: that is how a reader starts.
         """
         self._asked_s = now_s
-        if cursor > self._next:
+        if cursor > self.next_number:
             return {
                 "columns": FAULT_COLUMNS,
                 "faults": "",
-                "next": self._next,
-                "end": self._next,
+                "next": self.next_number,
+                "end": self.next_number,
                 "missed": 0,
             }
-        oldest = self._next - len(self._kept)
+        oldest = self.next_number - len(self._kept)
         start = max(cursor, oldest)
         chosen = list(islice(self._kept, start - oldest, start - oldest + ANSWER_FAULTS))
         return {
             "columns": FAULT_COLUMNS,
             "faults": "\n".join("\t".join(map(str, self._row(*kept))) for kept in chosen),
             "next": start + len(chosen),
-            "end": self._next,
+            "end": self.next_number,
             "missed": start - cursor,
         }
 
@@ -93,4 +93,5 @@ class FaultLog:
             "hint" if charge.hint else charge.kind.value,
             int(charge.major),
             charge.extra,
+            charge.cause,
         )

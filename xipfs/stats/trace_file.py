@@ -1,23 +1,26 @@
-"""The trace file: fault records in Parquet, described by the file itself.
+"""The trace file: a recorded stream in Parquet, described by the file itself.
 
-One row is one real fault. Each column carries its unit and meaning as Parquet field metadata. The
-file's own metadata (keys ``xipfs.*``, JSON) tells schema version, kind of record, host, mount and
-losses. Rows are written in groups, so that memory stays bounded. Parquet's footer is written last:
-a file without it was cut off while it was recorded, and is refused.
+One row is one real fault, or another item of the stream (``item`` tells; see trace_items.py), in
+the order in which they took effect. Each column carries its unit and meaning as Parquet field
+metadata. The file's own metadata (keys ``xipfs.*``, JSON) tells schema version, the meaning of
+each item, host, mount and losses. Rows are written in groups, so that memory stays bounded.
+Parquet's footer is written last: a file without it was cut off while it was recorded, and is
+refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Final
 
 from xipfs.errors import UsageError, XipfsError
+from xipfs.stats.trace_items import MEANINGS
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 GROUP_ROWS: Final = 1 << 16
 _MAGIC: Final = b"PAR1"
 _PREFIX: Final = "xipfs."
@@ -48,8 +51,14 @@ COLUMNS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "major": ("int8", "0 or 1", "VM_MIXEDMAP would have read the page from storage"),
     "extra": ("int32", "fault", "further faults that VM_MIXEDMAP would have taken"),
+    "cause": ("string", "name", "move, evict or hint if xipfs itself had taken the page away"),
+    "item": ("string", "name", "what the row is: fault, or one that metadata key items explains"),
+    "pages": ("int64", "page of 4096 bytes", "number of pages; null for a fault"),
+    "detail": ("string", "JSON", "further members of an item, explained in the same place"),
 }
-FAULT_COLUMNS: Final = list(COLUMNS)
+#: What a fault has; an item has those of trace_items.ITEM_COLUMNS.
+FAULT_COLUMNS: Final = [name for name in COLUMNS if name not in ("item", "pages", "detail")]
+_DEFAULTS: Final = {"item": "fault", "cause": ""}
 _TEXT: Final = {name for name, (kind, _, _) in COLUMNS.items() if kind == "string"}
 
 
@@ -68,15 +77,21 @@ def _pyarrow() -> tuple[ModuleType, ModuleType]:
     return pyarrow, pyarrow.parquet
 
 
-def parse_rows(text: str) -> list[list[Any]]:
-    """Return the rows of a daemon's tab-separated answer."""
-    return [
-        [
-            word if name in _TEXT else int(word)
-            for name, word in zip(COLUMNS, line.split("\t"), strict=True)
-        ]
-        for line in text.splitlines()
-    ]
+def parse_rows(text: str, columns: Sequence[str]) -> list[list[Any]]:
+    """Return the rows of a daemon's tab-separated answer; what it does not tell is null."""
+    rows = []
+    for line in text.splitlines():
+        told = dict(zip(columns, line.split("\t"), strict=True))
+        rows.append([_value(name, told.get(name)) for name in COLUMNS])
+    return rows
+
+
+def _value(name: str, word: str | None) -> Any:
+    if word is None:
+        return _DEFAULTS.get(name)
+    if name in _TEXT:
+        return word
+    return int(word) if word else None
 
 
 class TraceWriter:
@@ -105,12 +120,12 @@ class TraceWriter:
         )
         self._writer = parquet.ParquetWriter(self._file, self._schema)
         self._rows: list[list[Any]] = []
-        self.faults = 0
+        self.rows = 0
 
     def append(self, rows: list[list[Any]]) -> None:
         """Add rows, each in the order of ``COLUMNS``."""
         self._rows += rows
-        self.faults += len(rows)
+        self.rows += len(rows)
         if len(self._rows) >= GROUP_ROWS:
             self._flush()
 
@@ -126,7 +141,7 @@ class TraceWriter:
     def close(self, metadata: Mapping[str, Any]) -> None:
         """Write what is left, then ``metadata`` and the footer, and wait for the storage."""
         self._flush()
-        told = {"schema": SCHEMA, "record": "fault", **metadata}
+        told = {"schema": SCHEMA, "record": "stream", "items": MEANINGS, **metadata}
         self._writer.add_key_value_metadata(
             {_PREFIX + key: json.dumps(value) for key, value in told.items()}
         )
@@ -137,7 +152,7 @@ class TraceWriter:
 
 
 class TraceReader:
-    """An open trace file: ``metadata``, ``faults`` (their number) and ``batches``."""
+    """An open trace file: ``metadata``, ``rows`` (their number) and ``batches``."""
 
     def __init__(self, path: Path) -> None:
         arrow, parquet = _pyarrow()
@@ -155,8 +170,12 @@ class TraceReader:
         schema = self.metadata.get("schema")
         if schema != SCHEMA:
             found = "not a trace of xipfs" if schema is None else f"of trace schema {schema}"
-            raise TraceError(f"{path} is {found}", expected=f"trace schema {SCHEMA}")
-        self.faults = int(self._file.metadata.num_rows)
+            raise TraceError(
+                f"{path} is {found}",
+                expected=f"trace schema {SCHEMA}",
+                remedy="record it again with this version of xipfs",
+            )
+        self.rows = int(self._file.metadata.num_rows)
 
     def __enter__(self) -> TraceReader:
         return self
@@ -170,7 +189,7 @@ class TraceReader:
         self._file.close()
 
     def batches(self) -> Iterator[dict[str, list[Any]]]:
-        """Yield the faults in order, as lists by column; a batch is at most ``GROUP_ROWS`` long."""
+        """Yield the rows in order, as lists by column; a batch is at most ``GROUP_ROWS`` long."""
         for batch in self._file.iter_batches(GROUP_ROWS):
             yield batch.to_pydict()
 

@@ -1,0 +1,291 @@
+"""What a recording needs of a live mount besides its faults: state at its start, then each change.
+
+The stream is in the order of the trio thread: nothing here awaits, so an item stands before the
+first fault that it can have had a say in. The filesystem is watched from outside, by a subclass
+that tells what it was asked: so no part of it needs to know that it is recorded. While nobody
+records, a call costs one look.
+
+A file's state is told before anything else of it, once; an image with a million files costs a
+recording nothing for those that are not used.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import Any, Final
+
+from xipfs.accounting.accountant import Accountant
+from xipfs.errors import FsError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.moving import Moved
+from xipfs.fs.types import Attr, PageKind, WriteOrigin
+from xipfs.memory.region import Buffer
+from xipfs.migrate.engine import REASONS
+from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE
+from xipfs.mm.vma import Vma
+from xipfs.stats.fault_log import FaultLog
+from xipfs.stats.item_log import ItemLog
+from xipfs.stats.trace_items import event_row, row
+from xipfs.trace import events as ev
+from xipfs.units import PAGE_SHIFT
+
+_PROT: Final = ((VM_READ, 1), (VM_WRITE, 2), (VM_EXEC, 4))
+
+
+class RecordedFilesystem(Filesystem):
+    """A filesystem that tells its ``recorder`` what changes placement."""
+
+    recorder: Recorder | None = None
+
+    def write(
+        self, ino: int, offset: int, data: Buffer, *, origin: WriteOrigin = WriteOrigin.PROGRAM
+    ) -> int:
+        """Write; what the kernel sends because of our own invalidation is told here."""
+        if self.recorder is not None and self.recorder.active:
+            self.recorder.file(ino)
+        written = super().write(ino, offset, data, origin=origin)
+        if origin is WriteOrigin.WRITEBACK and self.recorder is not None:
+            self.recorder.request("write", 0, ino, offset, written, "move")
+        return written
+
+    def setattr(
+        self,
+        ino: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size_bytes: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> Attr:
+        """Change attributes; a new size is told."""
+        attr = super().setattr(
+            ino, mode=mode, uid=uid, gid=gid,
+            size_bytes=size_bytes, atime_ns=atime_ns, mtime_ns=mtime_ns,
+        )  # fmt: skip
+        if self.recorder is not None and size_bytes is not None:
+            self.recorder.changed("size", ino, size_bytes=size_bytes)
+        return attr
+
+    def set_default_kind(self, ino: int, kind: PageKind) -> None:
+        """Set the kind of new pages."""
+        super().set_default_kind(ino, kind)
+        if self.recorder is not None:
+            self.recorder.changed("kind", ino, pagecache=kind is PageKind.PAGECACHE)
+
+    def fsync(self, ino: int, datasync: bool = False) -> None:
+        """Write one file home."""
+        super().fsync(ino, datasync)
+        if self.recorder is not None:
+            self.recorder.changed("sync", ino)
+
+    def sync(self) -> None:
+        """Write everything home."""
+        super().sync()
+        if self.recorder is not None:
+            self.recorder.note("sync")
+
+    def write_back(self, limit: int, *, older_ns: int = 0) -> int:
+        """Write the longest dirty pages home."""
+        count = super().write_back(limit, older_ns=older_ns)
+        if self.recorder is not None and count:
+            self.recorder.note("write_back", pages=limit, older_ns=older_ns)
+        return count
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name, which may free the file."""
+        super().unlink(parent, name)
+        self._tell_gone()
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        """Rename, which may free the file that had the new name."""
+        super().rename(parent, name, new_parent, new_name, flags)
+        self._tell_gone()
+
+    def drop(self, ino: int, count: int = 1) -> None:
+        """Give references back, which may free the file."""
+        super().drop(ino, count)
+        self._tell_gone()
+
+    def new_pages_cached(self, ino: int) -> bool:
+        """Return whether pages written into holes of the file become pagecache pages."""
+        return self._core.inode(ino).pagecache
+
+    def resident_pages(self) -> list[tuple[int, int, bool]]:
+        """Return (inode, page, dirty) of all pages in RAM, the coldest first."""
+        return [(page.ino, page.index, page.dirty) for page in self._core.cache.by_age()]
+
+    def _tell_gone(self) -> None:
+        if self.recorder is not None and self.recorder.cut:
+            self.recorder.tell_gone()
+
+
+class Recorder:
+    """Fills the item log of one mount while somebody reads it; used from the trio thread."""
+
+    def __init__(self, fs: RecordedFilesystem, accountant: Accountant, fault_log: FaultLog) -> None:
+        self._fs = fs
+        self._accountant = accountant
+        self._fault_log = fault_log
+        self.log = ItemLog()
+        self._told: set[int] = set()
+        #: Files that lost all their pages since somebody looked whether they are still there.
+        self.cut: set[int] = set()
+        fs.recorder = self
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody records."""
+        return self.log.active
+
+    def since(self, cursor: int, now_s: float) -> dict[str, Any]:
+        """Answer a reader; a cursor beyond the end begins a recording with its first item."""
+        if cursor > self.log.next_number:
+            self.log.wake(now_s)
+            cursor = self.log.next_number
+            self._start()
+        return self.log.since(cursor, now_s)
+
+    def note(self, item: str, **values: Any) -> None:
+        """Add an item that is of no file."""
+        if self.log.active:
+            values.setdefault("time_ns", time.monotonic_ns())
+            self.log.add(self._fault_log.next_number, row(item, values))
+
+    # What the observer tells
+
+    def event(self, event: ev.Event, cause: str) -> None:
+        """Add an observer's event."""
+        if not self.log.active:
+            return
+        if type(event) is ev.Map:
+            self.file(event.ino)
+        made = event_row(event)
+        if made is not None:
+            if cause:
+                made["cause"] = cause
+            self.log.add(self._fault_log.next_number, made)
+
+    # What requests do
+
+    def file(self, ino: int) -> None:
+        """Tell a file's state unless it was told: comes before whatever changes it."""
+        if ino in self._told:
+            return
+        try:
+            attr = self._fs.getattr(ino)
+            runs = [
+                [run.first, run.count, run.kind.value]
+                for run in self._fs.runs(ino)
+                if run.kind is not PageKind.HOLE
+            ]
+        except FsError:
+            return  # freed meanwhile, or no regular file
+        self._told.add(ino)
+        cached = self._fs.new_pages_cached(ino)
+        self.note("file", ino=ino, size_bytes=attr.size_bytes, pagecache=cached, runs=runs)
+
+    def request(self, item: str, pid: int, ino: int, offset: int, size: int, cause: str) -> None:
+        """Add a READ or WRITE that was served."""
+        if self.log.active and size > 0:
+            self.file(ino)
+            values = {"pid": pid, "ino": ino, "offset": offset, "size": size}
+            self.note(item, **(values | {"cause": cause} if cause else values))
+
+    def page_io(self, pid: int, ino: int, offset: int, size: int, *, write: bool) -> None:
+        """Add a READ or WRITE of a program."""
+        if self.log.active and size > 0:
+            first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+            cause = "" if write else self._accountant.causes.of_read(ino, first, last)
+            self.request("write" if write else "read", pid, ino, offset, size, cause)
+
+    def changed(self, item: str, ino: int, **values: Any) -> None:
+        """Add a change of a file that was told; of another, its state will say it."""
+        self.cut.discard(ino)
+        if ino in self._told:
+            self.note(item, ino=ino, **values)
+
+    def file_cut(self, ino: int, first: int) -> None:
+        """Hear that a file loses its pages from ``first`` on."""
+        if first == 0 and ino in self._told and self.log.active:
+            self.cut.add(ino)
+
+    def tell_gone(self) -> None:
+        """Tell which of the files that lost all pages are freed."""
+        cut, self.cut = self.cut, set()
+        for ino in sorted(cut):
+            try:
+                self._fs.getattr(ino)
+            except FsError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                self._told.discard(ino)
+                self.note("gone", ino=ino)
+
+    def moved(self, ino: int, pages: range, to: PageKind, reason: str, result: Moved) -> None:
+        """Add a step of a migration that was carried out; ``reason`` is a policy's or manual."""
+        if not self.log.active:
+            return
+        self.note(
+            "move",
+            ino=ino,
+            page=pages.start,
+            pages=len(pages),
+            to=to.value,
+            by="manual" if reason == "manual" else "policy",
+            reason=reason,
+            moved=runs_of(result.moved),
+            refused={REASONS[code]: runs_of(which) for code, which in result.refused.items()},
+        )
+
+    # The start
+
+    def _start(self) -> None:
+        self._told.clear()
+        self.cut.clear()
+        mms = self._accountant.mms
+        resident = self._fs.resident_pages()
+        for ino in sorted({ino for ino, _, _ in resident}):
+            self.file(ino)
+        self.note(
+            "start",
+            resident=[[ino, index, int(dirty)] for ino, index, dirty in resident],
+            faults=self._accountant.ledger.total.pgfault,
+            ptes=sum(
+                1 for mm in mms.values() for vma in mm
+                for _ in mm.tables.populated(vma.start, vma.end)
+            ),
+        )  # fmt: skip
+        for number, mm in sorted(mms.items()):
+            for vma in mm:
+                self.event(_as_event(number, vma), "")
+
+
+def runs_of(pages: list[int]) -> list[list[int]]:
+    """Return sorted page numbers as [first, count] pairs.
+
+    >>> runs_of([3, 4, 5, 9])
+    [[3, 3], [9, 1]]
+    """
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and runs[-1][0] + runs[-1][1] == page:
+            runs[-1][1] += 1
+        else:
+            runs.append([page, 1])
+    return runs
+
+
+def _as_event(number: int, vma: Vma) -> ev.Map:
+    """Return the event that a mapping which is there already would be told by."""
+    assert vma.file is not None, vma
+    assert isinstance(vma.file.name, int), vma
+    prot = sum(bit for flag, bit in _PROT if vma.flags & flag)
+    return ev.Map(
+        0, number, 0, vma.start, vma.end, vma.file.name, vma.pgoff, prot,
+        shared=bool(vma.flags & VM_MAYSHARE), prot_known=True, fresh=False,
+    )  # fmt: skip

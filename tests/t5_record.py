@@ -10,6 +10,9 @@ from pathlib import Path
 
 from live import COMMAND, ENVIRONMENT, LiveMount, new_image, wait_until, xipfs
 
+from xipfs.stats.trace_file import TraceReader
+from xipfs.stats.trace_items import values_of
+
 TOUCH = """
 import mmap, sys
 with open(sys.argv[1], "rb") as file:
@@ -69,3 +72,72 @@ def test_the_end_of_the_daemon_ends_the_recording_and_keeps_it(tmp_path: Path) -
     assert (recorder.returncode, b".xipfs" in said) == (1, True), said
     told = json.loads(xipfs("faults", trace, "--json").stdout)
     assert told["metadata"]["losses"]["mount_outlived_recording"] is False
+
+
+TOUCH_AGAIN = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
+    for page in (0, 0, 1):
+        print(pages[page * 4096], flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_the_stream_tells_moves_and_which_faults_they_caused(tmp_path: Path) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    trace = tmp_path / "trace.parquet"
+    mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=tracefs"])
+    try:
+        (directory / "file").write_bytes(b"x" * (2 * 4096))
+        ino = (directory / "file").stat().st_ino
+        recorder = subprocess.Popen(
+            [*COMMAND, "record", directory, "-o", trace], env=ENVIRONMENT, stderr=subprocess.PIPE
+        )
+        wait_until("the recording began", trace.exists)
+        program = subprocess.Popen(
+            [sys.executable, "-c", TOUCH_AGAIN, directory / "file"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdout.readline()
+        mounted.migrate("file", "pagecache", "0")
+        for _ in range(2):
+            program.stdin.write(b"\n")
+            program.stdin.flush()
+            program.stdout.readline()
+        program.communicate(b"\n", timeout=30)
+        recorder.send_signal(signal.SIGTERM)
+        _, said = recorder.communicate(timeout=30)
+        assert recorder.returncode == 0, said
+    finally:
+        mounted.close()
+    with TraceReader(trace) as reader:
+        (batch,) = reader.batches()
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    told = [
+        (row["item"], row["page"], row["cause"], row["charged"])
+        for row in rows
+        if row["ino"] == ino and row["item"] in ("file", "map", "fault", "move", "read")
+    ]
+    assert [each for each in told if each[0] != "read"] == [
+        ("file", None, "", None),
+        ("map", None, "", None),
+        ("fault", 0, "", "xip"),
+        ("move", 0, "", None),
+        ("fault", 0, "move", "pagecache"),
+        ("fault", 1, "", "xip"),
+    ]
+    assert [each[2] for each in told if each[0] == "read"] == ["", "move", ""]
+    (move,) = [values_of(row) for row in rows if row["item"] == "move"]
+    assert (move["to"], move["by"], move["moved"], move["refused"]) == (
+        "pagecache",
+        "manual",
+        [[0, 1]],
+        {},
+    )
+    state = next(values_of(row) for row in rows if row["item"] == "file" and row["ino"] == ino)
+    assert (state["size_bytes"], state["runs"]) == (8192, [[0, 2, "xip"]])

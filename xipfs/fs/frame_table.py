@@ -82,6 +82,12 @@ class FrameTable:
         """Return every frame that holds a page."""
         return np.flatnonzero(self._stamp)
 
+    def by_age(self) -> Pfns:
+        """Return every frame that holds a page, the coldest first."""
+        pfns = self.all()
+        ordered: Pfns = pfns[np.argsort(self._stamp[pfns])]
+        return ordered
+
     def with_flag(self, pfns: Pfns, flag: int) -> Pfns:
         """Return those of ``pfns`` that have ``flag``."""
         flagged: Pfns = pfns[self._flags[pfns] & flag != 0]

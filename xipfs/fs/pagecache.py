@@ -112,9 +112,13 @@ class PageCache:
         """Return the files that have resident pages."""
         return self._frames.files()
 
-    def by_age(self) -> list[CachedPage]:
-        """Return all resident pages, the coldest first."""
-        return list(self._by_age.values())
+    def by_age(self) -> list[tuple[int, int, bool]]:
+        """Return (inode, page, dirty) of all resident pages, the coldest first."""
+        table = self._frames
+        return [
+            (table.ino[pfn], table.index[pfn], bool(table.flags[pfn] & DIRTY))
+            for pfn in table.by_age().tolist()
+        ]
 
     def frames(self) -> list[Pfn]:
         """Return the frames of all resident pages."""

@@ -117,7 +117,7 @@ class RecordedFilesystem(Filesystem):
 
     def resident_pages(self) -> list[tuple[int, int, bool]]:
         """Return (inode, page, dirty) of all pages in RAM, the coldest first."""
-        return [(page.ino, page.index, page.dirty) for page in self._core.cache.by_age()]
+        return self._core.cache.by_age()
 
     def _tell_gone(self) -> None:
         if self.recorder is not None and self.recorder.cut:

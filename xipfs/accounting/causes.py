@@ -14,7 +14,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
-from xipfs.accounting.kernel_ptes import FILE, KernelPtes
+from xipfs.accounting.kernel_ptes import KernelPtes
+from xipfs.accounting.kernel_states import FILE
 from xipfs.mm.vma import MappedFile
 from xipfs.trace.events import CacheDelete, Event
 from xipfs.units import PAGE_SHIFT

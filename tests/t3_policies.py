@@ -320,7 +320,7 @@ def test_nothing_that_a_policy_is_given_leads_to_the_filesystem(tmp_path: Path) 
     fs = open_medium(new_medium())
     ino = fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
     fs.write(ino, 0, bytes(4096))
-    deciding = Deciding(fs, parse_options([f"policy={file}"]))
+    deciding = Deciding(fs, parse_options([f"policy={file}"]), None)
     deciding.page_io(1, ino, 0, 0, write=True)
     deciding.charged([Charge(1, 1, ino, 0, PteKind.XIP, False, False, 0)])
     deciding.moved(ino, [0], PageKind.PAGECACHE, 5)
@@ -341,7 +341,7 @@ def test_nothing_that_a_policy_is_given_leads_to_the_filesystem(tmp_path: Path) 
 def test_a_policy_that_fails_is_off_from_then_on(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
     file.write_text(SPY.replace("return ()", "return 1 / 0"))
-    deciding = Deciding(open_medium(new_medium()), parse_options([f"policy={file}"]))
+    deciding = Deciding(open_medium(new_medium()), parse_options([f"policy={file}"]), None)
     deciding.charged([Charge(1, 1, 2, 0, PteKind.XIP, False, False, 0)])
     told = deciding.describe()
     assert (told["policy"], told["failure"]) == (

@@ -320,7 +320,8 @@ def test_every_verb_has_help_and_is_in_the_list() -> None:
 def test_migrates_help() -> None:
     assert xipfs("migrate", "--help").stdout == text(
         """
-        usage: xipfs migrate [-h] [-r] --to {pagecache,xip} [--pages A-B,...] [--json]
+        usage: xipfs migrate [-h] [-r] --to {pagecache,xip} [--pages A-B,...]
+                             [--dry-run] [--json]
                              PATH [PATH ...]
 
         Move a file's pages between XIP and pagecache.
@@ -334,6 +335,7 @@ def test_migrates_help() -> None:
           --to {pagecache,xip}  the new kind
           --pages A-B,...       only these pages, as in 0-15,20 (one file; default
                                 all)
+          --dry-run             move nothing; say what would move, and its cost
           --json                the outcome as one JSON object
         """
     )

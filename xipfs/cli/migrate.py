@@ -36,11 +36,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pages", metavar="A-B,...", help="only these pages, as in 0-15,20 (one file; default all)"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="move nothing; say what would move, and its cost"
+    )
     parser.add_argument("--json", action="store_true", help="the outcome as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Move the pages; exit code 1 if any was refused."""
+    if args.dry_run:
+        return _dry_run(args)
     if len(args.paths) == 1 and not args.recursive:
         outcome: Json = {"file": str(args.paths[0]), "to": args.to, **_one(args)}
     else:
@@ -61,25 +66,72 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace) -> Json:
-    ranges = None if args.pages is None else parse_page_ranges(args.pages)
     mount, ino = file_of_mount(args.paths[0])
-    arguments: Json = {"ino": ino, "to": args.to}
-    if ranges is not None:
-        arguments["ranges"] = [[pages.start, len(pages)] for pages in ranges]
-    return _answer(mount, arguments)
+    return _answer(mount, {"to": args.to, **_wanted(args, ino)})
+
+
+def _wanted(args: argparse.Namespace, ino: int) -> Json:
+    if args.pages is None:
+        return {"ino": ino}
+    ranges = parse_page_ranges(args.pages)
+    return {"ino": ino, "ranges": [[pages.start, len(pages)] for pages in ranges]}
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Print what would move on each mount; exit code 1 if any page would be refused now."""
+    if args.pages is not None and (len(args.paths) > 1 or args.recursive):
+        raise UsageError("--pages with more than one file", expected="one FILE without -r")
+    refused = False
+    for mount, files in _by_mount(args):
+        names = {ino: str(path) for ino, path in files}
+        wanted = [_wanted(args, ino) for ino in names]
+        outcome = _answer(mount, {"to": args.to, "dry_run": True, "files": wanted})
+        for move in outcome["moves"]:
+            move["file"] = names[move["ino"]]
+        outcome = {"dry_run": True, "mount": str(mount.mountpoint), "to": args.to, **outcome}
+        refused |= bool(outcome["failed"])
+        print(json.dumps(outcome, indent=2) if args.json else _dry_text(outcome))
+    return EXIT_FAILURE if refused else 0
+
+
+def _dry_text(outcome: Json) -> str:
+    """Return a dry run for people."""
+    failed = outcome["failed"].items()
+    first = (
+        f"{outcome['mount']}: {outcome['would_move']} pages would move to {outcome['to']}, "
+        f"{outcome['already']} already there, nothing was moved"
+    )
+    lines = [
+        first,
+        *(f"  would be refused now: {count} {reason}" for reason, count in failed),
+        *(
+            f"  {move['file']} pages {move['first']}-{move['first'] + move['count'] - 1}"
+            f" ({move['reason']})"
+            for move in outcome["moves"]
+        ),
+    ]
+    cost, saved = outcome["cost"], outcome["saved"]
+    lines.append(
+        f"modelled: {cost['nvram_read_bytes']} bytes read from NVRAM, "
+        f"{cost['nvram_written_bytes']} written"
+    )
+    lines.append(
+        f"RAM {outcome['ram_bytes_more']:+d} bytes, struct pages "
+        f"{outcome['struct_page_bytes_more']:+d} bytes, {outcome['would_evict']} pages evicted"
+    )
+    if outcome["medium"] is not None:
+        load_ns, store_ns = saved["load_ns_estimated"], saved["store_ns_estimated"]
+        lines.append(
+            f"modelled on {outcome['medium']}: {cost['ns_estimated'] / 1e6:.3f} ms; from RAM a "
+            f"later load is {load_ns} ns faster, a store {store_ns}"
+        )
+    return "\n".join(lines)
 
 
 def _many(args: argparse.Namespace) -> Json:
     """Move all files, mount by mount; a file reached by two names or paths moves once."""
-    found: dict[tuple[Path, int], tuple[Mount, Path]] = {}
-    for path in args.paths:
-        for file in _files_below(path) if args.recursive else [path]:
-            mount, ino = file_of_mount(file)
-            found.setdefault((mount.mountpoint, ino), (mount, file))
-    mounts = {mount.mountpoint: mount for mount, _ in found.values()}
     files: list[Json] = []
-    for mountpoint, mount in mounts.items():
-        of_mount = [(ino, path) for (where, ino), (_, path) in found.items() if where == mountpoint]
+    for mount, of_mount in _by_mount(args):
         for start in range(0, len(of_mount), BATCH_FILES):
             batch = of_mount[start : start + BATCH_FILES]
             answer = _answer(mount, {"to": args.to, "files": [{"ino": ino} for ino, _ in batch]})
@@ -90,6 +142,20 @@ def _many(args: argparse.Namespace) -> Json:
         failed.update(tally["failed"])
     sums = {name: sum(tally[name] for tally in files) for name in ("moved", "already")}
     return {**sums, "failed": dict(failed), "files": files}
+
+
+def _by_mount(args: argparse.Namespace) -> list[tuple[Mount, list[tuple[int, Path]]]]:
+    """Return the mounts that the paths lie on, each with its files: inode and one path."""
+    found: dict[tuple[Path, int], tuple[Mount, Path]] = {}
+    for path in args.paths:
+        for file in _files_below(path) if args.recursive else [path]:
+            mount, ino = file_of_mount(file)
+            found.setdefault((mount.mountpoint, ino), (mount, file))
+    mounts = {mount.mountpoint: mount for mount, _ in found.values()}
+    return [
+        (mount, [(ino, path) for (where, ino), (_, path) in found.items() if where == mountpoint])
+        for mountpoint, mount in mounts.items()
+    ]
 
 
 def _files_below(path: Path) -> Iterator[Path]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +19,9 @@ from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
+from xipfs.memory.profiles import Profile
 from xipfs.migrate.decider import done, merged
+from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, Page, PteKind, Signal
 from xipfs.migrate.registry import make_policy
 from xipfs.options import MountOptions
@@ -31,36 +32,42 @@ log = logging.getLogger(__name__)
 class Deciding:
     """The policy of one mount, and what it has planned."""
 
-    def __init__(self, fs: Filesystem, options: MountOptions) -> None:
+    def __init__(self, fs: Filesystem, options: MountOptions, profile: Profile | None) -> None:
         self._fs = fs
-        # Nothing can move on a read-only mount; what would is counted.
-        self._dry = options.dry or fs.read_only
-        self._decider = make_policy(options.policy, options.policy_values, fs.memory.ram_pages)
+        self._profile = profile
+        # Nothing can move on a read-only mount; what would is told.
+        self.choose(options.policy, dict(options.policy_values), dry=options.dry or fs.read_only)
         self._requests: list[Signal] = []
         self._plan: list[Move] = []
         self._planned = trio.Event()
-        self._failure = ""
-        #: Under ``dry``: how often a page was to move, by new kind and reason.
-        self._would_move: Counter[tuple[str, str]] = Counter()
 
     def describe(self) -> dict[str, Any]:
         """Return the policy's part of ``stats.json``."""
         return {
             **self._decider.describe(),
-            "dry": self._dry,
+            "dry": self._dry is not None,
             "failure": self._failure,
+            **self._would(),
+        }
+
+    def _would(self) -> dict[str, Any]:
+        """Return what a dry policy would have moved, why, and what that would cost and save."""
+        if self._dry is None:
+            return {"would_move": [], "dry_run": None}
+        would, moves = self._dry.would, self._dry.moves.items()
+        return {
             "would_move": [
-                {"to": to, "reason": reason, "count": count}
-                for (to, reason), count in self._would_move.items()
+                {"to": to, "reason": reason, "count": count} for (to, reason), count in moves
             ],
+            "dry_run": vars(would) | would.cost(self._profile, self._fs.memory.struct_page_bytes),
         }
 
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
         """Go on with another policy, which starts knowing nothing. Raise UsageError."""
-        self._decider = make_policy(name, values.items(), self._fs.memory.ram_pages)
-        self._dry = dry
+        ram_pages = self._fs.memory.ram_pages
+        self._decider = make_policy(name, values.items(), ram_pages)
+        self._dry = DryRun(self._decider, ram_pages) if dry else None
         self._failure = ""
-        self._would_move.clear()
 
     # What is heard
 
@@ -110,13 +117,12 @@ class Deciding:
 
     def _hear(self, signal: Signal) -> None:
         try:
-            moves = self._decider.hear(signal, self._fs.nr_resident_pages)
+            heard_by = self._dry or self._decider
+            moves = heard_by.hear(signal, self._fs.nr_resident_pages)
         except Exception as error:
             self._fail(error)
             return
-        if moves and self._dry:
-            self._would_move.update((move.to.value, move.reason) for move in moves)
-        elif moves:
+        if moves and not self._dry:
             self._plan += moves
             self._planned.set()
 
@@ -124,6 +130,7 @@ class Deciding:
         log.exception("policy %s failed; it is off from now on", self._decider.name)
         self._failure = f"{self._decider.name}: {error!r}"
         self._decider = make_policy("off", [], self._fs.memory.ram_pages)
+        self._dry = None
 
     async def carry_out(self, move_all: Callable[[list[Move]], Awaitable[object]]) -> None:
         """Carry out plans for ever; what is planned meanwhile moves together, at the next turn."""

@@ -28,7 +28,7 @@ from xipfs.fuse.notify import Notifier, runs, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, readahead_kib
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.fuse.verifying import Verifier
-from xipfs.fuse.views import file_pages, live_snapshot
+from xipfs.fuse.views import file_pages, live_snapshot, would_migrate
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, Tally
@@ -80,7 +80,7 @@ class Live:
         self.accountant.on_event = self.recorder.event
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
-        self.deciding = Deciding(fs, options)
+        self.deciding = Deciding(fs, options, self.profile)
         # One drain at a time, or batches would be consumed out of order.
         self._draining = trio.Lock()
         self._evicted: list[tuple[int, int]] = []
@@ -331,9 +331,13 @@ class Live:
         to = KINDS.get(request["to"])
         if to is None:
             raise UsageError(f"kind {request['to']!r}", expected=" or ".join(KINDS))
-        if self.fs.read_only:
+        if self.fs.read_only and not request.get("dry_run"):
             raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
         batch = [self._file_to_move(each) for each in request.get("files", [request])]
+        if request.get("dry_run"):
+            await self.drain_settled()
+            yield {"result": would_migrate(self, batch, to)}
+            return
         total = sum(len(run) for file in batch for run in self.migrator.runs_of(*file))
         done, sums = 0, [Tally() for _ in batch]
         for number, (ino, ranges) in enumerate(batch):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xipfs import __version__
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind, PageRun
+from xipfs.migrate.estimate import would_move
 from xipfs.stats import snapshot
 from xipfs.stats.cost import cost
 from xipfs.units import PageIndex, pages_of
@@ -62,6 +63,12 @@ def live_snapshot(live: Live) -> dict[str, Any]:
         },
         "processes": snapshot.processes(live.accountant),
     }
+
+
+def would_migrate(live: Live, files: list[tuple[int, list[range]]], to: PageKind) -> dict[str, Any]:
+    """Return what a migration would do now, what it would cost and what a touch would save."""
+    would, outcome = would_move(live.fs, files, to)
+    return outcome | would.cost(live.profile, live.fs.memory.struct_page_bytes)
 
 
 def file_pages(fs: Filesystem, ino: int) -> dict[str, Any]:

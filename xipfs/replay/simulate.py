@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from xipfs.accounting.charges import PteKind
-from xipfs.fs.types import PageKind
-from xipfs.migrate.decider import Decider, done
-from xipfs.migrate.policy import FAULT, MOVED, Move, Signal, demote
+from xipfs.migrate.decider import Decider
+from xipfs.migrate.dry_run import DryRun
+from xipfs.migrate.policy import FAULT, Signal
 
 _INO = 1
 
@@ -42,46 +41,19 @@ class Outcome:
     demotions: int
 
 
-class _Machine:
-    """Which pages are in RAM, in the order in which they came."""
-
-    def __init__(self, decider: Decider, ram_frames: int) -> None:
-        self._decider = decider
-        self._ram_frames = ram_frames
-        self.resident: OrderedDict[int, None] = OrderedDict()
-        self.promotions = self.demotions = 0
-
-    def hear(self, signal: Signal) -> None:
-        """Tell the policy and carry out what it plans, and what it plans because of that."""
-        moves = self._decider.hear(signal, len(self.resident))
-        while moves:
-            move, *moves = moves
-            if move.to is PageKind.PAGECACHE and len(self.resident) == self._ram_frames:
-                oldest = next(iter(self.resident))
-                moves += self._move(demote((_INO, oldest), ""), signal.time_ns)
-            moves += self._move(move, signal.time_ns)
-
-    def _move(self, move: Move, time_ns: int) -> list[Move]:
-        if move.to is PageKind.PAGECACHE:
-            self.resident[move.index] = None
-            self.promotions += 1
-        else:
-            self.resident.pop(move.index, None)
-            self.demotions += 1
-        return self._decider.hear(done(time_ns, MOVED, move), len(self.resident))
-
-
 def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Outcome:
     """Run the stream through the policy."""
-    machine = _Machine(decider, ram_frames)
-    hits = writes = 0
+    run = DryRun(decider, ram_frames)
     for access in accesses:
-        hit = access.page in machine.resident
-        hits += hit
-        writes += access.write and not hit
-        kind = PteKind.PAGECACHE if hit else PteKind.XIP
-        machine.hear(Signal(access.time_ns, FAULT, 1, _INO, access.page, kind, access.write))
-    return Outcome(len(accesses), hits, writes, machine.promotions, machine.demotions)
+        run.hear(Signal(access.time_ns, FAULT, 1, _INO, access.page, PteKind.XIP, access.write), 0)
+    would = run.would
+    return Outcome(
+        accesses=len(accesses),
+        hits=would.reads_in_ram + would.writes_in_ram,
+        writes_to_region=sum(access.write for access in accesses) - would.writes_in_ram,
+        promotions=would.promoted,
+        demotions=would.demoted + would.evicted,
+    )
 
 
 def optimum(accesses: Sequence[Access], ram_frames: int) -> int:

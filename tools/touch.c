@@ -12,7 +12,8 @@
  *   unmap A-B             munmap
  *   protect A-B r|rw|none mprotect
  *   remap N               mremap to N pages, free to move
- *   advise A-B ADVICE     madvise: dontneed, dontfork, random, populate_read, populate_write, free
+ *   advise A-B ADVICE     madvise: dontneed, dontfork, random, populate_read, populate_write, free,
+ *                         pageout
  *   lock A-B              mlock
  *   pwrite A FILE         write(2) page A to FILE: the kernel reads it, maybe faulting
  *   fork { ... }          the commands up to } run in a child; then wait for it
@@ -188,7 +189,7 @@ static void advise(struct run *run)
 	static const struct { const char *name; int advice; } known[] = {
 		{ "dontneed", MADV_DONTNEED }, { "dontfork", MADV_DONTFORK },
 		{ "random", MADV_RANDOM }, { "free", MADV_FREE },
-		{ "populate_read", 22 }, { "populate_write", 23 },
+		{ "pageout", 21 }, { "populate_read", 22 }, { "populate_write", 23 },
 	};
 	size_t first, last;
 

@@ -80,6 +80,8 @@ class KernelPtes:
         #: Address spaces of which nothing is claimed any more, and why.
         self.blurred: dict[int, int] = {}
         self.changes: Counter[int] = Counter()
+        #: Address spaces in which pages became unknown since they were looked at; in that order.
+        self.doubtful: dict[int, None] = {}
 
     # Looking
 
@@ -177,6 +179,7 @@ class KernelPtes:
         self.pids.pop(mm, None)
         self.blurred.pop(mm, None)
         self.changes.pop(mm, None)
+        self.doubtful.pop(mm, None)
 
     def fault(self, event: ev.Fault, vma: Vma | None) -> None:
         """One fault is over."""
@@ -242,6 +245,7 @@ class KernelPtes:
         if end - start >> PAGE_SHIFT > DOUBT_PAGES_MAX:
             self.blurred[mm] = reason
         elif end > start:
+            self.doubtful[mm] = None
             self._tables.setdefault(mm, PageTables(self.pool)).fill(start, end, reason)
 
     def lost(self, mms: Iterable[MmStruct]) -> None:
@@ -319,7 +323,9 @@ class KernelPtes:
                 return
             tables = self._tables[mm] = PageTables(self.pool)
         tables.set(address & PAGE_MASK, state)
-        if state == ANON:
+        if state > ANON:
+            self.doubtful[mm] = None
+        elif state == ANON:
             self._extents_of(mm).mark(address)
 
     def _extents_of(self, mm: int) -> Extents:

@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.kernel_states import ANON, FILE, NONE, REASONS, UNKNOWN
-from xipfs.mm.access import MAPS_ANON, maps_what
+from xipfs.mm.access import MAPS_ANON, access, maps_what
+from xipfs.mm.bug import KernelBug
 from xipfs.mm.mm_struct import MmStruct
+from xipfs.mm.zap import zap_page_range
 from xipfs.trace import pagemap
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -61,10 +63,10 @@ def mappings(mm: MmStruct) -> list[tuple[int, int]]:
     return [(vma.start, vma.end) for vma in mm]
 
 
-def look_at(pid: int, dev: int, ranges: list[tuple[int, int]]) -> Look | None:
+def look_at(pid: int, dev: int | None, ranges: list[tuple[int, int]]) -> Look | None:
     """Read what /proc says of process ``pid``; None when it is gone. May block.
 
-    ``dev`` is the mount's kernel device number.
+    ``dev`` is the mount's kernel device number; without it PTEs are read and nothing else.
     """
     found: Ranges = {}
     counts: dict[int, int] = {}
@@ -73,8 +75,12 @@ def look_at(pid: int, dev: int, ranges: list[tuple[int, int]]) -> Look | None:
         if words is None:
             return None
         found[start, end] = words
+        if dev is None:
+            continue
         frames = np.unique(pagemap.pfns(words[pagemap.is_file(words)]))
         counts.update(pagemap.mapcounts(frames[frames > 0]))
+    if dev is None:
+        return Look(found, counts, 0)
     rss = pagemap.rss_bytes(pid, dev)
     return None if rss is None else Look(found, counts, rss // PAGE_SIZE)
 
@@ -123,9 +129,36 @@ def compare(books: Accountant, number: int, look: Look) -> Comparison:
 
 
 def learn(books: Accountant, number: int, result: Comparison) -> None:
-    """Take over what /proc said where we knew nothing or were wrong."""
+    """Take over what /proc said where we knew nothing or were wrong.
+
+    A private copy that came or went unseen comes or goes in the model too. Nothing is charged for
+    it, since when and by what is not known; it is counted.
+    """
     for address, state in result.learned:
+        mm = books.mms[number]
         books.kernel.learn(number, address, state)
+        if (maps_what(mm, address) == MAPS_ANON) == (state == ANON):
+            continue
+        books.unfollowed["private copies found or missed in pagemap, not charged"] += 1
+        vma = mm.find_vma(address)
+        assert vma is not None
+        if state != ANON:
+            zap_page_range(vma, address, address + PAGE_SIZE)
+            continue
+        try:
+            access(mm, address, write=True)
+        except KernelBug as bug:
+            books.unfollowed[f"kernel BUG by the rules: {bug.condition}"] += 1
+
+
+def unknown_ranges(books: Accountant, number: int) -> list[tuple[int, int]]:
+    """Return the mappings that have pages of which nothing is known, cut to these pages."""
+    ranges = []
+    for start, end in mappings(books.mms[number]):
+        unknown = [at for at, state in books.kernel.populated(number, start, end) if state > ANON]
+        if unknown:
+            ranges.append((min(unknown), max(unknown) + PAGE_SIZE))
+    return ranges
 
 
 def compare_mapcounts(results: list[Comparison], looks: list[Look]) -> tuple[int, int]:

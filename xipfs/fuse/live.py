@@ -101,7 +101,7 @@ class Live:
         self.migrator.before_move = self.recorder.file
         self.verifier = Verifier(self)
         nursery.start_soon(self._drain_forever)
-        nursery.start_soon(self.verifier.audit_forever)
+        nursery.start_soon(self.verifier.watch_forever)
         nursery.start_soon(self._invalidate_evicted)
         if not self.fs.read_only:
             nursery.start_soon(self.writeback.run)

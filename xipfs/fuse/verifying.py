@@ -4,8 +4,9 @@ A look is good if no event of that address space lies between the drain before i
 after it; a program that never stands still for a look is told as unknown, not guessed. Looks wait
 for mmap locks, so they are taken in a worker thread (see ``trace.pagemap``).
 
-The same comparison runs in the background, one address space a second. What it finds wrong was
-wrong silently; it is counted, put right, and shown as ``observer.audit``.
+In the background, address spaces in which pages became unknown are looked at in the order in which
+they did, ten a second: the repair queue. And one a second is compared whole, in turn. What that
+finds wrong was wrong silently; it is counted, put right, and shown as ``observer.audit``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ATTEMPTS: Final = 5
+_REPAIR_INTERVAL_S: Final = 0.1
 _AUDIT_INTERVAL_S: Final = 1.0
 #: A larger address space is left to ``xipfs verify``: 32 MiB of pagemap a second are enough.
 _AUDIT_PAGES_MAX: Final = 4 << 20
@@ -37,12 +39,17 @@ UNTOLD: Final = "in a mapping that made no fault since it was found"
 
 @dataclass
 class AuditFigures:
-    """What the background audit did so far, in pages; ``differed`` is expected to stay 0."""
+    """What was done in the background so far, in pages; ``pages_differed`` is expected to stay 0.
+
+    ``pages_repaired``: unknown ones, read by the repair queue; ``pages_learned``, by the audit.
+    ``restless``: looks in vain, since the process did not stand still.
+    """
 
     address_spaces: int = 0
     pages_compared: int = 0
     pages_differed: int = 0
     pages_learned: int = 0
+    pages_repaired: int = 0
     restless: int = 0
     too_large: int = 0
 
@@ -59,21 +66,24 @@ class Verifier:
 
     # One look
 
-    async def _look(self, numbers: list[int]) -> tuple[dict[int, Look], set[int], bool]:
+    async def _look(
+        self, numbers: list[int], *, unknown_only: bool = False
+    ) -> tuple[dict[int, Look], set[int], bool]:
         """Return good looks, the address spaces that moved meanwhile, and whether none did."""
         books = self._books
         await self._live.drain_settled()
         before = Counter(books.kernel.changes)
-        wanted = {
-            number: (books.kernel.pids[number], verify.mappings(books.mms[number]))
-            for number in numbers
-            if number in books.kernel.pids and number in books.mms
-        }
+        wanted = {}
+        for number in numbers:
+            if number in books.kernel.pids and number in books.mms:
+                ranges = verify.mappings(books.mms[number])
+                if unknown_only:
+                    ranges = verify.unknown_ranges(books, number)
+                wanted[number] = (books.kernel.pids[number], ranges)
+        dev = None if unknown_only else self._dev
 
         def read() -> dict[int, Look | None]:
-            return {
-                n: verify.look_at(pid, self._dev, ranges) for n, (pid, ranges) in wanted.items()
-            }
+            return {n: verify.look_at(pid, dev, ranges) for n, (pid, ranges) in wanted.items()}
 
         looks = await trio.to_thread.run_sync(read)
         await self._live.drain_settled()
@@ -162,20 +172,43 @@ class Verifier:
 
     # In the background
 
-    async def audit_forever(self) -> None:
-        """Compare one address space a second, in turn."""
+    async def watch_forever(self) -> None:
+        """Repair what became unknown, and compare one address space a second, in turn."""
+        audit_at = trio.current_time() + _AUDIT_INTERVAL_S
         while isinstance(self._live.observer, TracefsObserver):
-            await trio.sleep(_AUDIT_INTERVAL_S)
-            numbers = sorted(self._books.kernel.pids)
-            later = [number for number in numbers if number > self._last_audited]
-            if numbers:
-                self._last_audited = (later or numbers)[0]
-                try:
-                    await self._audit(self._last_audited)
-                except Exception:
-                    # A defect of the audit must not end the mount; its figures stop growing.
-                    log.exception("the audit ended")
-                    return
+            await trio.sleep(_REPAIR_INTERVAL_S)
+            try:
+                await self._repair()
+                if trio.current_time() >= audit_at:
+                    audit_at = trio.current_time() + _AUDIT_INTERVAL_S
+                    await self._audit_next()
+            except Exception:
+                # A defect here must not end the mount; the figures stop growing.
+                log.exception("repair and audit ended")
+                return
+
+    async def _repair(self) -> None:
+        books = self._books
+        number = next(iter(books.kernel.doubtful), None)
+        if number is None:
+            return
+        del books.kernel.doubtful[number]
+        looks, moved, _ = await self._look([number], unknown_only=True)
+        if number in moved:
+            books.kernel.doubtful[number] = None
+            self.audited.restless += 1
+        for look in looks.values():
+            result = verify.compare(books, number, look)
+            self.audited.pages_repaired += sum(result.pages_unknown.values())
+            self.audited.pages_differed += result.pages_differ
+            verify.learn(books, number, result)
+
+    async def _audit_next(self) -> None:
+        numbers = sorted(self._books.kernel.pids)
+        later = [number for number in numbers if number > self._last_audited]
+        if numbers:
+            self._last_audited = (later or numbers)[0]
+            await self._audit(self._last_audited)
 
     async def _audit(self, number: int) -> None:
         figures, books = self.audited, self._books

@@ -321,7 +321,7 @@ def test_nothing_that_a_policy_is_given_leads_to_the_filesystem(tmp_path: Path) 
     ino = fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
     fs.write(ino, 0, bytes(4096))
     deciding = Deciding(fs, parse_options([f"policy={file}"]), None)
-    deciding.page_io(1, ino, 0, 0, write=True)
+    deciding.page_io(1, 1, ino, 0, 0, write=True)
     deciding.charged([Charge(1, 1, ino, 0, PteKind.XIP, False, False, 0)])
     deciding.moved(ino, [0], PageKind.PAGECACHE, 5)
     deciding.evicted(ino, 0)

@@ -82,6 +82,10 @@ class Causes:
                 if state == FILE:
                     self._marked.setdefault(vma.mm.name, {})[address >> PAGE_SHIFT] = cause
 
+    def expects(self, mm: int) -> bool:
+        """Return whether a fault of ours may come in this address space."""
+        return bool(self._marked.get(mm))
+
     def take(self, mm: int, address: int) -> str:
         """Return the cause of a fault there; it is known no more."""
         marked = self._marked.get(mm)

@@ -77,10 +77,11 @@ class Live:
         self.fault_log = FaultLog(observer.comm)
         self.accountant.on_charge = self.fault_log.add
         self.recorder = Recorder(fs, self.accountant, self.fault_log)
-        self.accountant.on_event = self.recorder.event
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.deciding = Deciding(fs, options, self.profile)
+        self.deciding.note = self.recorder.note
+        self.recorder.policy = self.deciding.chosen
         # One drain at a time, or batches would be consumed out of order.
         self._draining = trio.Lock()
         self._evicted: list[tuple[int, int]] = []
@@ -147,8 +148,9 @@ class Live:
         # The answer leaves in this very step of the request's task: what comes next is later.
         trio.lowlevel.current_trio_token().run_sync_soon(self._answered, ino, offset, size, write)
         self.migrator.page_io(ino, first, last)
-        self.deciding.page_io(pid, ino, first, last, write=write)
-        self.recorder.page_io(pid, ino, offset, size, write=write)
+        now_ns = time.monotonic_ns()
+        self.deciding.page_io(now_ns, pid, ino, first, last, write=write)
+        self.recorder.page_io(now_ns, pid, ino, offset, size, write=write)
         if write:
             self.writeback.after_write()
         else:
@@ -212,7 +214,7 @@ class Live:
         while True:
             drained = await self.drain()
             self.fault_log.rest(trio.current_time())
-            self.recorder.log.rest(trio.current_time())
+            self.recorder.rest(trio.current_time())
             interval_s = DRAIN_INTERVAL_S if drained else min(interval_s * 2, IDLE_INTERVAL_S)
             await trio.sleep(interval_s)
 

@@ -74,7 +74,7 @@ class Migrator:
         self.history = History()
         #: Told before and after the pages of a range have moved, with nothing in between.
         self.before_move: Callable[[int], None] = _nobody_listens
-        self.on_move: Callable[[int, range, PageKind, str, Moved], None] = _nobody_listens
+        self.on_move: Callable[[int, int, range, PageKind, str, Moved], None] = _nobody_listens
 
     def page_io(self, ino: int, first: int, last: int) -> None:
         """Hear of a READ or WRITE of pages first..last."""
@@ -156,8 +156,8 @@ class Migrator:
         start_ns = time.monotonic_ns()
         self.before_move(window.ino)
         result = self._engine.move_pages(window.ino, chunk, to)
-        self.on_move(window.ino, chunk, to, window.event.reason, result)
         now_ns = window.took("move", start_ns)
+        self.on_move(now_ns, window.ino, chunk, to, window.event.reason, result)
         self.history.moved(window.ino, result.moved, to, now_ns)
         event = window.event
         event.passes += 1

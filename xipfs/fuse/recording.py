@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from xipfs.accounting.accountant import Accountant
@@ -46,7 +47,8 @@ class RecordedFilesystem(Filesystem):
             self.recorder.file(ino)
         written = super().write(ino, offset, data, origin=origin)
         if origin is WriteOrigin.WRITEBACK and self.recorder is not None:
-            self.recorder.request("write", 0, ino, offset, written, "move")
+            now_ns = time.monotonic_ns()
+            self.recorder.request(now_ns, "write", 0, ino, offset, written, "move")
         return written
 
     def setattr(
@@ -135,6 +137,8 @@ class Recorder:
         self._told: set[int] = set()
         #: Files that lost all their pages since somebody looked whether they are still there.
         self.cut: set[int] = set()
+        #: Returns what a trace says of the policy.
+        self.policy: Callable[[], dict[str, Any]] = dict
         fs.recorder = self
 
     @property
@@ -146,9 +150,16 @@ class Recorder:
         """Answer a reader; a cursor beyond the end begins a recording with its first item."""
         if cursor > self.log.next_number:
             self.log.wake(now_s)
+            self._accountant.on_event = self.event
             cursor = self.log.next_number
             self._start()
         return self.log.since(cursor, now_s)
+
+    def rest(self, now_s: float) -> None:
+        """Stop when no reader has come for long."""
+        self.log.rest(now_s)
+        if not self.log.active:
+            self._accountant.on_event = None
 
     def note(self, item: str, **values: Any) -> None:
         """Add an item that is of no file."""
@@ -160,8 +171,6 @@ class Recorder:
 
     def event(self, event: ev.Event, cause: str) -> None:
         """Add an observer's event."""
-        if not self.log.active:
-            return
         if type(event) is ev.Map:
             self.file(event.ino)
         made = event_row(event)
@@ -189,19 +198,23 @@ class Recorder:
         cached = self._fs.new_pages_cached(ino)
         self.note("file", ino=ino, size_bytes=attr.size_bytes, pagecache=cached, runs=runs)
 
-    def request(self, item: str, pid: int, ino: int, offset: int, size: int, cause: str) -> None:
+    def request(
+        self, now_ns: int, item: str, pid: int, ino: int, offset: int, size: int, cause: str
+    ) -> None:
         """Add a READ or WRITE that was served."""
         if self.log.active and size > 0:
             self.file(ino)
-            values = {"pid": pid, "ino": ino, "offset": offset, "size": size}
+            values = {"time_ns": now_ns, "pid": pid, "ino": ino, "offset": offset, "size": size}
             self.note(item, **(values | {"cause": cause} if cause else values))
 
-    def page_io(self, pid: int, ino: int, offset: int, size: int, *, write: bool) -> None:
+    def page_io(
+        self, now_ns: int, pid: int, ino: int, offset: int, size: int, *, write: bool
+    ) -> None:
         """Add a READ or WRITE of a program."""
         if self.log.active and size > 0:
             first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
             cause = "" if write else self._accountant.causes.of_read(ino, first, last)
-            self.request("write" if write else "read", pid, ino, offset, size, cause)
+            self.request(now_ns, "write" if write else "read", pid, ino, offset, size, cause)
 
     def changed(self, item: str, ino: int, **values: Any) -> None:
         """Add a change of a file that was told; of another, its state will say it."""
@@ -226,12 +239,15 @@ class Recorder:
                 self._told.discard(ino)
                 self.note("gone", ino=ino)
 
-    def moved(self, ino: int, pages: range, to: PageKind, reason: str, result: Moved) -> None:
+    def moved(
+        self, now_ns: int, ino: int, pages: range, to: PageKind, reason: str, result: Moved
+    ) -> None:
         """Add a step of a migration that was carried out; ``reason`` is a policy's or manual."""
         if not self.log.active:
             return
         self.note(
             "move",
+            time_ns=now_ns,
             ino=ino,
             page=pages.start,
             pages=len(pages),
@@ -260,6 +276,7 @@ class Recorder:
                 for _ in mm.tables.populated(vma.start, vma.end)
             ),
         )  # fmt: skip
+        self.note("policy", **self.policy())
         for number, mm in sorted(mms.items()):
             for vma in mm:
                 self.event(_as_event(number, vma), "")

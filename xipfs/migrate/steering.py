@@ -1,0 +1,146 @@
+"""One policy at the stream's wheel: what it hears, in which order and with which times.
+
+A live mount and a replay use the same object, so that the same stream gives the same plans. What
+the policy hears has one order: that in which things take effect. Moves and evictions are heard at
+once; faults and requests at the next *decision point* (``charged``), merged by their times. No
+clock is read: each signal's time comes with it, and an eviction's is the latest that was heard.
+
+A policy that fails is replaced by ``off``, and every snapshot says so: a defect in it must not end
+the mount.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from xipfs.accounting.charges import Charge
+from xipfs.errors import FsError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind
+from xipfs.memory.profiles import Profile
+from xipfs.migrate.decider import done, merged
+from xipfs.migrate.dry_run import DryRun
+from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, Page, PteKind, Signal
+from xipfs.migrate.registry import make_policy
+
+log = logging.getLogger(__name__)
+
+
+class Steering:
+    """The policy of one filesystem. ``on_plan`` is told the moves that a signal has earned."""
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        policy: str,
+        values: Mapping[str, Any],
+        *,
+        dry: bool,
+        profile: Profile | None,
+    ) -> None:
+        self._fs = fs
+        self._profile = profile
+        Steering.choose(self, policy, values, dry=dry)
+        self._requests: list[Signal] = []
+        self._now_ns = 0
+        self.on_plan: Callable[[list[Move]], None] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the policy's part of ``stats.json``."""
+        return {
+            **self._decider.describe(),
+            "dry": self._dry is not None,
+            "failure": self._failure,
+            **self._would(),
+        }
+
+    def _would(self) -> dict[str, Any]:
+        """Return what a dry policy would have moved, why, and what that would cost and save."""
+        if self._dry is None:
+            return {"would_move": [], "dry_run": None}
+        would, moves = self._dry.would, self._dry.moves.items()
+        return {
+            "would_move": [
+                {"to": to, "reason": reason, "count": count} for (to, reason), count in moves
+            ],
+            "dry_run": vars(would) | would.cost(self._profile, self._fs.memory.struct_page_bytes),
+        }
+
+    def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
+        """Go on with another policy, which starts knowing nothing. Raise UsageError."""
+        ram_pages = self._fs.memory.ram_pages
+        self._decider = make_policy(name, values.items(), ram_pages)
+        self._dry = DryRun(self._decider, ram_pages) if dry else None
+        self._failure = ""
+
+    def page_io(
+        self, now_ns: int, pid: int, ino: int, first: int, last: int, *, write: bool
+    ) -> None:
+        """Hear of a READ or WRITE request of pages first..last; told at the next ``charged``."""
+        self._now_ns = max(self._now_ns, now_ns)
+        source = WRITE if write else READ
+        if source not in self._decider.signals:
+            return
+        pages = range(first, last + 1)
+        try:
+            xip = self._fs.wanted(ino, pages, PageKind.PAGECACHE)
+            cached = self._fs.wanted(ino, pages, PageKind.XIP)
+        except FsError:
+            return  # the file went with the request
+        for kind, indexes in ((PteKind.XIP, xip), (PteKind.PAGECACHE, cached)):
+            self._requests += [
+                Signal(now_ns, source, pid, ino, index, kind, write) for index in indexes
+            ]
+
+    def charged(self, charges: Iterable[Charge]) -> None:
+        """A decision point: tell the policy of requests and faults since the last one."""
+        requests, self._requests = self._requests, []
+        if not self._decider.signals:
+            return
+        for signal in merged(requests, charges):
+            self._now_ns = max(self._now_ns, signal.time_ns)
+            self._hear(signal)
+
+    def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
+        """Hear of pages that have moved just now."""
+        self._now_ns = max(self._now_ns, now_ns)
+        for index in pages:
+            self._hear(done(now_ns, MOVED, Move(ino, index, to, "")))
+
+    def evicted(self, ino: int, index: int) -> None:
+        """Hear of a page that lost its frame."""
+        self._hear(Signal(self._now_ns, EVICTED, 0, ino, index, PteKind.PAGECACHE))
+
+    def carried_out(self, moves: Iterable[Move], now_ns: int) -> list[Move]:
+        """Hear that nothing more will come of these moves; return those that were not made."""
+        self._now_ns = max(self._now_ns, now_ns)
+        refused = [move for move in moves if self._decider.is_under_way(move)]
+        for move in refused:
+            self._hear(done(now_ns, REFUSED, move))
+        return refused
+
+    def victims(self, count: int) -> list[Page]:
+        """Return pages that the policy wants evicted first; empty: it has no opinion."""
+        try:
+            return self._decider.victims(count, self._fs.nr_resident_pages)
+        except Exception as error:
+            self._fail(error)
+            return []
+
+    def _hear(self, signal: Signal) -> None:
+        try:
+            heard_by = self._dry or self._decider
+            moves = heard_by.hear(signal, self._fs.nr_resident_pages)
+        except Exception as error:
+            self._fail(error)
+            return
+        if moves and not self._dry and self.on_plan is not None:
+            self.on_plan(moves)
+
+    def _fail(self, error: Exception) -> None:
+        log.exception("policy %s failed; it is off from now on", self._decider.name)
+        self._failure = f"{self._decider.name}: {error!r}"
+        self._decider = make_policy("off", [], self._fs.memory.ram_pages)
+        self._dry = None

@@ -10,6 +10,7 @@ from media import RecordingMedium, new_medium
 
 from xipfs.errors import ImageError
 from xipfs.image import layout
+from xipfs.image.filemap import seal
 from xipfs.image.record import Inode
 from xipfs.image.volume import Volume
 
@@ -121,10 +122,10 @@ def test_changing_a_kind_changes_one_word_of_one_line() -> None:
     inode = Inode(INO)
     with volume.transaction():
         volume.maps.assign(
-            inode, 0, np.array([volume.maps.raw_home(60 + i) for i in range(600)], np.uint64)[:600]
+            inode, 0, np.array([volume.maps.raw_home(60 + i % 99) for i in range(600)], np.uint64)
         )
     before = bytes(medium.now)
-    put(volume, inode, 300, volume.maps.raw_home(60 + 300, pagecache=True))
+    put(volume, inode, 300, volume.maps.raw_home(60 + 300 % 99, pagecache=True))
     journal = range(2 * 4096, 10 * 4096)
     changed = [
         at // 8
@@ -143,9 +144,9 @@ def test_a_damaged_entry_is_not_followed(what: str) -> None:
     node = inode.root & layout.ENTRY_BLOCK_MASK
     bit = {"block": 0, "kind": 40, "home": 42, "reserved": 45, "check": 60}[what]
     medium.now[node * 4096 + 40 + bit // 8] ^= 1 << bit % 8
-    with pytest.raises(ImageError, match="inode 7: the entry at level 0, position 5 is damaged"):
+    with pytest.raises(ImageError, match=r"inode 7: the entry at offset \d+ \(level 0, position 5"):
         volume.maps.entry(inode, 5)
-    with pytest.raises(ImageError, match="position 5 is damaged"):
+    with pytest.raises(ImageError, match=r"position 5\) is damaged"):
         volume.maps.entries(inode, 0, 512)
 
 
@@ -153,7 +154,7 @@ def test_an_entry_is_good_for_its_own_inode_and_place_only(volume: Volume) -> No
     inode = Inode(INO)
     put(volume, inode, 5, volume.maps.raw_home(77))
     thief = Inode(INO + 1, height=1, root=inode.root)
-    with pytest.raises(ImageError, match="inode 8: the entry at level 1, position 0"):
+    with pytest.raises(ImageError, match=r"inode 8: the entry at offset 64 \(level 1, position 0"):
         volume.maps.entry(thief, 5)
     single = Inode(INO)
     put(volume, single, 0, volume.maps.raw_home(78))
@@ -163,8 +164,7 @@ def test_an_entry_is_good_for_its_own_inode_and_place_only(volume: Volume) -> No
 
 def test_an_entry_outside_the_data_area_is_not_followed(volume: Volume) -> None:
     for block in (0, 1, 2, volume.superblock.data_start - 1, 199, 200, (1 << 40) - 1):
-        inode = Inode(INO)
-        put(volume, inode, 0, volume.maps.raw_home(block))
+        inode = Inode(INO, root=seal(INO, 0, 0, volume.maps.raw_home(block)))
         with pytest.raises(ImageError, match="is damaged"):
             volume.maps.entry(inode, 0)
 
@@ -175,13 +175,15 @@ def test_random_maps_against_a_dict(seed: int) -> None:
     chance = random.Random(seed)
     medium = new_medium(400)
     volume = Volume(medium, "image")
+    with volume.transaction():
+        first_block, count = volume.allocator.allocate(300)[0]
     free = volume.counters.free_blocks
     inode, model = Inode(INO), dict[int, int]()
     for _ in range(120):
         base = chance.choice([0, *EDGES[:-1], EDGES[-1] - 40])
         first = max(base + chance.randint(-20, 20), 0)
         bodies = [
-            chance.choice([0, volume.maps.raw_home(chance.randint(20, 390))])
+            chance.choice([0, volume.maps.raw_home(first_block + chance.randrange(count))])
             for _ in range(chance.randint(1, 20))
         ]
         with volume.transaction():

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
-from xipfs.errors import FsError
+from xipfs.errors import FsError, ImageError
 from xipfs.fs.core import Core, attr_of
 from xipfs.fs.reclaim import Reclaim
 from xipfs.fs.types import Attr
@@ -60,8 +60,11 @@ class Namespace:
             raise FsError(errno.EINVAL)
         body = self._core.volume.maps.entry(inode, 0)
         offset = (body & layout.ENTRY_BLOCK_MASK) << BLOCK_SHIFT
-        if body == 0 or inode.size_bytes > SYMLINK_MAX:
-            raise FsError(errno.EIO, f"symbolic link inode {ino} is damaged")
+        if body == 0 or not 0 < inode.size_bytes <= SYMLINK_MAX:
+            raise ImageError(
+                f"symbolic link inode {ino} at offset {inode.record_offset} is damaged",
+                remedy="run fsck.xipfs",
+            )
         return bytes(self._core.medium.load(offset, inode.size_bytes))
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Attr:

@@ -70,10 +70,11 @@ class Reclaim:
         done = False
         while not done:
             with core.change():
-                inode = core.volume.inodes.raw(ino)
+                inode = core.volume.inodes.listed("orphan", ino)
                 if inode.mode == 0 or not inode.orphan:
                     raise ImageError(
-                        f"the orphan list leads to inode {ino}, which is none",
+                        f"the orphan list leads to inode {ino} at offset {inode.record_offset},"
+                        " which is none",
                         remedy="run fsck.xipfs",
                     )
                 kept = inode.nlink > 0 or ino in core.holds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 
-from xipfs.errors import FsError
+from xipfs.errors import FsError, ImageError
 from xipfs.fs.core import Core
 from xipfs.fs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, Namespace, check_name
 from xipfs.image.record import Inode
@@ -60,10 +60,18 @@ class Rename:
         if not stat.S_ISDIR(moved.mode):
             return
         above = target
+        seen = {above.ino}
         while above.ino != moved.ino:
             if above.parent == above.ino:
                 return
             above = self._names.directory(above.parent)
+            if above.ino in seen:
+                raise ImageError(
+                    f"the directory at offset {above.record_offset}, inode {above.ino}, lies"
+                    " below itself",
+                    remedy="run fsck.xipfs",
+                )
+            seen.add(above.ino)
         raise FsError(errno.EINVAL)
 
     def _leave(self, old: Inode, name: bytes, new: Inode, moved: Inode) -> None:

@@ -18,8 +18,8 @@ from typing import Final
 
 from xipfs.errors import FsError, ImageError, UsageError
 from xipfs.fs.filesystem import Filesystem
-from xipfs.fs.xattr import NAMESPACES
 from xipfs.image import layout
+from xipfs.image.xattrs import NAMESPACES
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, pages_of
 
 #: Reserved in the root of every image for the mount's control files.

@@ -7,11 +7,10 @@ from typing import Final
 
 from xipfs.errors import FsError
 from xipfs.fs.core import Core
+from xipfs.image.xattrs import NAMESPACES
 
 XATTR_CREATE: Final = 1
 XATTR_REPLACE: Final = 2
-#: POSIX ACLs (system.*) would have to be enforced, not only kept: refused like all others.
-NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 _NAME_MAX: Final = 255
 
 

@@ -19,6 +19,7 @@ from xipfs.errors import FsError, ImageError
 from xipfs.image import layout
 from xipfs.image.counters import Counters
 from xipfs.image.metadata import Metadata
+from xipfs.image.owners import Owners
 from xipfs.image.superblock import Superblock
 
 _NOT_FULL: Final = re.compile(rb"[^\xff]")
@@ -38,6 +39,8 @@ class Allocator:
         self._counters = counters
         self._cursor = superblock.data_start
         self._freed: list[int] = []
+        self._taken: list[Run] = []
+        self.owners = Owners(superblock.block_count)
 
     @property
     def free_blocks(self) -> int:
@@ -72,6 +75,10 @@ class Allocator:
         if missing:
             # The counter promised them: freed in this very transaction, or the image is damaged.
             raise FsError(errno.ENOSPC)
+        for first, length in runs:
+            if (block := self.owners.first_met(first, length)) is not None:
+                raise self._damaged(block)
+        self._taken += runs
         self._counters.free_blocks -= count
         self._cursor = runs[-1][0] + runs[-1][1] if runs else self._cursor
         return runs
@@ -85,7 +92,11 @@ class Allocator:
         assert self._metadata.in_transaction
         for block in blocks:
             if not self._superblock.data_start <= block < self._superblock.data_end:
-                raise ImageError(f"block {block} is not in the data area", remedy="run fsck.xipfs")
+                offset = block << layout.BLOCK_SHIFT
+                raise ImageError(
+                    f"block {block} at offset {offset} is not in the data area",
+                    remedy="run fsck.xipfs",
+                )
             self._metadata.discard(block)
             self._freed.append(block)
 
@@ -95,31 +106,49 @@ class Allocator:
             return
         blocks = np.unique(np.array(self._freed, np.int64))
         if blocks.size != len(self._freed):
-            raise ImageError("a block is owned twice", remedy="run fsck.xipfs")
+            twice = int(blocks[np.argmax(np.unique(self._freed, return_counts=True)[1])])
+            raise ImageError(
+                f"block {twice} at offset {twice << layout.BLOCK_SHIFT} is owned twice",
+                remedy="run fsck.xipfs",
+            )
+        self.owners.forget(blocks)
         for bitmap_block in np.unique(blocks // layout.BITS_PER_BLOCK):
             self._clear(int(bitmap_block), blocks)
         self._counters.free_blocks += len(self._freed)
         self._freed.clear()
 
+    def committed(self) -> None:
+        """What the transaction took is taken."""
+        self._taken.clear()
+
     def forget(self) -> None:
-        """Drop what an aborted transaction freed."""
+        """Drop what an aborted transaction took and freed."""
+        for first, count in self._taken:
+            self.owners.forget(slice(first, first + count))
+        self._taken.clear()
         self._freed.clear()
 
     def _clear(self, bitmap_block: int, blocks: npt.NDArray[np.int64]) -> None:
         number = self._superblock.bitmap_start + bitmap_block
+        base = bitmap_block * layout.BITS_PER_BLOCK
         mine = blocks[blocks // layout.BITS_PER_BLOCK == bitmap_block] % layout.BITS_PER_BLOCK
         bitmap = np.frombuffer(self._metadata.block(number), np.uint8)
         for line in np.unique(mine // 512):
             inside = mine[mine // 512 == line] % 512
             bits = np.unpackbits(bitmap[line * 64 : line * 64 + 64], bitorder="little")
             if not bits[inside].all():
-                raise ImageError(
-                    f"the bitmap in block {number} says free for a block in use",
-                    remedy="run fsck.xipfs",
-                )
+                wrong = int(inside[bits[inside] == 0][0])
+                raise self._damaged(base + int(line) * 512 + wrong)
             bits[inside] = 0
             packed = np.packbits(bits, bitorder="little").tobytes()
             self._metadata.write(number, int(line) * 64, packed)
+
+    def _damaged(self, block: int) -> ImageError:
+        offset = (self._superblock.bitmap_start << layout.BLOCK_SHIFT) + block // 8
+        return ImageError(
+            f"the bitmap at offset {offset} says that block {block} is free, which is in use",
+            remedy="run fsck.xipfs",
+        )
 
     def _take(self, position: int, end: int, missing: int) -> tuple[list[Run], int]:
         """Take up to ``missing`` blocks from one window at or after ``position``.

@@ -5,12 +5,17 @@ They are what statfs, the statistics and the allocator ask for, kept so that no 
 
 from __future__ import annotations
 
+import struct
 import zlib
 from dataclasses import dataclass
+from typing import Final
 
 from xipfs.errors import ImageError
 from xipfs.image import layout
 from xipfs.image.metadata import Block, Metadata
+from xipfs.image.superblock import Superblock
+
+_OFFSET: Final = (layout.STATE_BLOCK << layout.BLOCK_SHIFT) + layout.COUNTERS_OFFSET
 
 
 @dataclass(slots=True)
@@ -31,11 +36,24 @@ class Counters:
         crc, zero, *values = layout.COUNTERS.unpack_from(block, layout.COUNTERS_OFFSET)
         counters = cls(*values)
         if zero or counters.pack()[:4] != crc.to_bytes(4, "little"):
-            offset = (layout.STATE_BLOCK << layout.BLOCK_SHIFT) + layout.COUNTERS_OFFSET
             raise ImageError(
-                f"the counters at offset {offset} fail their checksum", remedy="run fsck.xipfs"
+                f"the counters at offset {_OFFSET} fail their checksum", remedy="run fsck.xipfs"
             )
         return counters
+
+    def check_range(self, superblock: Superblock) -> None:
+        """Raise ImageError if the image could not hold what is counted."""
+        area = superblock.data_end - superblock.data_start
+        limit = self.inode_limit
+        if (
+            max(self.free_blocks, self.nr_xip_pages, self.nr_pagecache_pages) > area
+            or not layout.ROOT_INO < limit <= area * layout.INODES_PER_BLOCK
+            or max(self.free_ino, self.orphan_ino, self.inodes_used) >= limit
+        ):
+            raise ImageError(
+                f"the counters at offset {_OFFSET} count more than the image holds",
+                remedy="run fsck.xipfs",
+            )
 
     def reload(self, block: Block) -> None:
         """Go back to what the state block says."""
@@ -43,7 +61,7 @@ class Counters:
         self.__init__(*values)  # type: ignore[misc]
 
     def pack(self) -> bytes:
-        """Return the line's 64 bytes, checksum included."""
+        """Return the line's 64 bytes, checksum included; raise ImageError for what cannot be."""
 
         def pack(crc: int) -> bytes:
             return layout.COUNTERS.pack(
@@ -58,15 +76,25 @@ class Counters:
                 self.inodes_used,
             )
 
-        return pack(zlib.crc32(pack(0)[4:]))
+        try:
+            return pack(zlib.crc32(pack(0)[4:]))
+        except struct.error as error:
+            raise self._wrong() from error
 
     def count_pages(self, *, xip: int = 0, pagecache: int = 0) -> None:
         """Add to the file pages by kind."""
         self.nr_xip_pages += xip
         self.nr_pagecache_pages += pagecache
-        assert self.nr_xip_pages >= 0, self.nr_xip_pages
-        assert self.nr_pagecache_pages >= 0, self.nr_pagecache_pages
+        if self.nr_xip_pages < 0 or self.nr_pagecache_pages < 0:
+            raise self._wrong()
 
     def stage(self, metadata: Metadata) -> None:
         """Put the counters into the open transaction."""
         metadata.write(layout.STATE_BLOCK, layout.COUNTERS_OFFSET, self.pack())
+
+    @staticmethod
+    def _wrong() -> ImageError:
+        return ImageError(
+            f"the counters at offset {_OFFSET} are wrong: one would leave its range",
+            remedy="run fsck.xipfs",
+        )

@@ -53,6 +53,7 @@ class DirectoryEntry:
 class _Leaf:
     """A leaf's place in the trie and its used bytes."""
 
+    owner: int
     depth: int
     prefix: int
     block: int
@@ -61,6 +62,38 @@ class _Leaf:
     @property
     def index(self) -> int:
         return (1 << self.depth) + self.prefix - 1
+
+    def record(self, position: int) -> tuple[DirectoryEntry, int]:
+        """Return the record at ``position`` and where the next one starts."""
+        start = position + _RECORD
+        if start <= len(self.data):
+            hash_, ino, kind, length = layout.LEAF_RECORD.unpack_from(self.data, position)
+            name = self.data[start : start + length]
+            if length and len(name) == length and ino:
+                return DirectoryEntry(name, ino, kind, hash_), position + (
+                    _RECORD + length + 7 & ~7
+                )
+        raise _damaged(self.owner, self.block)
+
+    def entries(self) -> Iterator[DirectoryEntry]:
+        """Yield the entries as they lie."""
+        position = _HEADER
+        while position < len(self.data):
+            entry, position = self.record(position)
+            yield entry
+
+    def readable(self) -> Iterator[DirectoryEntry]:
+        """Yield the entries; raise ImageError at one that no name of this leaf could have."""
+        for entry in self.entries():
+            name = entry.name
+            if (
+                entry.cookie >> (layout.HASH_BITS - self.depth) != self.prefix
+                or name in (b".", b"..")
+                or b"/" in name
+                or b"\0" in name
+            ):
+                raise _damaged(self.owner, self.block)
+            yield entry
 
 
 class Directories:
@@ -86,7 +119,7 @@ class Directories:
         if leaf is None:
             return None
         position = self._find(leaf, hash_, name)
-        return None if position < 0 else _record(leaf.data, position)[0]
+        return None if position < 0 else leaf.record(position)[0]
 
     def insert(self, directory: Inode, name: bytes, ino: int, kind: int) -> None:
         """Add a name that is not there; raise FsError(ENOSPC)."""
@@ -101,7 +134,7 @@ class Directories:
         if len(leaf.data) + len(record) <= layout.BLOCK_SIZE:
             self._rewrite(directory, leaf, leaf.data + record, len(leaf.data), +1)
             return
-        records = [entry.pack() for entry in _entries(leaf.data)]
+        records = [entry.pack() for entry in leaf.entries()]
         self._drop(directory, leaf)
         self._split(directory, leaf.depth, leaf.prefix, records + [record])
 
@@ -118,7 +151,7 @@ class Directories:
         hash_ = self.hash(name)
         leaf, position = self._present(directory, hash_, name)
         directory.entries -= 1
-        size = len(_record(leaf.data, position)[0].pack())
+        size = len(leaf.record(position)[0].pack())
         data = leaf.data[:position] + leaf.data[position + size :]
         if not self._merge(directory, leaf, data):
             self._rewrite(directory, leaf, data, position, -1)
@@ -134,7 +167,7 @@ class Directories:
             leaf = self._leaf(directory, start)
             if leaf is None:
                 break
-            entries = [entry for entry in _entries(leaf.data) if entry.cookie >= start]
+            entries = [entry for entry in leaf.readable() if entry.cookie >= start]
             if entries:
                 return sorted(entries, key=lambda entry: entry.cookie)
             start = (leaf.prefix + 1) << (layout.HASH_BITS - leaf.depth)
@@ -149,7 +182,8 @@ class Directories:
             if leaf is not None:
                 return leaf
         raise ImageError(
-            f"directory inode {directory.ino} has no leaf for hash {hash_}",
+            f"directory inode {directory.ino} at offset {directory.record_offset} has no leaf for"
+            f" hash {hash_}",
             remedy="run fsck.xipfs",
         )
 
@@ -170,12 +204,8 @@ class Directories:
             or place != index
             or zlib.crc32(data[_CRC_START:]) != crc
         ):
-            raise ImageError(
-                f"directory inode {directory.ino}: the leaf at offset"
-                f" {block << layout.BLOCK_SHIFT} is damaged",
-                remedy="run fsck.xipfs",
-            )
-        return _Leaf(depth, prefix, block, data)
+            raise _damaged(directory.ino, block)
+        return _Leaf(directory.ino, depth, prefix, block, data)
 
     @staticmethod
     def _find(leaf: _Leaf, hash_: int, name: bytes) -> int:
@@ -187,7 +217,7 @@ class Directories:
         wanted = hash_.to_bytes(8, "little")
         position = leaf.data.find(wanted, _HEADER)
         while position >= 0:
-            if position % 8 == 0 and _record(leaf.data, position)[0].name == name:
+            if position % 8 == 0 and leaf.record(position)[0].name == name:
                 return position
             position = leaf.data.find(wanted, position + 1)
         return -1
@@ -202,6 +232,8 @@ class Directories:
     def _rewrite(self, directory: Inode, leaf: _Leaf, data: bytes, start: int, added: int) -> None:
         """Stage ``data`` where it differs: a new header, and the bytes from ``start`` on."""
         count = layout.LEAF_HEADER.unpack_from(leaf.data)[1] + added
+        if not 0 <= count < layout.BLOCK_SIZE:
+            raise _damaged(leaf.owner, leaf.block)
         header = _header(directory.ino, leaf.index, count, data[_HEADER:])
         self._metadata.write(leaf.block, 0, header)
         if start < len(data):
@@ -272,7 +304,7 @@ class Directories:
         if index == 0:
             # All leaves went and the map with them: the root's needs no node again.
             self._maps.assign_one(directory, 0, self._maps.raw_home(leaf.block))
-        count = sum(1 for _ in _entries(bytes(_HEADER) + records))
+        count = sum(1 for old in merged for _ in old.entries()) - 1
         header = _header(directory.ino, index, count, records)
         self._metadata.write(leaf.block, 0, header + records)
         return True
@@ -291,20 +323,8 @@ def _header(owner: int, index: int, count: int, body: bytes) -> bytes:
     return zlib.crc32(body, zlib.crc32(rest)).to_bytes(4, "little") + rest
 
 
-def _record(data: bytes, position: int) -> tuple[DirectoryEntry, int]:
-    """Return the record at ``position`` and where the next one starts."""
-    if position + _RECORD > len(data):
-        raise ImageError("a directory leaf ends within a record", remedy="run fsck.xipfs")
-    hash_, ino, kind, length = layout.LEAF_RECORD.unpack_from(data, position)
-    start = position + _RECORD
-    name = data[start : start + length]
-    if length == 0 or len(name) != length or ino == 0:
-        raise ImageError("a directory leaf holds a bad record", remedy="run fsck.xipfs")
-    return DirectoryEntry(name, ino, kind, hash_), position + (_RECORD + length + 7 & ~7)
-
-
-def _entries(data: bytes) -> Iterator[DirectoryEntry]:
-    position = _HEADER
-    while position < len(data):
-        entry, position = _record(data, position)
-        yield entry
+def _damaged(owner: int, block: int) -> ImageError:
+    return ImageError(
+        f"directory inode {owner}: the leaf at offset {block << layout.BLOCK_SHIFT} is damaged",
+        remedy="run fsck.xipfs",
+    )

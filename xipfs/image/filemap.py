@@ -60,6 +60,7 @@ class FileMap:
     def __init__(self, metadata: Metadata, allocator: Allocator, superblock: Superblock) -> None:
         self._metadata = metadata
         self._allocator = allocator
+        self._owners = allocator.owners
         self._data_start = superblock.data_start
         self._data_end = superblock.data_end
 
@@ -74,13 +75,13 @@ class FileMap:
         if index >> (_SHIFT * inode.height):
             return 0
         if inode.height == 0:
-            return self._open(inode, 0, 0, inode.root)
+            return self._open(inode, 0, inode.root, _root_offset(inode))
         leaf = self._leaf(inode, index >> _SHIFT)
         if leaf == 0:
             return 0
         slot = (index & _SLOT_MASK) * 8
         word = int.from_bytes(self._metadata.block(leaf)[slot : slot + 8], "little")
-        return self._open(inode, 0, index, word)
+        return self._open(inode, index, word, (leaf << layout.BLOCK_SHIFT) + slot)
 
     def entries(self, inode: Inode, first: int, count: int) -> Entries:
         """Return the bodies of pages [first, first + count)."""
@@ -90,7 +91,7 @@ class FileMap:
         bodies = np.zeros(count, np.uint64)
         if inode.height == 0:
             if first == 0 and count:
-                bodies[0] = self._open(inode, 0, 0, inode.root)
+                bodies[0] = self._open(inode, 0, inode.root, _root_offset(inode))
             return bodies
         end = min(first + count, 1 << (_SHIFT * inode.height))
         index = first
@@ -98,8 +99,7 @@ class FileMap:
             stop = min((index | _SLOT_MASK) + 1, end)
             leaf = self._leaf(inode, index >> _SHIFT)
             if leaf:
-                words = self._words(leaf, index & _SLOT_MASK, stop - index)
-                bodies[index - first : stop - first] = self._open_pages(inode, index, words)
+                bodies[index - first : stop - first] = self._open_pages(inode, index, stop, leaf)
             index = stop
         return bodies
 
@@ -136,22 +136,21 @@ class FileMap:
         Parts without a page are left out, and so is everything the tree has no node for.
         """
         if inode.height == 0:
-            body = self._open(inode, 0, 0, inode.root)
+            body = self._open(inode, 0, inode.root, _root_offset(inode))
             if body and first == 0:
                 yield 0, np.array([body], np.uint64)
             return
-        for number, leaf in self._leaf_blocks(inode, inode.root, inode.height, 0, first >> _SHIFT):
+        root = self._root_node(inode)
+        for number, leaf in self._leaf_blocks(inode, root, inode.height, 0, first >> _SHIFT):
             start = max(number << _SHIFT, first)
-            words = self._words(leaf, start & _SLOT_MASK, layout.FANOUT - (start & _SLOT_MASK))
-            bodies = self._open_pages(inode, start, words)
+            bodies = self._open_pages(inode, start, (number + 1) << _SHIFT, leaf)
             if bodies.any():
                 yield start, bodies
 
     def _leaf_blocks(
-        self, inode: Inode, word: int, level: int, position: int, first: int
+        self, inode: Inode, node: int, level: int, position: int, first: int
     ) -> Iterator[tuple[int, int]]:
-        """Yield (leaf number, block) of the leaves at or after leaf ``first``, in order."""
-        node = self._open_node(inode, level, position, word)
+        """Yield (leaf number, block) of the leaves below ``node``, from leaf ``first`` on."""
         if node == 0:
             return
         if level == 1:
@@ -166,13 +165,15 @@ class FileMap:
             return
         words = self._words(node, lowest, layout.FANOUT - lowest)
         for slot in (np.flatnonzero(words) + lowest).tolist():
-            word = int(words[slot - lowest])
-            yield from self._leaf_blocks(inode, word, level - 1, base + slot, first)
+            child = self._child(inode, level, position, node, slot)
+            yield from self._leaf_blocks(inode, child, level - 1, base + slot, first)
 
     def _assign_leaf(self, inode: Inode, index: int, bodies: Entries) -> None:
         empty = not bodies.any()
         if not empty:
             self._grow(inode, index + bodies.size - 1)
+            used = bodies[bodies != 0] & np.uint64(layout.ENTRY_BLOCK_MASK)
+            self._owners.meet_many(inode.ino, used)
         if index >> (_SHIFT * inode.height):
             return
         if inode.height == 0:
@@ -202,7 +203,7 @@ class FileMap:
     def _make_leaf(self, inode: Inode, number: int) -> int:
         """Create the nodes down to leaf ``number`` and return the leaf's block."""
         level = inode.height
-        node = self._open_node(inode, level, 0, inode.root)
+        node = self._root_node(inode)
         if node == 0:
             node = self._new_node(inode)
             inode.root = self._node_word(inode, level, 0, node)
@@ -210,7 +211,7 @@ class FileMap:
             level -= 1
             position = number >> (_SHIFT * (level - 1))
             slot = position & _SLOT_MASK
-            child = self._open_node(inode, level, position, int(self._words(node, slot, 1)[0]))
+            child = self._child(inode, level + 1, position >> _SHIFT, node, slot)
             if child == 0:
                 child = self._new_node(inode)
                 word = self._node_word(inode, level, position, child)
@@ -222,13 +223,13 @@ class FileMap:
         """Free leaf ``number``, which is empty, and each node above it that becomes so."""
         path: list[tuple[int, int]] = []
         level = inode.height
-        node = self._open_node(inode, level, 0, inode.root)
+        node = self._root_node(inode)
         while level > 1:
             level -= 1
             position = number >> (_SHIFT * (level - 1))
-            path.append((node, position & _SLOT_MASK))
-            word = int(self._words(node, position & _SLOT_MASK, 1)[0])
-            node = self._open_node(inode, level, position, word)
+            slot = position & _SLOT_MASK
+            path.append((node, slot))
+            node = self._child(inode, level + 1, position >> _SHIFT, node, slot)
         self._drop_node(inode, node)
         while path:
             node, slot = path.pop()
@@ -241,18 +242,17 @@ class FileMap:
     def _leaf(self, inode: Inode, number: int) -> int:
         """Return the block of leaf ``number``, 0 if the tree has none."""
         level = inode.height
-        node = self._open_node(inode, level, 0, inode.root)
+        node = self._root_node(inode)
         while level > 1 and node:
             level -= 1
             position = number >> (_SHIFT * (level - 1))
-            slot = (position & _SLOT_MASK) * 8
-            word = int.from_bytes(self._metadata.block(node)[slot : slot + 8], "little")
-            node = self._open_node(inode, level, position, word)
+            node = self._child(inode, level + 1, position >> _SHIFT, node, position & _SLOT_MASK)
         return node
 
     def _new_node(self, inode: Inode) -> int:
         block = self._allocator.allocate_block()
         self._metadata.fresh(block)
+        self._owners.meet(inode.ino, block)
         inode.blocks += 1
         return block
 
@@ -267,52 +267,77 @@ class FileMap:
     def _node_word(inode: Inode, level: int, position: int, block: int) -> int:
         return seal(inode.ino, level, position, block | layout.HOME_NODE << layout.ENTRY_HOME_SHIFT)
 
-    def _open_node(self, inode: Inode, level: int, position: int, word: int) -> int:
-        """Return the block of the node that ``word`` points to, 0 if none."""
+    def _root_node(self, inode: Inode) -> int:
+        """Return the block of the tree's highest node, 0 if there is none."""
+        return self._open_node(inode, inode.height, 0, inode.root, _root_offset(inode))
+
+    def _child(self, inode: Inode, level: int, position: int, node: int, slot: int) -> int:
+        """Return the node below ``node`` (of this level and position) in ``slot``, 0 if none."""
+        at = slot * 8
+        word = int.from_bytes(self._metadata.block(node)[at : at + 8], "little")
+        below, offset = position << _SHIFT | slot, (node << layout.BLOCK_SHIFT) + at
+        return self._open_node(inode, level - 1, below, word, offset)
+
+    def _open_node(self, inode: Inode, level: int, position: int, word: int, offset: int) -> int:
+        """Return the block of the node that ``word`` (which lies at ``offset``) points to."""
         if word == 0:
             return 0
         body = word & layout.ENTRY_BODY_MASK
-        home = (body & layout.ENTRY_HOME_MASK) >> layout.ENTRY_HOME_SHIFT
         block = body & layout.ENTRY_BLOCK_MASK
         if (
             seal(inode.ino, level, position, body) != word
-            or home != layout.HOME_NODE
+            or body >> layout.ENTRY_HOME_SHIFT != layout.HOME_NODE
+            or body & layout.ENTRY_PAGECACHE
             or not self._data_start <= block < self._data_end
         ):
-            raise self._damaged(inode, level, position)
+            raise self._damaged(inode, level, position, offset)
+        self._owners.meet(inode.ino, block)
         return block
 
-    def _open(self, inode: Inode, level: int, position: int, word: int) -> int:
-        """Return the body of a page's ``word``; raise ImageError if its check fails."""
+    def _open(self, inode: Inode, index: int, word: int, offset: int) -> int:
+        """Return the body of page ``index``'s ``word``; raise ImageError if its check fails."""
         if word == 0:
             return 0
         body = word & layout.ENTRY_BODY_MASK
-        home = body >> layout.ENTRY_HOME_SHIFT
+        block = body & layout.ENTRY_BLOCK_MASK
         if (
-            seal(inode.ino, level, position, body) != word
-            or home != layout.HOME_RAW
-            or not self._data_start <= (body & layout.ENTRY_BLOCK_MASK) < self._data_end
+            seal(inode.ino, 0, index, body) != word
+            or body >> layout.ENTRY_HOME_SHIFT != layout.HOME_RAW
+            or not self._data_start <= block < self._data_end
         ):
-            raise self._damaged(inode, level, position)
+            raise self._damaged(inode, 0, index, offset)
+        self._owners.meet(inode.ino, block)
         return body
 
-    def _open_pages(self, inode: Inode, first: int, words: Entries) -> Entries:
-        """``_open`` for the entries of consecutive pages."""
+    def _open_pages(self, inode: Inode, first: int, stop: int, leaf: int) -> Entries:
+        """``_open`` for the entries of pages [first, stop), which lie in node ``leaf``."""
+        slot = first & _SLOT_MASK
+        words = self._words(leaf, slot, stop - first)
         bodies: Entries = words & np.uint64(layout.ENTRY_BODY_MASK)
         blocks = bodies & np.uint64(layout.ENTRY_BLOCK_MASK)
+        used = words != 0
         wrong = seal_pages(inode.ino, first, bodies) != words
-        wrong |= (words != 0) & (
+        wrong |= used & (
             (bodies >> np.uint64(layout.ENTRY_HOME_SHIFT) != layout.HOME_RAW)
             | (blocks < self._data_start)
             | (blocks >= self._data_end)
         )
         if wrong.any():
-            raise self._damaged(inode, 0, first + int(np.argmax(wrong)))
+            at = int(np.argmax(wrong))
+            offset = (leaf << layout.BLOCK_SHIFT) + (slot + at) * 8
+            raise self._damaged(inode, 0, first + at, offset)
+        self._owners.meet_many(inode.ino, blocks[used])
         return bodies
 
     @staticmethod
-    def _damaged(inode: Inode, level: int, position: int) -> ImageError:
+    def _damaged(inode: Inode, level: int, position: int, offset: int) -> ImageError:
         return ImageError(
-            f"map of inode {inode.ino}: the entry at level {level}, position {position} is damaged",
+            f"map of inode {inode.ino}: the entry at offset {offset} (level {level}, position"
+            f" {position}) is damaged",
             remedy="run fsck.xipfs",
         )
+
+
+def _root_offset(inode: Inode) -> int:
+    """Where the root's entry lies: in the inode's record."""
+    return inode.record_offset + layout.INODE_ROOT_OFFSET

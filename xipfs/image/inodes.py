@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
+from typing import Final
 
 from xipfs.errors import FsError, ImageError
 from xipfs.image import layout
@@ -18,6 +19,8 @@ from xipfs.image.counters import Counters
 from xipfs.image.filemap import FileMap
 from xipfs.image.metadata import Metadata
 from xipfs.image.record import Inode, pack_inode, unpack_inode
+
+_TABLE_OFFSET: Final = (layout.STATE_BLOCK << layout.BLOCK_SHIFT) + layout.TABLE_INODE_OFFSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,12 @@ class Inodes:
         place = self._place(ino)
         return unpack_inode(ino, self._metadata.block(place.block), place.block, place.offset)
 
+    def listed(self, title: str, ino: int) -> Inode:
+        """Return the record of an inode that the free or the orphan list leads to."""
+        if not layout.ROOT_INO < ino < self._counters.inode_limit:
+            raise _misled(title, ino)
+        return self.raw(ino)
+
     def put(self, inode: Inode) -> None:
         """Stage ``inode``'s record in the open transaction."""
         if inode.ino == layout.TABLE_INO:
@@ -81,11 +90,9 @@ class Inodes:
         counters = self._counters
         counters.inodes_used += 1
         if counters.free_ino:
-            old = self.raw(counters.free_ino)
+            old = self.listed("free", counters.free_ino)
             if old.mode:
-                raise ImageError(
-                    f"inode {old.ino} is in use and on the free list", remedy="run fsck.xipfs"
-                )
+                raise _misled("free", old.ino)
             counters.free_ino = old.next_ino
             return Inode(ino=old.ino, generation=(old.generation + 1) & 0xFFFFFFFF)
         ino = counters.inode_limit
@@ -97,9 +104,13 @@ class Inodes:
 
     def release(self, inode: Inode) -> None:
         """Put an inode that owns nothing any more on the free list."""
-        assert inode.blocks == 0, inode
         assert inode.nlink == 0, inode
-        assert inode.ino != layout.ROOT_INO
+        if inode.blocks or inode.ino == layout.ROOT_INO:
+            raise ImageError(
+                f"inode {inode.ino} at offset {inode.record_offset} is to be freed and is the"
+                f" root or counts {inode.blocks} blocks that its map does not have",
+                remedy="run fsck.xipfs",
+            )
         self._counters.inodes_used -= 1
         free = Inode(ino=inode.ino, generation=inode.generation, next_ino=self._counters.free_ino)
         self._counters.free_ino = inode.ino
@@ -107,10 +118,14 @@ class Inodes:
 
     def orphan(self, inode: Inode) -> None:
         """Put ``inode`` on the list of what is to be freed once nobody holds it."""
-        assert not inode.orphan, inode
+        if inode.orphan:
+            raise ImageError(
+                f"inode {inode.ino} at offset {inode.record_offset} is an orphan and has names",
+                remedy="run fsck.xipfs",
+            )
         head = self._counters.orphan_ino
         if head:
-            following = self.raw(head)
+            following = self.listed("orphan", head)
             following.previous_ino = inode.ino
             self.put(following)
         inode.next_ino, inode.previous_ino, inode.orphan = head, 0, True
@@ -121,11 +136,11 @@ class Inodes:
         """Take ``inode`` off the orphan list; the caller puts or releases it."""
         assert inode.orphan, inode
         if inode.next_ino:
-            following = self.raw(inode.next_ino)
+            following = self.listed("orphan", inode.next_ino)
             following.previous_ino = inode.previous_ino
             self.put(following)
         if inode.previous_ino:
-            before = self.raw(inode.previous_ino)
+            before = self.listed("orphan", inode.previous_ino)
             before.next_ino = inode.next_ino
             self.put(before)
         else:
@@ -148,6 +163,19 @@ class Inodes:
         if block is None:
             entry = self._maps.entry(self.table(), page)
             if entry == 0:
-                raise ImageError(f"the inode table lacks page {page}", remedy="run fsck.xipfs")
+                raise ImageError(
+                    f"the inode table, whose inode lies at offset {_TABLE_OFFSET}, lacks page"
+                    f" {page}",
+                    remedy="run fsck.xipfs",
+                )
             block = self._table[page] = entry & layout.ENTRY_BLOCK_MASK
         return _Place(block, slot * layout.INODE_SIZE)
+
+
+def _misled(title: str, ino: int) -> ImageError:
+    """Return the error for a list that leads to an inode which cannot be on it."""
+    offset = (layout.STATE_BLOCK << layout.BLOCK_SHIFT) + layout.COUNTERS_OFFSET
+    return ImageError(
+        f"the {title} list, which starts at offset {offset}, leads to inode {ino}, which is none",
+        remedy="run fsck.xipfs",
+    )

@@ -67,6 +67,9 @@ INODES_PER_BLOCK: Final = BLOCK_SIZE // INODE_SIZE
 #: neither the map nor the links dirties 64 bytes.
 INODE: Final = struct.Struct("<IIIIIIIBBHQqqqQQQQQQQQ")
 INODE_FLAG_ORPHAN: Final = 1
+#: Where in the record the map's root and the attributes' entry lie.
+INODE_ROOT_OFFSET: Final = 64
+INODE_XATTR_OFFSET: Final = 80
 
 #: An entry of a file map: 8 bytes, 0 = nothing there.
 #:   bits 0-39 block   bit 40 kind (0 XIP, 1 pagecache)   bits 41-43 home   bits 44-47 zero

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import stat
+import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from xipfs.errors import ImageError
 from xipfs.image import layout
 from xipfs.image.metadata import Block
+
+#: The file types there are; 0 is a free inode and the table's own.
+_TYPES: Final = {
+    0,
+    stat.S_IFIFO,
+    stat.S_IFCHR,
+    stat.S_IFDIR,
+    stat.S_IFBLK,
+    stat.S_IFREG,
+    stat.S_IFLNK,
+    stat.S_IFSOCK,
+}
 
 
 @dataclass(slots=True)
@@ -38,6 +53,8 @@ class Inode:
     next_ino: int = 0
     previous_ino: int = 0
     entries: int = 0
+    record_offset: int = field(default=0, compare=False)
+    """Where the record was read, for messages."""
 
 
 def _seed(ino: int) -> int:
@@ -45,8 +62,22 @@ def _seed(ino: int) -> int:
 
 
 def pack_inode(inode: Inode) -> bytes:
-    """Return the record's 128 bytes, checksum included."""
-    body = layout.INODE.pack(
+    """Return the record's 128 bytes, checksum included; raise ImageError for what cannot be.
+
+    A count leaves its range only if the image had a wrong one before.
+    """
+    try:
+        body = _pack_body(inode)
+    except struct.error as error:
+        raise ImageError(
+            f"inode {inode.ino} at offset {inode.record_offset} has a count that is wrong",
+            remedy="run fsck.xipfs",
+        ) from error
+    return zlib.crc32(body, _seed(inode.ino)).to_bytes(4, "little") + body
+
+
+def _pack_body(inode: Inode) -> bytes:
+    return layout.INODE.pack(
         0,
         inode.mode,
         inode.generation,
@@ -70,7 +101,6 @@ def pack_inode(inode: Inode) -> bytes:
         inode.entries,
         0,
     )[4:]
-    return zlib.crc32(body, _seed(inode.ino)).to_bytes(4, "little") + body
 
 
 def unpack_inode(ino: int, block: Block, number: int, offset: int) -> Inode:
@@ -81,6 +111,8 @@ def unpack_inode(ino: int, block: Block, number: int, offset: int) -> Inode:
     size, atime, mtime, ctime, root, blocks, xattr_block = fields[10:17]
     parent, next_ino, previous_ino, entries, zero = fields[17:]
     sound = kind <= 1 and flags <= 1 and height <= layout.MAX_HEIGHT and zero == 0
+    sound = sound and stat.S_IFMT(mode) in _TYPES and mode < 1 << 16
+    sound = sound and size <= layout.MAX_FILE_BYTES and blocks <= layout.MAX_BLOCKS
     if zlib.crc32(record[4:], _seed(ino)) != crc or not sound:
         raise ImageError(
             f"inode {ino} at offset {(number << layout.BLOCK_SHIFT) + offset} is damaged",
@@ -108,4 +140,5 @@ def unpack_inode(ino: int, block: Block, number: int, offset: int) -> Inode:
         next_ino=next_ino,
         previous_ino=previous_ino,
         entries=entries,
+        record_offset=(number << layout.BLOCK_SHIFT) + offset,
     )

@@ -41,6 +41,9 @@ class Volume:
             self.recovered_records = len(pending)
             self._metadata.overlay(pending)
         self.counters = Counters.load(self._metadata.block(layout.STATE_BLOCK))
+        if self.counters.inode_limit != layout.ROOT_INO:
+            # mkfs opens the image before it has a root.
+            self.counters.check_range(self.superblock)
         self.allocator = Allocator(self._metadata, self.superblock, self.counters)
         self.maps = FileMap(self._metadata, self.allocator, self.superblock)
         self.inodes = Inodes(self._metadata, self.allocator, self.counters, self.maps)
@@ -58,6 +61,7 @@ class Volume:
             self.allocator.settle()
             self.counters.stage(self._metadata)
             self._metadata.commit()
+            self.allocator.committed()
         except BaseException:
             self._metadata.abort()
             self.allocator.forget()

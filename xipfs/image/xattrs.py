@@ -21,6 +21,8 @@ from xipfs.image.superblock import Superblock
 _HEADER: Final = layout.XATTR_HEADER.size
 #: The pointer's place in the entry check: no map has a level 7.
 _LEVEL: Final = 7
+#: How every name begins. POSIX ACLs (system.*) would have to be enforced, not only kept.
+NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 
 
 class Xattrs:
@@ -48,9 +50,11 @@ class Xattrs:
                 name_size, value_size = layout.XATTR_RECORD.unpack_from(raw, position)
                 start = position + layout.XATTR_RECORD.size
                 position = start + name_size + value_size
-                found[raw[start : start + name_size]] = raw[start + name_size : position]
+                name = raw[start : start + name_size]
+                found[name] = raw[start + name_size : position]
+                sound = name.startswith(NAMESPACES) and name not in NAMESPACES
         if not sound or position != used or len(found) != count:
-            raise self._damaged(inode)
+            raise self._damaged(inode, block << layout.BLOCK_SHIFT)
         return found
 
     def save(self, inode: Inode, attributes: dict[bytes, bytes]) -> None:
@@ -72,6 +76,7 @@ class Xattrs:
         else:
             block = self._allocator.allocate_block()
             self._metadata.fresh(block)
+            self._allocator.owners.meet(inode.ino, block)
             inode.xattr_block = seal(inode.ino, _LEVEL, 0, FileMap.raw_home(block))
             inode.blocks += 1
         rest = layout.XATTR_HEADER.pack(0, len(attributes), used, inode.ino)[4:] + body
@@ -89,13 +94,17 @@ class Xattrs:
         block = body & layout.ENTRY_BLOCK_MASK
         if (
             seal(inode.ino, _LEVEL, 0, body) != inode.xattr_block
+            or body >> layout.ENTRY_HOME_SHIFT != layout.HOME_RAW
+            or body & layout.ENTRY_PAGECACHE
             or not self._superblock.data_start <= block < self._superblock.data_end
         ):
-            raise self._damaged(inode)
+            raise self._damaged(inode, inode.record_offset + layout.INODE_XATTR_OFFSET)
+        self._allocator.owners.meet(inode.ino, block)
         return block
 
     @staticmethod
-    def _damaged(inode: Inode) -> ImageError:
+    def _damaged(inode: Inode, offset: int) -> ImageError:
         return ImageError(
-            f"the extended attributes of inode {inode.ino} are damaged", remedy="run fsck.xipfs"
+            f"the extended attributes of inode {inode.ino} at offset {offset} are damaged",
+            remedy="run fsck.xipfs",
         )

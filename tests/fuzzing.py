@@ -67,7 +67,7 @@ class Memory:
         self.content = bytearray(content[: len(content) // BLOCK * BLOCK])
         self._view = memoryview(self.content).toreadonly()
         self.writable = writable
-        self.wear = Wear(len(content))
+        self.wear = Wear()
 
     @property
     def size_bytes(self) -> int:

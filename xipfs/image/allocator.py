@@ -40,7 +40,7 @@ class Allocator:
         self._cursor = superblock.data_start
         self._freed: list[int] = []
         self._taken: list[Run] = []
-        self.owners = Owners(superblock.block_count)
+        self.owners = Owners()
 
     @property
     def free_blocks(self) -> int:
@@ -111,7 +111,8 @@ class Allocator:
                 f"block {twice} at offset {twice << layout.BLOCK_SHIFT} is owned twice",
                 remedy="run fsck.xipfs",
             )
-        self.owners.forget(blocks)
+        for block in blocks.tolist():
+            self.owners.forget(block)
         for bitmap_block in np.unique(blocks // layout.BITS_PER_BLOCK):
             self._clear(int(bitmap_block), blocks)
         self._counters.free_blocks += len(self._freed)
@@ -124,7 +125,7 @@ class Allocator:
     def forget(self) -> None:
         """Drop what an aborted transaction took and freed."""
         for first, count in self._taken:
-            self.owners.forget(slice(first, first + count))
+            self.owners.forget(first, count)
         self._taken.clear()
         self._freed.clear()
 

@@ -19,7 +19,7 @@ def test_a_second_inode_is_refused_and_both_are_named() -> None:
     owners.meet(7, 100)
     with pytest.raises(ImageError, match="block 100 at offset 409600 belongs to inode 8 and to"):
         owners.meet(8, 100)
-    with pytest.raises(ImageError, match="block 100 at offset 409600 .* to inode 7"):
+    with pytest.raises(ImageError, match=r"block 100 at offset 409600 .* to inode 7"):
         owners.meet_many(0, many(99, 100))
     assert owners.first_met(0, 100) is None
     assert owners.first_met(0, 101) == 100

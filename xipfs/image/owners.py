@@ -68,8 +68,10 @@ class Owners:
         """Return the first of these blocks that somebody owns, or None."""
         for number, start, stop in _pieces(first, count):
             stretch = self._stretches.get(number)
-            met = np.flatnonzero(stretch[start:stop]) if stretch is not None else ()
-            if len(met):
+            if stretch is None:
+                continue
+            met = np.flatnonzero(stretch[start:stop])
+            if met.size:
                 return (number << _SHIFT) + start + int(met[0])
         return None
 

@@ -337,3 +337,25 @@ def test_write_back_takes_the_longest_dirty_and_keeps_them_resident(
     fs.write(ino, 0, b"again")
     fs.setattr(ino, size_bytes=0)
     assert fs.nr_dirty_pages == 0
+
+
+def test_runs_with_bytes_are_those_of_the_range_and_the_file(fs: Filesystem) -> None:
+    ino = make(fs, X, 3)
+    fs.write(ino, 5 * PAGE, b"x")
+    fs.set_default_kind(ino, P)
+    fs.write(ino, 511 * PAGE, b"x" * 2 * PAGE)  # over the end of a leaf
+    fs.promote(ino, 1)
+    fs.setattr(ino, size_bytes=(1 << 40) + 1)
+    assert list(fs.runs_with_bytes(ino, range(1 << 30))) == [
+        range(3),
+        range(5, 6),
+        range(511, 513),
+    ]
+    assert list(fs.runs_with_bytes(ino, range(1, 512))) == [
+        range(1, 3),
+        range(5, 6),
+        range(511, 512),
+    ]
+    assert list(fs.runs_with_bytes(ino, range(512, 513))) == [range(512, 513)]
+    assert list(fs.runs_with_bytes(ino, range(4, 5))) == []
+    assert list(fs.runs_with_bytes(ino, range(1 << 28, 1 << 29))) == []

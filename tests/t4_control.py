@@ -185,12 +185,32 @@ def test_a_request_that_is_too_long_is_refused(mnt: LiveMount) -> None:
     os.close(descriptor)
 
 
-def test_one_request_a_handle(mnt: LiveMount) -> None:
+def test_requests_follow_each_other_on_one_handle(mnt: LiveMount) -> None:
+    (mnt / "again").write_bytes(bytes(2 * PAGE))
+    ino = os.stat(mnt / "again").st_ino
+    descriptor = os.open(mnt / ".xipfs" / "control", os.O_RDWR)
+    for to, pages in (("pagecache", 2), ("xip", 1), ("xip", 2)):
+        request = {"op": "migrate", "ino": ino, "to": to, "ranges": [[0, pages]]}
+        os.write(descriptor, json.dumps(request).encode())
+        answer = json.loads(os.read(descriptor, 1 << 16))
+        moved = 1 if to == "xip" else 2
+        assert answer == {"result": {"moved": moved, "already": pages - moved, "failed": {}}}
+    assert os.read(descriptor, 100) == b"", "and nothing after the result"
+    os.close(descriptor)
+
+
+def test_one_request_at_a_time_on_a_handle(mnt: LiveMount) -> None:
     descriptor = os.open(mnt / ".xipfs" / "control", os.O_RDWR)
     assert os.read(descriptor, 100) == b""
     os.write(descriptor, b"{}")
     with pytest.raises(OSError, match="busy"):
         os.write(descriptor, b"{}")
+    answer = os.read(descriptor, 10)  # a part is not all
+    with pytest.raises(OSError, match="busy"):
+        os.write(descriptor, b"{}")
+    answer += os.read(descriptor, 1 << 16)
+    assert "does not know" in json.loads(answer)["error"]
+    assert os.write(descriptor, b"{}") == 2
     os.close(descriptor)
 
 

@@ -338,6 +338,10 @@ class Filesystem:
         """Yield the file's pages up to its end as runs of equal kind and residency."""
         return self._placement.runs(ino)
 
+    def runs_with_bytes(self, ino: int, pages: range) -> Iterator[range]:
+        """Yield the runs of ``pages`` within the file that are no holes, in order."""
+        return self._placement.runs_with_bytes(ino, pages)
+
     def fault_in(self, ino: int, index: int) -> tuple[Pfn, bool] | None:
         """Touch the page as an mmap fault does: (frame, whether it was filled now); hole: None.
 

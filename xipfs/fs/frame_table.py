@@ -146,6 +146,16 @@ class FrameTable:
         self._flags[pfns] = 0
         self._count -= pfns.size
 
+    def remove(self, pfn: int) -> None:
+        """``remove_run`` of one frame."""
+        held = self._by_file[self.ino[pfn]]
+        del held[self.index[pfn]]
+        if not held:
+            del self._by_file[self.ino[pfn]]
+        self._stamps[pfn] = 0
+        self.flags[pfn] = 0
+        self._count -= 1
+
     def clear_flag(self, pfns: Pfns, flag: int) -> None:
         """Take ``flag`` from the frames."""
         self._flags[pfns] &= np.uint8(0xFF ^ flag)

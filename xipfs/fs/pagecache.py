@@ -250,6 +250,18 @@ class PageCache:
         held: np.typing.NDArray[np.bool_] = self._memory.refcount[pfns] != 1
         return held
 
+    def is_pinned(self, pfn: Pfn) -> bool:
+        """``pinned`` of one frame."""
+        return self._memory.ref[pfn] != 1
+
+    def drop_one(self, pfn: Pfn) -> None:
+        """``drop`` of one page."""
+        self._count_frames()
+        if self._frames.flags[pfn] & DIRTY:
+            del self._dirty[pfn]
+        self._frames.remove(pfn)
+        self._memory.put_page(pfn)
+
     def drop(self, pfns: Pfns) -> None:
         """Forget pages without writing them; a pinned frame lives on until it is unpinned."""
         if not pfns.size:

@@ -40,6 +40,33 @@ class Placement:
             return PageState(kind, resident=False, dirty=False, pfn=None)
         return PageState(kind, resident=True, dirty=self._core.cache.is_dirty(pfn), pfn=pfn)
 
+    def runs_with_bytes(self, ino: int, pages: range) -> Iterator[range]:
+        """Yield the runs of ``pages`` within the file that are no holes, in order.
+
+        Costs what lies in the range, however large the file is.
+        """
+        inode = self._core.regular(ino)
+        end = min(pages.stop, pages_of(inode.size_bytes))
+        if end - pages.start == 1:
+            if self._body(inode, pages.start):
+                yield range(pages.start, end)
+            return
+        pending = range(0)
+        for start, bodies in self._core.volume.maps.leaves(inode, pages.start):
+            if start >= end:
+                break
+            used = np.flatnonzero(bodies[: end - start])
+            cuts = [0, *(np.flatnonzero(np.diff(used) != 1) + 1).tolist(), used.size]
+            for begin, stop in pairwise(cuts) if used.size else ():
+                run = range(start + int(used[begin]), start + int(used[stop - 1]) + 1)
+                if pending and pending.stop == run.start:
+                    run = range(pending.start, run.stop)
+                elif pending:
+                    yield pending
+                pending = run
+        if pending:
+            yield pending
+
     def runs(self, ino: int) -> Iterator[PageRun]:
         """Yield the file's pages up to its end as runs of equal kind and residency, holes too."""
         inode = self._core.regular(ino)

@@ -8,7 +8,7 @@ the kernel caches nothing of them:
   way (and so on a read-only mount too).
 - ``control``, for what changes something: write one JSON object ``{"op": NAME, ...}``, then read
   JSON lines until the end of file; the last has ``"result"`` or ``"error"``, those before it
-  ``"progress"``.
+  ``"progress"``. When the last was read, another request may be written.
 
 Files instead of a socket: whoever can see the mount can reach them, from any mount namespace, and
 permissions are the kernel's (owner only). A request runs in its own task; closing the file
@@ -22,8 +22,10 @@ import json
 import logging
 import re
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyfuse3
@@ -43,10 +45,12 @@ _FILES: Final = {b"stats.json": STATS_INO, b"control": COMMAND_INO}
 _QUESTION_SHIFT: Final = 52
 _QUESTION_RE: Final = re.compile(rb"([a-z]+)\.([1-9][0-9]{0,14})\.json")
 MAX_REQUEST_BYTES: Final = 128 << 10
+#: A command that has this many answers unread waits for its reader.
+_ANSWERS_WAITING_MAX: Final = 16
 
 Json = dict[str, Any]
 #: Runs one request; yields progress objects and, last, the result.
-Command = Callable[[Json], AsyncIterator[Json]]
+Command = Callable[[Json], AsyncGenerator[Json, None]]
 #: Answers the question that has this number in its name.
 Question = Callable[[int], Awaitable[Json]]
 
@@ -69,48 +73,62 @@ class Snapshot:
         """Nothing is held."""
 
 
-@dataclass
 class Conversation:
-    """An open ``control``: at most one request, and the stream of its answers."""
+    """An open ``control``: one request after the other, each with the stream of its answers."""
 
-    commands: Mapping[str, Command]
-    nursery: trio.Nursery
-    _answers: trio.MemoryReceiveChannel[bytes] | None = None
-    _rest: bytes = b""
-    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    def __init__(self, commands: Mapping[str, Command], nursery: trio.Nursery) -> None:
+        self._commands = commands
+        self._nursery = nursery
+        self._running = False
+        self._answers: deque[bytes] = deque()
+        self._scope = trio.CancelScope()
+        # Set when an answer came, was taken, or the request is over; a new one stands in each time.
+        self._changed = trio.Event()
 
     async def write(self, data: bytes) -> int:
-        """Start the request; a second one on the same handle is refused."""
-        if self._answers is not None:
+        """Start a request; refused until the one before was read to its end."""
+        if self._running or self._answers:
             raise FsError(errno.EBUSY)
         if len(data) >= MAX_REQUEST_BYTES:
             raise FsError(errno.E2BIG)
-        send, self._answers = trio.open_memory_channel[bytes](16)
-        self.nursery.start_soon(self._run, data, send)
+        self._running = True
+        self._scope = trio.CancelScope()
+        self._nursery.start_soon(self._run, data)
         return len(data)
 
-    async def _run(self, data: bytes, send: trio.MemorySendChannel[bytes]) -> None:
-        with self._scope:
-            async with send:
-                try:
-                    async for answer in self._answer(data):
-                        await send.send(json.dumps(answer).encode() + b"\n")
-                except trio.BrokenResourceError:
-                    pass  # the reader closed the file; nobody is left to tell
-                except Exception:
-                    # This task runs beside the mount's own; what left it would end them all.
-                    log.exception("an answer of the control file could not be sent")
+    async def _run(self, data: bytes) -> None:
+        try:
+            with self._scope:
+                async with aclosing(self._answer(data)) as answers:
+                    async for answer in answers:
+                        while len(self._answers) >= _ANSWERS_WAITING_MAX:
+                            await self._changed.wait()
+                        # With the last answer the next request may come.
+                        self._running = not ("result" in answer or "error" in answer)
+                        self._answers.append(json.dumps(answer).encode() + b"\n")
+                        self._change()
+        except Exception:
+            # This task runs beside the mount's own; what left it would end them all.
+            log.exception("an answer of the control file could not be sent")
+        if self._running:
+            self._running = False
+            self._change()
 
-    async def _answer(self, data: bytes) -> AsyncIterator[Json]:
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _answer(self, data: bytes) -> AsyncGenerator[Json, None]:
         try:
             request = json.loads(data)
-            if not isinstance(request, dict) or request.get("op") not in self.commands:
+            if not isinstance(request, dict) or request.get("op") not in self._commands:
                 raise UsageError(
                     "the control file got a request it does not know",
-                    expected='{"op": NAME}, NAME one of ' + ", ".join(sorted(self.commands)),
+                    expected='{"op": NAME}, NAME one of ' + ", ".join(sorted(self._commands)),
                 )
-            async for answer in self.commands[request["op"]](request):
-                yield answer
+            async with aclosing(self._commands[request["op"]](request)) as answers:
+                async for answer in answers:
+                    yield answer
         except XipfsError as error:
             yield {"error": str(error), "errno": error.errno, "exit_code": error.exit_code}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -121,21 +139,19 @@ class Conversation:
 
     async def read(self, offset: int, size: int) -> bytes:
         """Return the next answers; empty at their end."""
-        if self._answers is None:
+        while not self._answers and self._running:
+            await self._changed.wait()
+        if not self._answers:
             return b""
-        if not self._rest:
-            try:
-                self._rest = await self._answers.receive()
-            except trio.EndOfChannel:
-                return b""
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
+        data = self._answers.popleft()
+        if len(data) > size:
+            self._answers.appendleft(data[size:])
+        self._change()
+        return data[:size]
 
     def close(self) -> None:
         """Stop a request whose client went away."""
         self._scope.cancel()
-        if self._answers is not None:
-            self._answers.close()
 
 
 ControlHandle = Snapshot | Conversation

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Final
 
 import trio
@@ -22,13 +23,14 @@ from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
 from xipfs.fuse.deciding import Deciding
 from xipfs.fuse.hints import HintScanner
-from xipfs.fuse.migration import Migrator
+from xipfs.fuse.migration import Job, Migrator
 from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, runs, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, readahead_kib
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot, would_migrate
+from xipfs.fuse.worker import Worker
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, Tally
@@ -84,6 +86,7 @@ class Live:
         self.recorder.policy = self.deciding.chosen
         # One drain at a time, or batches would be consumed out of order.
         self._draining = trio.Lock()
+        self._drainer = Worker("xipfs-drain")
         self._evicted: list[tuple[int, int]] = []
         self._eviction = trio.Event()
         fs.set_hooks(
@@ -181,7 +184,9 @@ class Live:
         """
         async with self._draining:
             try:
-                events = await trio.to_thread.run_sync(self.observer.drain)
+                events: list[Event | FaultBatch] = []
+                if not isinstance(self.observer, NoObserver):
+                    events = await self._drainer.run(self.observer.drain)
                 # Without events too: requests and the policy are heard at every drain.
                 for start in range(0, max(len(events), 1), _BATCH_EVENTS):
                     self._account(events[start : start + _BATCH_EVENTS])
@@ -196,11 +201,14 @@ class Live:
     async def drain_settled(self) -> int:
         """Charge every fault that was over before this call; return how many events there were.
 
-        Of a thread that runs on, only the age of its last record tells that no more will follow.
+        Of a thread that runs on, only the age of its last record tells that no more will follow:
+        where there is such a fault, it is waited for.
         """
-        if not isinstance(self.observer, NoObserver):
+        drained = await self.drain()
+        if self.observer.unsettled():
             await trio.sleep(_SETTLE_S)
-        return await self.drain()
+            drained += await self.drain()
+        return drained
 
     def _account(self, events: list[Event | FaultBatch]) -> None:
         charges = self.accountant.consume(events)
@@ -290,7 +298,7 @@ class Live:
             return {"unavailable": f"its observer is {self.observer.figures().mode}"}
         return await self.verifier.verify(None if pid == 1 else pid)
 
-    async def _follow(self, request: Json) -> AsyncIterator[Json]:
+    async def _follow(self, request: Json) -> AsyncGenerator[Json, None]:
         """Begin the figures of a command, before its process does anything of its own."""
         pid = int(request["pid"])
         if not isinstance(self.observer, TracefsObserver):
@@ -310,7 +318,7 @@ class Live:
         await self.drain_settled()
         return self.accountant.runs.describe(root) or {"unknown": root}
 
-    async def _events(self, request: Json) -> AsyncIterator[Json]:
+    async def _events(self, request: Json) -> AsyncGenerator[Json, None]:
         """Tell of past migrations, and with ``follow`` of those that come, for ever."""
         next_event = 0
         while True:
@@ -322,38 +330,41 @@ class Live:
                 return
             await trio.sleep(_EVENTS_INTERVAL_S)
 
-    async def _choose_policy(self, request: Json) -> AsyncIterator[Json]:
+    async def _choose_policy(self, request: Json) -> AsyncGenerator[Json, None]:
         """Change the policy; what faulted until now is still the old one's."""
         await self.drain_settled()
         self.deciding.choose(request["policy"], request["values"], dry=bool(request["dry"]))
         yield {"result": self.deciding.describe()}
 
-    async def _migrate(self, request: Json) -> AsyncIterator[Json]:
+    async def _migrate(self, request: Json) -> AsyncGenerator[Json, None]:
         """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such)."""
         to = KINDS.get(request["to"])
         if to is None:
             raise UsageError(f"kind {request['to']!r}", expected=" or ".join(KINDS))
         if self.fs.read_only and not request.get("dry_run"):
             raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
-        batch = [self._file_to_move(each) for each in request.get("files", [request])]
+        files = request.get("files", [request])
+        batch = [(int(file["ino"]), self._runs_to_move(file)) for file in files]
         if request.get("dry_run"):
             await self.drain_settled()
             yield {"result": would_migrate(self, batch, to)}
             return
-        total = sum(len(run) for file in batch for run in self.migrator.runs_of(*file))
-        done, sums = 0, [Tally() for _ in batch]
-        for number, (ino, ranges) in enumerate(batch):
-            async for pages, tally in self.migrator.migrate(ino, ranges, to):
+        jobs = [Job(ino, run, to, "manual") for ino, to_move in batch for run in to_move]
+        total = sum(len(job.pages) for job in jobs)
+        done, sums = 0, {ino: Tally() for ino, _ in batch}
+        async with aclosing(self.migrator.migrate(jobs)) as chunks:
+            async for job, pages, tally in chunks:
                 done += pages
-                sums[number] += tally
-                yield {"progress": {"pages_done": done, "pages_total": total}}
-        result = vars(sum(sums, Tally()))
+                sums[job.ino] += tally
+                if done < total:
+                    yield {"progress": {"pages_done": done, "pages_total": total}}
+        result = vars(sum(sums.values(), Tally()))
         if "files" in request:
-            each = zip(batch, sums, strict=True)
-            result = result | {"files": [{"ino": ino, **vars(part)} for (ino, _), part in each]}
+            result = result | {"files": [{"ino": ino, **vars(each)} for ino, each in sums.items()]}
         yield {"result": result}
 
-    def _file_to_move(self, wanted: Json) -> tuple[int, list[range]]:
+    def _runs_to_move(self, wanted: Json) -> list[range]:
+        """Return the runs of wanted pages that are no holes: a sparse file costs what it holds."""
         ino = int(wanted["ino"])
         end = pages_of(self.fs.getattr(ino).size_bytes)
         ranges = [range(int(a), int(a) + int(n)) for a, n in wanted.get("ranges", [[0, end]])]
@@ -363,4 +374,4 @@ class Live:
                     f"pages {pages.start}-{pages.stop - 1} reach outside the file",
                     expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
                 )
-        return ino, ranges
+        return self.migrator.runs_of(ino, ranges)

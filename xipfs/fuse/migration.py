@@ -1,26 +1,31 @@
 """Migration on a live mount: the order of steps that keeps bytes and counts right.
 
-For each chunk of pages (rules R1-R15; each step leaves exactly one authoritative copy):
+Pages move in chunks; each chunk goes through these steps (rules R1-R15; each leaves exactly one
+authoritative copy):
 
 1. invalidate the kernel's range, holding no lock: dirty bytes come home as WRITEs, PTEs go away;
 2. drain the observer: what faulted until now is charged to the page's old kind;
 3. with no await inside: zap the model's PTEs, check pins, copy, persist, commit the kind durably,
-   drop the old copy (fs.placement does these, migrate.engine counts them);
-4. if a READ or WRITE touched the range between 1 and 3, invalidate once more: the kernel may hold
+   drop the old copy (fs.moving does these, migrate.engine counts them);
+4. if a READ or WRITE touched the chunk between 1 and 3, invalidate once more: the kernel may hold
    pages mapped since, whose next touch must fault to be charged to the new kind.
 
-A page that is pinned at 3 is tried again, up to ``PASSES_MAX`` times; it was unmapped, so what
-maps it meanwhile comes through 1 and 2 again first. Chunks bound the time for which step 3 keeps
-other requests waiting. A batch is one file after the other, by the same steps.
+Steps 1 and 2 are taken for up to ``GROUP_PAGES`` at once, because they cost nearly the same for one
+page and for many. A chunk that a READ or WRITE touched while it waited for its turn goes through
+both again, alone. A page that is pinned at 3 is tried again, up to ``PASSES_MAX`` times; it was
+unmapped, so what maps it meanwhile comes through 1 and 2 again first.
+
+Step 3 keeps other requests waiting, so it is bounded by ``CHUNK_PAGES``; and while other requests
+come, the next chunk waits ``_GIVE_WAY`` times as long as this one took.
 """
 
 from __future__ import annotations
 
 import errno
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -34,22 +39,37 @@ from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
 from xipfs.units import PAGE_SIZE
 
-CHUNK_PAGES: Final = 256
+CHUNK_PAGES: Final = 512
+GROUP_PAGES: Final = 16 * CHUNK_PAGES
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
 _PASS_PAUSE_S: Final = 0.001
+#: Others get at least this many times the time that a bulk move takes from them.
+_GIVE_WAY: Final = 5
+#: A request that waited for a chunk to end is with its handler after so many turns of the loop.
+_TURNS_TO_A_HANDLER: Final = 3
 
 
 def _nobody_listens(*_: object) -> None:
     """Do nothing."""
 
 
-@dataclass
-class _Window:
-    """A range between its invalidation and its commit."""
+class Job(NamedTuple):
+    """Pages of one file to be moved."""
 
     ino: int
-    first: int
-    last: int
+    pages: range
+    to: PageKind
+    why: str
+
+
+@dataclass(eq=False)
+class _Window:
+    """A chunk between its invalidation and its commit."""
+
+    ino: int
+    chunk: range
+    wanted: range  # from the first page that must move to the last
+    already: int
     event: ChunkEvent
     touched: bool = False
 
@@ -71,6 +91,7 @@ class Migrator:
         self._notifier = notifier
         self._drain = drain
         self._windows: list[_Window] = []
+        self._requests = 0
         self.history = History()
         #: Told before and after the pages of a range have moved, with nothing in between.
         self.before_move: Callable[[int], None] = _nobody_listens
@@ -78,86 +99,126 @@ class Migrator:
 
     def page_io(self, ino: int, first: int, last: int) -> None:
         """Hear of a READ or WRITE of pages first..last."""
+        self._requests += 1
         for window in self._windows:
-            if window.ino == ino and first <= window.last and window.first <= last:
+            wanted = window.wanted
+            if window.ino == ino and first < wanted.stop and wanted.start <= last:
                 window.touched = True
 
     def runs_of(self, ino: int, ranges: list[range]) -> list[range]:
         """Return the runs of ``ranges`` that are no holes, hence can move."""
         return [run for pages in ranges for run in self._engine.pages_with_bytes(ino, pages)]
 
-    async def migrate(
-        self, ino: int, ranges: list[range], to: PageKind
-    ) -> AsyncIterator[tuple[int, Tally]]:
-        """Move pages of ``ino`` to ``to``; yields (pages in the chunk, its tally) chunk by chunk.
+    async def migrate(self, jobs: Iterable[Job]) -> AsyncGenerator[tuple[Job, int, Tally], None]:
+        """Do ``jobs``, in order; yields (job, pages in the chunk, its tally) chunk by chunk.
 
-        Holes are passed over without looking at each, so a sparse file costs what it holds.
+        To be closed by who leaves it early (contextlib.aclosing).
         """
-        for run in self.runs_of(ino, ranges):
-            for start in range(run.start, run.stop, CHUNK_PAGES):
-                chunk = range(start, min(start + CHUNK_PAGES, run.stop))
-                yield len(chunk), await self._migrate_chunk(ino, chunk, to, "manual")
+        before_ns = 0
+        for job in jobs:
+            for group in _cut(job.pages, GROUP_PAGES):
+                await self._give_way(before_ns)
+                windows = await self._begin(job, group)
+                before_ns = 0
+                try:
+                    for chunk in _cut(group, CHUNK_PAGES):
+                        tally = Tally(already=len(chunk))
+                        if windows and windows[0].chunk == chunk:
+                            await self._give_way(before_ns)
+                            before_ns, tally = await self._finish(windows, job.to)
+                        yield job, len(chunk), tally
+                finally:
+                    for window in windows:
+                        self._windows.remove(window)
 
     async def move_all(self, moves: list[Move]) -> Tally:
         """Carry out a policy's plan by the same path; neighbours move together."""
-        total = Tally()
+        jobs = []
         for to in (PageKind.XIP, PageKind.PAGECACHE):
             # What is demoted makes room for what is promoted.
             reasons = {(move.ino, move.index): move.reason for move in moves if move.to is to}
             for ino, first, count in runs(sorted(reasons)):
-                for start in range(first, first + count, CHUNK_PAGES):
-                    chunk = range(start, min(start + CHUNK_PAGES, first + count))
+                for chunk in _cut(range(first, first + count), CHUNK_PAGES):
                     why = ", ".join(sorted({reasons[ino, index] for index in chunk}))
-                    total += await self._migrate_chunk(ino, chunk, to, why)
+                    jobs.append(Job(ino, chunk, to, why))
+        total = Tally()
+        async for _, _, tally in self.migrate(jobs):
+            total += tally
         return total
 
-    async def _migrate_chunk(self, ino: int, chunk: range, to: PageKind, why: str) -> Tally:
-        try:
-            wanted = self._engine.needing_move(ino, chunk, to)
-            if not wanted:
-                return Tally(already=len(chunk))
-            event = ChunkEvent(time.time_ns(), ino, wanted[0], wanted[-1], to.value, why)
-            window = _Window(ino, wanted[0], wanted[-1], event)
-            self._windows.append(window)
+    async def _begin(self, job: Job, group: range) -> list[_Window]:
+        """Take steps 1 and 2 for those chunks of ``group`` that have pages to move."""
+        ino, to, why = job.ino, job.to, job.why
+        windows = []
+        for chunk in _cut(group, CHUNK_PAGES):
             try:
-                tally = await self._move_window(window, chunk, to)
-            finally:
-                self._windows.remove(window)
-            event.failed = tally.failed
-            self.history.record(event)
+                wanted = self._engine.needing_move(ino, chunk, to)
+            except FsError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                wanted = list(chunk)  # told as gone when its turn comes
+            if wanted:
+                event = ChunkEvent(time.time_ns(), ino, wanted[0], wanted[-1], to.value, why)
+                span = range(wanted[0], wanted[-1] + 1)
+                windows.append(_Window(ino, chunk, span, len(chunk) - len(wanted), event))
+        if windows:
+            self._windows += windows
+            try:
+                whole = range(windows[0].wanted.start, windows[-1].wanted.stop)
+                await self._take_away(windows[0], whole)
+            except BaseException:
+                for window in windows:
+                    self._windows.remove(window)
+                raise
+        return windows
+
+    async def _finish(self, windows: list[_Window], to: PageKind) -> tuple[int, Tally]:
+        """Take steps 3 and 4 for the first of ``windows``, and it from them.
+
+        Return for how many ns others had to wait, and the tally.
+        """
+        window = windows[0]
+        try:
+            if window.touched:
+                await self._take_away(window, window.wanted)
+            tally = await self._move_window(window, to)
+            window.event.failed = tally.failed
+            self.history.record(window.event)
         except FsError as error:
             if error.errno != errno.ENOENT:
                 raise
             # The last name and the last handle of the file went while it was being moved.
-            tally = Tally(failed={"gone": len(chunk)})
+            tally = Tally(failed={"gone": len(window.chunk)})
+        finally:
+            self._windows.remove(windows.pop(0))
         for reason, count in tally.failed.items():
             self._engine.give_up(reason, count)
-        return tally
+        return window.event.durations_ns.get("move", 0), tally
 
-    async def _move_window(self, window: _Window, chunk: range, to: PageKind) -> Tally:
-        already = len(chunk) - len(self._engine.needing_move(window.ino, chunk, to))
+    async def _move_window(self, window: _Window, to: PageKind) -> Tally:
         refused: dict[int, list[int]] = {}
         for number in range(PASSES_MAX):
-            if number and errno.EAGAIN not in refused:
+            if number:
+                await trio.sleep(number * _PASS_PAUSE_S)
+                if window.touched:
+                    await self._take_away(window, window.wanted)
+            refused = self._move(window, to)
+            if errno.EAGAIN not in refused:
                 break
-            await trio.sleep(number * _PASS_PAUSE_S)
-            if number == 0 or window.touched:
-                await self._take_away(window)
-            refused = self._move(window, chunk, to)
         if window.touched:
             start_ns = time.monotonic_ns()
-            await self._invalidate(window)
+            await self._invalidate(window.ino, window.wanted)
             window.took("invalidate_again", start_ns)
         failed = {REASONS[code]: len(pages) for code, pages in refused.items()}
-        return Tally(window.event.moved, already, failed)
+        return Tally(window.event.moved, window.already, failed)
 
-    def _move(self, window: _Window, chunk: range, to: PageKind) -> dict[int, list[int]]:
+    def _move(self, window: _Window, to: PageKind) -> dict[int, list[int]]:
         """Step 3, one pass; returns what was refused."""
         start_ns = time.monotonic_ns()
         self.before_move(window.ino)
-        result = self._engine.move_pages(window.ino, chunk, to)
+        result = self._engine.move_pages(window.ino, window.wanted, to)
         now_ns = window.took("move", start_ns)
-        self.on_move(now_ns, window.ino, chunk, to, window.event.reason, result)
+        self.on_move(now_ns, window.ino, window.wanted, to, window.event.reason, result)
         self.history.moved(window.ino, result.moved, to, now_ns)
         event = window.event
         event.passes += 1
@@ -166,15 +227,35 @@ class Migrator:
         event.ram_pages_used = self._engine.ram_pages_used()
         return result.refused
 
-    async def _take_away(self, window: _Window) -> None:
-        """Steps 1 and 2: after this the kernel maps no page that was not read since."""
-        window.touched = False
+    async def _take_away(self, window: _Window, pages: range) -> None:
+        """Steps 1 and 2: after this the kernel maps no page of ``pages`` not read since."""
+        for each in self._windows:
+            if each.ino == window.ino and pages.start <= each.wanted.start < pages.stop:
+                each.touched = False
         start_ns = time.monotonic_ns()
-        await self._invalidate(window)
+        await self._invalidate(window.ino, pages)
         start_ns = window.took("invalidate", start_ns)
         await self._drain()
         window.took("drain", start_ns)
 
-    async def _invalidate(self, window: _Window) -> None:
-        count = window.last - window.first + 1
-        await self._notifier.invalidate_pages(window.ino, window.first, count, MOVE)
+    async def _invalidate(self, ino: int, pages: range) -> None:
+        await self._notifier.invalidate_pages(ino, pages.start, len(pages), MOVE)
+
+    async def _give_way(self, took_ns: int) -> None:
+        """Let the requests be served that waited ``took_ns`` for a chunk's end, and others."""
+        if not took_ns:
+            return
+        before = self._requests
+        for _ in range(_TURNS_TO_A_HANDLER):
+            await trio.lowlevel.checkpoint()
+        if self._requests != before:
+            await trio.sleep(took_ns * _GIVE_WAY / 1e9)
+
+
+def _cut(pages: range, size: int) -> list[range]:
+    """Cut ``pages`` into pieces of ``size``, the last maybe smaller.
+
+    >>> _cut(range(3, 8), 4)
+    [range(3, 7), range(7, 8)]
+    """
+    return [range(at, min(at + size, pages.stop)) for at in range(pages.start, pages.stop, size)]

@@ -20,9 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-import trio
-
 from xipfs.accounting.causes import Causes
+from xipfs.fuse.worker import Worker
 from xipfs.units import PAGE_SHIFT
 
 _NOTIFY_INVAL_INODE: Final = 2
@@ -49,7 +48,7 @@ class Notifier:
         self._causes = causes
         self._in_flight: list[tuple[int, int, int]] = []
         # One at a time: invalidations of one mount gain nothing from running side by side.
-        self._limiter = trio.CapacityLimiter(1)
+        self._worker = Worker("xipfs-notify")
         self.invalidations = 0
 
     def write_back_of_ours(self, ino: int, offset: int, size: int) -> bool:
@@ -83,7 +82,7 @@ class Notifier:
         with self._marked(ino, start, start + size):
             # Not abandoned on cancel: half an invalidation would leave a mark that lies.
             told = self._causes.begin(ino, first, count, cause, time.monotonic_ns())
-            await trio.to_thread.run_sync(self._send, message, limiter=self._limiter)
+            await self._worker.run(self._send, message)
             told.ended_ns = time.monotonic_ns()
         self.invalidations += 1
 

@@ -53,6 +53,10 @@ class LiveObserver(Protocol):
         """Return what happened since the last call, in order. May block."""
         ...
 
+    def unsettled(self) -> bool:
+        """Return whether a fault is seen but not told yet that may be over by now."""
+        ...
+
     def comm(self, pid: int) -> str:
         """Return a process's name, "" if unknown."""
         ...
@@ -99,6 +103,10 @@ class TracefsObserver:
         """Read the rings."""
         assert self._observer is not None
         return self._observer.drain()
+
+    def unsettled(self) -> bool:
+        """Return what the last drain left open; never blocks."""
+        return self._observer is not None and self._observer.unsettled
 
     def comm(self, pid: int) -> str:
         """Return the name the kernel last gave."""
@@ -182,6 +190,10 @@ class RequestsObserver:
             del self._comms[pid]
         return events
 
+    def unsettled(self) -> bool:
+        """A READ request is told at once."""
+        return False
+
     def comm(self, pid: int) -> str:
         """Return the name the process had at its first READ."""
         return self._comms.get(pid, "")
@@ -226,6 +238,10 @@ class NoObserver:
     def drain(self) -> list[ev.Event | FaultBatch]:
         """Return nothing."""
         return []
+
+    def unsettled(self) -> bool:
+        """Return that there is none."""
+        return False
 
     def comm(self, pid: int) -> str:
         """Return no name."""

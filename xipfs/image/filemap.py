@@ -117,6 +117,15 @@ class FileMap:
             self._assign_leaf(inode, index, bodies[index - first : stop - first])
             index = stop
 
+    def replace(self, inode: Inode, index: int, body: int) -> None:
+        """Set the body of page ``index``, which has one already, to another one."""
+        word = seal(inode.ino, 0, index, body)
+        if inode.height == 0:
+            inode.root = word
+            return
+        leaf = self._leaf(inode, index >> _SHIFT)
+        self._metadata.write(leaf, (index & _SLOT_MASK) * 8, word.to_bytes(8, "little"))
+
     def take(self, inode: Inode, first: int, limit: int) -> Entries | None:
         """Make holes of up to ``limit`` pages from ``first`` on, within one leaf.
 

@@ -79,15 +79,7 @@ class Engine:
 
     def pages_with_bytes(self, ino: int, pages: range) -> list[range]:
         """Return the runs of ``pages`` that are no holes: only these can move."""
-        runs: list[range] = []
-        for run in self._fs.runs(ino):
-            first, stop = max(run.first, pages.start), min(run.first + run.count, pages.stop)
-            if run.kind is PageKind.HOLE or first >= stop:
-                continue
-            if runs and runs[-1].stop == first:
-                first = runs.pop().start
-            runs.append(range(first, stop))
-        return runs
+        return list(self._fs.runs_with_bytes(ino, pages))
 
     def move_pages(self, ino: int, pages: range, to: PageKind) -> Moved:
         """Move ``pages`` to kind ``to``; what is refused stays exactly as it was.

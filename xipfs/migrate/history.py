@@ -7,8 +7,8 @@ the two counts are lower bounds once more pages than that moved.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -68,43 +68,71 @@ class ChunkEvent:
     durations_ns: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(eq=False, slots=True)
+class _Move:
+    """Pages of one file that moved together, and those of them that faulted since."""
+
+    ino: int
+    to: PageKind
+    time_ns: int
+    pages: Sequence[int]
+    refaulted: set[int] = field(default_factory=set)
+
+
 class History:
     """The migrations of one mount since it was mounted."""
 
     def __init__(self) -> None:
         self._steps = {step: Histogram() for step in STEPS}
         self._events: deque[ChunkEvent] = deque(maxlen=EVENTS_MAX)
-        self._last: OrderedDict[tuple[int, int], tuple[PageKind, int, bool]] = OrderedDict()
+        #: By file and page the last move that is remembered; the moves, oldest first.
+        self._last: dict[int, dict[int, _Move]] = {}
+        self._moves: deque[_Move] = deque()
+        self._remembered = 0
         self._reasons: dict[str, int] = {}
         #: Told each group of pages that moved: inode, indexes, new kind, time.
-        self.on_moved: Callable[[int, list[int], PageKind, int], None] | None = None
+        self.on_moved: Callable[[int, Sequence[int], PageKind, int], None] | None = None
         self.recorded = 0
         self.refaults = 0
         self.pingpong = 0
 
-    def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
-        """Remember pages that have moved just now."""
-        pages = list(pages)
-        for index in pages:
-            before = self._last.pop((ino, index), None)
-            if before and before[0] is not to and now_ns - before[1] <= PINGPONG_NS:
+    def moved(self, ino: int, pages: Sequence[int], to: PageKind, now_ns: int) -> None:
+        """Remember pages that have moved just now; all of one call share one record."""
+        if not pages:
+            return
+        of_file = self._last.setdefault(ino, {})
+        since_ns = now_ns - PINGPONG_NS
+        for before in map(of_file.get, pages):
+            if before is not None and before.to is not to and before.time_ns >= since_ns:
                 self.pingpong += 1
-            self._last[ino, index] = (to, now_ns, False)
-        while len(self._last) > PAGES_MAX:
-            self._last.popitem(last=False)
+        move = _Move(ino, to, now_ns, pages)
+        of_file.update(dict.fromkeys(pages, move))
+        self._moves.append(move)
+        self._remembered += len(pages)
+        while self._remembered > PAGES_MAX:
+            self._forget(self._moves.popleft())
         if self.on_moved is not None:
             self.on_moved(ino, pages, to, now_ns)
+
+    def _forget(self, move: _Move) -> None:
+        of_file = self._last[move.ino]
+        for index in move.pages:
+            if of_file.get(index) is move:
+                del of_file[index]
+        if not of_file:
+            del self._last[move.ino]
+        self._remembered -= len(move.pages)
 
     def charged(self, charges: Iterable[Charge]) -> None:
         """Look for faults of pages that have moved before."""
         if not self._last:
             return
         for charge in charges:
-            page = (charge.ino, charge.page)
-            last = self._last.get(page)
-            if last is not None and not last[2] and charge.time_ns > last[1]:
-                self._last[page] = (last[0], last[1], True)
-                self.refaults += 1
+            move = self._last.get(charge.ino, {}).get(charge.page)
+            if move is None or charge.time_ns <= move.time_ns or charge.page in move.refaulted:
+                continue
+            move.refaulted.add(charge.page)
+            self.refaults += 1
 
     def record(self, event: ChunkEvent) -> None:
         """Add the event of a chunk that is over."""

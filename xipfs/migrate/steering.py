@@ -106,6 +106,8 @@ class Steering:
     def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
         """Hear of pages that have moved just now."""
         self._now_ns = max(self._now_ns, now_ns)
+        if not self._decider.signals:
+            return  # it listens to nothing, so it has planned nothing
         for index in pages:
             self._hear(done(now_ns, MOVED, Move(ino, index, to, "")))
 

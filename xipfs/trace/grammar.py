@@ -98,6 +98,13 @@ class Grammar:
             if answer or (answer is None and old and not waits):
                 self.faults.report(thread)
 
+    def unsettled(self) -> bool:
+        """Return whether a fault of the mount is open that may be over: only time will tell."""
+        return any(
+            thread.pf_open and thread.pf_ino >= 0 and not thread.pf_reported
+            for thread in self._threads.values()
+        )
+
     def bury(self, now_ns: int) -> None:
         """End the threads whose exit made no record: untraced ones, and after a loss any."""
         for thread in self._processes.vanished():

@@ -124,6 +124,9 @@ class Observer:
         self._adoptions: dict[int, Adoption] = {}
         self._held: Rows = np.zeros((0, COLUMNS), np.uint64)
         self._events = 0
+        #: Whether the last drain saw a fault that may be over and did not tell it yet; if not,
+        #: every fault that was over before that drain has been told. Needs no lock to be read.
+        self.unsettled = False
         self._decoder: Decoder = PlainDecoder(plan)
         self._compiler = compiled.start_compiling(plan, self._use, self._plain.use)
         self._pump = threading.Thread(target=self._pump_until_closed, daemon=True)
@@ -161,7 +164,7 @@ class Observer:
 
         In the order in which it took effect. A fault that is still inside the kernel comes with a
         later call, once; so does the last one of a thread that runs on, until it is older than
-        ``grammar.SETTLE_NS``: who needs it waits that long before the call.
+        ``grammar.SETTLE_NS``: ``unsettled`` tells whether there is one to wait for.
         """
         with self._lock, _collector_paused():
             now_ns = time.monotonic_ns()
@@ -173,6 +176,7 @@ class Observer:
             if self._processes.newcomers:
                 newcomers, self._processes.newcomers = self._processes.newcomers, []
                 self.add_pids(newcomers, timeout_s=0)
+            self.unsettled = self._grammar.unsettled()
             return self._output.take()
 
     def statistics(self) -> ObserverStatistics:

@@ -1,0 +1,224 @@
+"""The order of a migration's steps, without a mount: who is called when, and what tries again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from live import new_image
+
+from xipfs.clock import SystemClock
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind
+from xipfs.fuse.migration import CHUNK_PAGES, GROUP_PAGES, Job, Migrator
+from xipfs.fuse.worker import Worker
+from xipfs.migrate.engine import Engine, Tally
+from xipfs.units import PAGE_SIZE
+
+P, X = PageKind.PAGECACHE, PageKind.XIP
+
+
+class Steps:
+    """Stands for the kernel and the observer: notes each step, and lets a test act in it."""
+
+    def __init__(self, directory: Path, pages: int) -> None:
+        image = new_image(directory / "image")
+        ram_bytes = (pages + 8) * PAGE_SIZE
+        self.fs = Filesystem.open(image, ram_bytes=ram_bytes, clock=SystemClock())
+        self.ino = self.fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
+        data = b"".join(bytes([1 + page % 251]) * PAGE_SIZE for page in range(pages))
+        assert self.fs.write(self.ino, 0, data) == len(data)
+        self.heard: list[tuple[str, int, int]] = []
+        self.on_drain: Callable[[], None] = lambda: None
+        self.engine = Engine(self.fs)
+        self.migrator = Migrator(self.engine, self, self.drain)  # type: ignore[arg-type]
+        self.fs.set_hooks(
+            on_unmap=lambda _ino, first, count: self.heard.append(("unmap", first, count)),
+            on_evict=lambda _ino, _index: None,
+            on_cut=lambda _ino, _first: None,
+        )
+
+    async def invalidate_pages(self, ino: int, first: int, count: int, cause: str) -> None:
+        assert (ino, cause) == (self.ino, "move")
+        self.heard.append(("invalidate", first, count))
+        await trio.lowlevel.checkpoint()
+
+    async def drain(self) -> int:
+        self.heard.append(("drain", 0, 0))
+        await trio.lowlevel.checkpoint()
+        self.on_drain()
+        return 0
+
+    def migrate(self, pages: range, to: PageKind) -> list[Tally]:
+        async def run() -> list[Tally]:
+            jobs = [Job(self.ino, pages, to, "manual")]
+            async with aclosing(self.migrator.migrate(jobs)) as chunks:
+                return [tally async for _, _, tally in chunks]
+
+        return trio.run(run)
+
+
+def content(fs: Filesystem, ino: int) -> bytes:
+    return bytes(fs.read(ino, 0, fs.getattr(ino).size_bytes))
+
+
+def test_many_chunks_share_one_invalidation_and_one_drain(tmp_path: Path) -> None:
+    pages = 2 * CHUNK_PAGES + 10
+    steps = Steps(tmp_path, pages)
+    before = content(steps.fs, steps.ino)
+    tallies = steps.migrate(range(pages), P)
+    assert [each.moved for each in tallies] == [CHUNK_PAGES, CHUNK_PAGES, 10]
+    assert steps.heard == [
+        ("invalidate", 0, pages),
+        ("drain", 0, 0),
+        ("unmap", 0, 512),
+        ("unmap", 512, 512),
+        ("unmap", 1024, 10),
+    ]
+    assert content(steps.fs, steps.ino) == before
+    assert pages <= GROUP_PAGES
+
+
+def test_a_chunk_touched_while_it_waited_is_taken_away_again(tmp_path: Path) -> None:
+    pages = 2 * CHUNK_PAGES
+    steps = Steps(tmp_path, pages)
+
+    def touch() -> None:
+        steps.on_drain = lambda: None
+        steps.migrator.page_io(steps.ino, CHUNK_PAGES + 3, CHUNK_PAGES + 3)
+
+    steps.on_drain = touch
+    steps.migrate(range(pages), P)
+    assert steps.heard == [
+        ("invalidate", 0, 1024),
+        ("drain", 0, 0),
+        ("unmap", 0, 512),
+        ("invalidate", 512, 512),
+        ("drain", 0, 0),
+        ("unmap", 512, 512),
+    ]
+
+
+def test_a_chunk_touched_before_its_commit_is_invalidated_once_more(tmp_path: Path) -> None:
+    steps = Steps(tmp_path, 4)
+    touched: list[int] = []
+
+    def touch() -> None:
+        # The first drain's: found when the chunk's turn comes. The second's: only afterwards.
+        if len(touched) < 2:
+            touched.append(1)
+            steps.migrator.page_io(steps.ino, 3, 9)
+
+    steps.on_drain = touch
+    steps.migrate(range(4), P)
+    assert steps.heard == [
+        ("invalidate", 0, 4),
+        ("drain", 0, 0),
+        ("invalidate", 0, 4),
+        ("drain", 0, 0),
+        ("unmap", 0, 4),
+        ("invalidate", 0, 4),
+    ]
+
+
+def test_a_pinned_page_is_tried_ten_times_and_counted_once(tmp_path: Path) -> None:
+    steps = Steps(tmp_path, 4)
+    steps.migrate(range(4), P)
+    pfn = steps.fs.page(steps.ino, 2).pfn
+    assert pfn is not None
+    steps.fs.memory.get_page(pfn)
+    steps.heard.clear()
+    assert steps.migrate(range(4), X) == [Tally(3, 0, {"pinned": 1})]
+    assert steps.heard == [
+        ("invalidate", 0, 4),
+        ("drain", 0, 0),
+        ("unmap", 0, 4),
+        *[("unmap", 2, 1)] * 9,
+    ]
+    counted = steps.engine.statistics()
+    assert (counted.pgmigrate_fail, counted.fail_reasons) == (1, {"pinned": 1})
+    assert (counted.pgmigrate_success, counted.pgdemote_success) == (7, 3)
+    assert steps.fs.page(steps.ino, 2).kind is P
+    steps.fs.memory.put_page(pfn)
+    assert steps.migrate(range(4), X) == [Tally(1, 3, {})]
+
+
+def test_a_pin_that_goes_away_meanwhile_is_no_failure(tmp_path: Path) -> None:
+    steps = Steps(tmp_path, 4)
+    steps.migrate(range(4), P)
+    pfn = steps.fs.page(steps.ino, 1).pfn
+    assert pfn is not None
+    steps.fs.memory.get_page(pfn)
+    tries = []
+
+    def unmap(_ino: int, _first: int, _count: int) -> None:
+        tries.append(1)
+        if len(tries) == 4:
+            steps.fs.memory.put_page(pfn)
+
+    steps.fs.set_hooks(on_unmap=unmap, on_evict=lambda *_: None, on_cut=lambda *_: None)
+    assert steps.migrate(range(4), X) == [Tally(4, 0, {})]
+    assert len(tries) == 4
+    assert steps.engine.statistics().pgmigrate_fail == 0
+
+
+def test_a_file_that_goes_meanwhile_fails_as_gone(tmp_path: Path) -> None:
+    steps = Steps(tmp_path, 4)
+    steps.on_drain = lambda: steps.fs.unlink(1, b"file")
+    assert steps.migrate(range(4), P) == [Tally(0, 0, {"gone": 4})]
+    assert steps.engine.statistics().fail_reasons == {"gone": 4}
+
+
+def test_others_get_five_times_the_time_a_chunk_took(tmp_path: Path) -> None:
+    async def read() -> None:
+        steps.migrator.page_io(steps.ino + 1, 0, 0)
+
+    def unmap(_ino: int, _first: int, _count: int) -> None:
+        if reading:  # the request comes while the chunk moves, and is served after it
+            trio.lowlevel.spawn_system_task(read)
+
+    async def run(to: PageKind) -> float:
+        start = trio.current_time()
+        async with aclosing(steps.migrator.migrate([Job(steps.ino, range(pages), to, "")])) as all_:
+            async for _ in all_:
+                pass
+        return trio.current_time() - start
+
+    pages = 4 * CHUNK_PAGES
+    steps = Steps(tmp_path, pages)
+    steps.fs.set_hooks(on_unmap=unmap, on_evict=lambda *_: None, on_cut=lambda *_: None)
+    reading = False
+    alone = trio.run(run, P, clock=trio.testing.MockClock(autojump_threshold=0))
+    reading = True
+    beside = trio.run(run, X, clock=trio.testing.MockClock(autojump_threshold=0))
+    events, _, _ = steps.migrator.history.since(4)
+    waited_for_ns = sum(event.durations_ns["move"] for event in events[:3])
+    assert alone == 0
+    assert beside == pytest.approx(5 * waited_for_ns / 1e9)
+
+
+def test_a_worker_returns_raises_and_finishes_what_was_cancelled() -> None:
+    async def run() -> None:
+        worker = Worker("test")
+        assert await worker.run(divmod, 17, 5) == (3, 2)
+        with pytest.raises(ZeroDivisionError):
+            await worker.run(divmod, 17, 0)
+        done: list[int] = []
+        with trio.move_on_after(0):
+            await worker.run(done.append, 1)
+        assert await worker.run(len, done) in (0, 1)
+        results = []
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+
+                async def call(number: int = number) -> None:
+                    results.append(await worker.run(abs, -number))
+
+                nursery.start_soon(call)
+        assert sorted(results) == list(range(20))
+
+    trio.run(run)

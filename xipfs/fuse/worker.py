@@ -1,0 +1,69 @@
+"""One thread that makes blocking calls for the trio thread, one after the other.
+
+trio's own worker threads do the same for many calls at once, and cost about three times as much a
+call (a cache of threads, names, contexts): for one page's migration that is most of its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Call(Generic[T]):
+    """A call on its way through the thread."""
+
+    function: Callable[..., T]
+    arguments: tuple[Any, ...]
+    done: bool = False
+    result: T | None = None
+    error: BaseException | None = None
+
+    def make(self) -> None:
+        try:
+            self.result = self.function(*self.arguments)
+        except BaseException as error:
+            self.error = error
+        self.done = True
+
+
+class Worker:
+    """The thread; it lives as long as the process, and never keeps the process alive."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
+        self._done_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._turn = trio.Lock()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what ``function`` returns in the thread; what it raises is raised here.
+
+        A call that has begun is waited for, also by a task that was cancelled meanwhile.
+        """
+        async with self._turn:
+            call = _Call(function, arguments)
+            self._calls.put(call)
+            with trio.CancelScope(shield=True):
+                while not call.done:
+                    await trio.lowlevel.wait_readable(self._done_fd)
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._done_fd)
+        if call.error is not None:
+            raise call.error
+        return call.result  # type: ignore[return-value]  # set when done and without error
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get().make()
+            os.eventfd_write(self._done_fd, 1)

@@ -210,15 +210,32 @@ class Killer:
         mount = LiveMount(self._image, self._scratch / f"mnt{self._serial}", self._options)
         try:
             yield mount
-            # Whoever looks through all mounts of a machine keeps one busy for a moment.
-            deadline = time.monotonic() + STUCK_S
-            while is_mounted(mount.directory) and time.monotonic() < deadline:
-                if xipfs("umount", mount.directory, check=False).returncode != 0:
-                    time.sleep(0.1)
+            self._unmount(mount)
         finally:
             mount.close()
         mount.directory.rmdir()
         mount.log.unlink()
+
+    @staticmethod
+    def _unmount(mount: LiveMount) -> None:
+        """End the mount; raises KillError, naming who holds it, if that takes long."""
+        # Whoever looks through all mounts of a machine keeps one busy for a moment.
+        deadline = time.monotonic() + STUCK_S
+        while is_mounted(mount.directory):
+            done = xipfs("umount", mount.directory, check=False)
+            if done.returncode == 0:
+                return
+            if time.monotonic() > deadline:
+                who = ", ".join(holders(mount.directory)) or "nobody that /proc shows"
+                raise KillError(f"{done.stderr.strip()}; held by {who}")
+            time.sleep(0.1)
+
+    def _fsck(self, when: str) -> None:
+        """Raise KillError unless xipfs fsck finds nothing."""
+        done = xipfs("fsck", "-n", self._image, check=False)
+        if done.returncode != 0:
+            said = (done.stdout + done.stderr).strip()
+            raise KillError(f"fsck {when}: exit code {done.returncode}: {said}")
 
     def once(self) -> None:
         """Mount, work, kill, mount again, compare; raises KillError."""
@@ -228,6 +245,8 @@ class Killer:
                 directory.mkdir(exist_ok=True)
             told = self._kill_under_load(mount, directories)
         self.outcome.kills += 1
+        # As the kill left it, a pending journal included.
+        self._fsck("after the kill")
         with self._mounted() as mount:
             left = [path.name for path in INSTANCES.glob(f"xipfs-{self._dead_pid}-*")]
             if left:
@@ -235,6 +254,7 @@ class Killer:
             for number, lines in enumerate(told):
                 found = read_all(mount / f"worker{number}")
                 self._judge(number, lines, found)
+        self._fsck("after the next mount")
         try:
             check(self._image.read_bytes())
         except AssertionError as error:
@@ -269,7 +289,7 @@ class Killer:
                 worker.kill()
                 raise KillError(f"a program hung on the dead mount for {STUCK_S} s") from None
             told.append([json.loads(line) for line in said.splitlines()])
-        xipfs("umount", mount.directory)
+        self._unmount(mount)
         return told
 
     def _judge(self, number: int, lines: list[Any], found: Content) -> None:
@@ -289,6 +309,22 @@ class Killer:
         if broken:
             raise KillError(f"worker {number}: {broken}")
         self._content[number] = found
+
+
+def holders(directory: Path) -> list[str]:
+    """Return who keeps a mount busy: pid, name, and what of theirs lies in it."""
+    below = f"{directory}/"
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = [process / "cwd", process / "root", process / "exe", *process.glob("fd/*")]
+            for link in links:
+                if f"{os.readlink(link)}/".startswith(below):
+                    name = (process / "comm").read_text().strip()
+                    found.append(f"{process.name} {name} ({link.name})")
+            if below in (process / "maps").read_text():
+                found.append(f"{process.name} (a mapping)")
+    return found
 
 
 def _die_with_parent() -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import killpoints
 import kills
 import pytest
 from conftest import needs
+from live import Mounts
+
+from xipfs.fs.types import PageKind
 
 pytestmark = [needs("root", "fuse")]
 
@@ -21,6 +25,29 @@ def test_what_was_promised_survives_the_daemon(tmp_path: Path, observe: str) -> 
     outcome = kills.run(tmp_path, 10, seed, options, progress=seen.append)
     assert outcome.kills == len(seen) == 10
     assert outcome.operations > 100
+
+
+@pytest.mark.parametrize("to", [PageKind.PAGECACHE, PageKind.XIP], ids=lambda to: str(to.value))
+def test_a_kill_at_a_step_of_a_migration(tmp_path: Path, to: PageKind) -> None:
+    """Every seventh step, and each that a dirty page's way home takes: there the mount got stuck.
+
+    ``tools/kill`` goes through all of them.
+    """
+    seed = int(os.environ.get("XIPFS_SEED", "7"))
+    print(f"replay: XIPFS_SEED={seed} pytest {__file__}")
+    seen: list[killpoints.Point] = []
+    steps = sorted({5, 6, 7} | set(range(1 + seed % 7, 200, 7)))
+    killpoints.run(tmp_path, to, iter(steps), seen.append)
+    assert seen[-1].what is None, "the migration has more steps than were looked at"
+    assert len(seen) > 8, seen
+
+
+def test_the_guard_ends_with_the_mount(live: Mounts) -> None:
+    mnt = live.mount()
+    children = Path(f"/proc/{mnt.pid}/task/{mnt.pid}/children").read_text().split()
+    (guard,) = [pid for pid in children if "abort" in Path(f"/proc/{pid}/cmdline").read_text()]
+    mnt.umount()
+    assert not Path(f"/proc/{guard}").exists()
 
 
 def test_the_judge_knows_what_was_not_promised() -> None:

@@ -20,6 +20,7 @@ import trio
 from xipfs.clock import SystemClock
 from xipfs.errors import MountError, XipfsError
 from xipfs.fuse.control import ControlTree
+from xipfs.fuse.guard import Guard
 from xipfs.fuse.live import Live
 from xipfs.fuse.mounts import FSTYPE, Mount, mount_at, unmount
 from xipfs.fuse.observing import (
@@ -69,8 +70,10 @@ def _serve_open(
             f"{mountpoint} cannot be mounted: {error}",
             remedy="is it a directory of yours, and /dev/fuse usable? see also the log",
         ) from None
+    guard = None
     try:
         mount = mount_at(mountpoint)
+        guard = Guard(mount)
         if readahead is not None:
             set_readahead(mount, readahead)
         live.observer.start(mount)
@@ -80,6 +83,8 @@ def _serve_open(
             live.observer.close()
     finally:
         pyfuse3.close(unmount=True)
+        if guard is not None:
+            guard.end()
 
 
 def _fuse_options(live: Live) -> set[str]:

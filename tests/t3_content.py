@@ -238,11 +238,12 @@ def test_a_write_to_a_pagecache_page_is_home_after_fsync_and_not_before(
     assert medium.synced == 1
 
 
-def test_a_write_to_an_xip_page_is_durable_when_it_returns(medium: RecordingMedium) -> None:
+def test_a_write_to_an_xip_page_is_durable_after_fsync(medium: RecordingMedium) -> None:
     fs = open_medium(medium)
     ino = make(fs)
     fs.write(ino, 0, b"in place" * 600)
     fs.write(ino, 8, b"IN PLACE")
+    fs.fsync(ino)
     assert b"in placeIN PLACEin place" in medium.durable
     assert medium.volatile_lines() == set()
 

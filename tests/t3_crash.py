@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from pathlib import Path
 
 import pytest
 from imagecheck import check as check_by_the_text
 from proving.crash import tree
 from proving.crash.explorer import Explorer, Tally, World
+from proving.crash.making import explore_mkfs
 from proving.crash.medium import Point, Undecided, Watched, next_choices
-from proving.crash.sweep import Log, sweep
+from proving.crash.mutants import REDUNDANT, Hunt, all_mutants, calls_in_sources
+from proving.crash.sweep import ROOT, Log, sweep
 from proving.crash.workloads import OPERATIONS, Workload, base_image, workloads
 
 from xipfs.errors import UsageError
@@ -95,23 +96,40 @@ def test_states_told_apart_late_are_those_enumerated_one_by_one(name: str) -> No
         check_by_the_text(bytes(again.now))
 
 
-@pytest.mark.parametrize("call", ["flush", "fence"])
-@pytest.mark.parametrize("function", ["commit", "_apply", "_clear"])
-def test_a_journal_without_its_flushes_or_fences_is_caught(
-    monkeypatch: pytest.MonkeyPatch, function: str, call: str
-) -> None:
-    original = getattr(EmulatedMedium, call)
+def test_mkfs_cut_anywhere_leaves_no_image_or_a_whole_one() -> None:
+    tally = explore_mkfs()
+    assert tally.violations == []
+    assert tally.exhaustive_points == tally.points == 6
 
-    def left_out(medium: EmulatedMedium, *range_: int) -> None:
-        frame = sys._getframe(1)
-        if "proving" in frame.f_code.co_filename:  # Watched.fence, on its way
-            frame = sys._getframe(2)
-        if frame.f_code.co_name != function:
-            original(medium, *range_)
 
-    monkeypatch.setattr(EmulatedMedium, call, left_out)
-    pair = Workload(("create", "setxattr"), "none")
-    assert explored(Workload(("create",), "none"), pair).violations
+def test_every_flush_and_fence_of_the_sources_has_a_mutant() -> None:
+    mutants = all_mutants()
+    assert sum(mutant.is_call for mutant in mutants) == calls_in_sources() == 21
+    assert len({mutant.name for mutant in mutants}) == len(mutants) == 26
+    assert {mutant.name for mutant in mutants if mutant.redundant} == set(REDUNDANT)
+    design = " ".join((ROOT / "xipfs" / "DESIGN.md").read_text().split())
+    for name in REDUNDANT:
+        assert f"`{name}`" in design
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image/journal.py commit: without fence 1",
+        "image/journal.py commit: store 3 and store 4 swapped",
+        "image/journal.py _apply: without flush 1",
+        "image/journal.py _clear: without fence 1",
+        "image/volume.py set_mounted: without flush 1",
+        "fs/content.py _link: without flush 1",
+        "fs/namespace.py symlink: without flush 1",
+    ],
+)
+def test_a_mutant_is_caught(name: str) -> None:
+    """These are quick to catch; `tools/crash --mutants` tries all of them."""
+    (mutant,) = (mutant for mutant in all_mutants() if mutant.name == name)
+    before = mutant.original()
+    assert Hunt(SEED).caught_by(mutant)
+    assert mutant.original() is before
 
 
 def test_a_sweep_resumes_from_its_log_and_refuses_another_s(tmp_path: Path) -> None:

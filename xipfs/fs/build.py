@@ -23,7 +23,7 @@ from xipfs.fs.tree import Copied, Copy, Tree, check_fits
 from xipfs.image import layout
 from xipfs.image.record import Inode
 from xipfs.image.superblock import Superblock, geometry
-from xipfs.image.volume import Volume, format_medium
+from xipfs.image.volume import Volume, format_medium, publish
 from xipfs.memory.region import Medium, Region
 
 #: Frames for page-cache pages while an image is filled; they go home when RAM is full.
@@ -128,7 +128,7 @@ def make_empty(path: Path, *, size_bytes: int, label: str, pagecache: bool, cloc
 def make_image(medium: Medium, superblock: Superblock, clock: Clock) -> None:
     """Write an image with an empty root directory to a medium that holds zeros."""
     format_medium(medium, superblock)
-    volume = Volume(medium, "new image")
+    volume = Volume(medium, "new image", superblock)
     with volume.transaction():
         root: Inode = volume.inodes.create()
         assert root.ino == layout.ROOT_INO
@@ -139,3 +139,4 @@ def make_image(medium: Medium, superblock: Superblock, clock: Clock) -> None:
         root.pagecache = volume.superblock.default_pagecache
         root.atime_ns = root.mtime_ns = root.ctime_ns = clock.realtime_ns()
         volume.inodes.put(root)
+    publish(medium, superblock)

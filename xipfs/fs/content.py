@@ -248,7 +248,6 @@ class Content:
             frame = cache.bytes_of(page)
             frame[begin - page_start : stop - page_start] = data[begin - offset : stop - offset]
             cache.mark_dirty(page)
-        self._core.medium.fence()
 
     def _zero_behind_end(self, inode: Inode) -> None:
         """Zero from the end of the file to the end of its page, in the frame or the home."""

@@ -103,7 +103,7 @@ class Filesystem:
         if self._closed:
             return
         if not self.read_only:
-            self._write_all_home()
+            self._core.cache.sync_all()
             # Unlinked files that were still held end with the mount.
             self._core.holds.clear()
             self._reclaim.recover()
@@ -288,7 +288,7 @@ class Filesystem:
     def sync(self) -> None:
         """Write all dirty pages home and bring the image to the host's disk."""
         if not self.read_only:
-            self._write_all_home()
+            self._core.cache.sync_all()
             self._core.medium.sync()
 
     def statfs(self) -> StatFs:
@@ -388,7 +388,3 @@ class Filesystem:
     def set_default_kind(self, ino: int, kind: PageKind) -> None:
         """Set the kind of pages not yet written; files made in a directory inherit its kind."""
         self._placement.set_default_kind(ino, kind)
-
-    def _write_all_home(self) -> None:
-        for ino in self._core.cache.files():
-            self._core.cache.sync_file(ino)

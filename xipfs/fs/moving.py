@@ -2,7 +2,7 @@
 
 The caller has invalidated the kernel's range before, and will see the next fault after. Here, for
 each step of up to ``STEP_PAGES`` pages: zap the model's PTEs, check for pins, copy run by run,
-flush and fence, commit the kinds of all of them in one transaction, drop the old copies. A page's
+flush, commit the kinds of all of them in one transaction, drop the old copies. A page's
 home block is the same before and after, so a cut anywhere finds one authoritative copy: the home
 (if a dirty frame was not written yet, with its old durable bytes). Size and times do not move. A
 page that is refused stays exactly as it was.
@@ -179,8 +179,8 @@ class Moving:
         pinned = np.zeros(len(pages), bool)
         pinned[resident] = cache.pinned(frames[resident])
         gone = frames[resident & ~pinned]
-        if cache.write_home(gone):
-            self._core.medium.fence()
+        # Flushed; the fence before the transaction's mark makes them durable before their kinds.
+        cache.write_home(gone)
         self._commit(step, step.at[~pinned])
         cache.drop(gone)
         if pinned.any():

@@ -198,21 +198,21 @@ class PageCache:
         return bool(marked)
 
     def write_back(self, limit: int, *, older_ns: int = 0) -> int:
-        """Write up to ``limit`` pages home, the longest dirty first, durably; return how many.
+        """Write up to ``limit`` pages home, the longest dirty first; return how many.
 
-        With ``older_ns`` only those that have been dirty for that long.
+        With ``older_ns`` only those that have been dirty for that long. They are flushed, and
+        durable from the next fence on: whoever promises that, an fsync, makes one.
         """
         latest_ns = self._clock.monotonic_ns() - older_ns
         longest = islice(self._dirty.items(), limit)
         due = [pfn for pfn, since in longest if since <= latest_ns]
-        if self.write_home(np.array(due, np.int64)):
-            self._medium.fence()
+        self.write_home(np.array(due, np.int64))
         return len(due)
 
     def write_home(self, pfns: Pfns) -> int:
-        """Store and flush the dirty ones of ``pfns``, run by run; the caller fences.
+        """Store and flush the dirty ones of ``pfns``, run by run; return how many there were.
 
-        Return how many there were.
+        The next fence makes them durable.
         """
         if not self._dirty:
             return 0
@@ -229,8 +229,14 @@ class PageCache:
         return dirty.size
 
     def sync_file(self, ino: int) -> None:
-        """Write the file's dirty pages home, durably."""
+        """Write the file's dirty pages home, durably, with all that was flushed before."""
         self.write_home(self._frames.of_file(ino))
+        self._medium.fence()
+
+    def sync_all(self) -> None:
+        """Write all dirty pages home, durably, with all that was flushed before."""
+        for ino in self.files():
+            self.write_home(self._frames.of_file(ino))
         self._medium.fence()
 
     def take_evicted_fill(self, ino: int, index: int) -> bool:
@@ -282,7 +288,7 @@ class PageCache:
     def _evict(self, count: int) -> int:
         """Drop the ``count`` least recently used pages that are not pinned; return how many.
 
-        Dirty ones are written home first, durably. Pinned pages met on the way become the
+        Dirty ones are written home first. Pinned pages met on the way become the
         hottest, so the next search does not meet them again at once.
         """
         memory, frames = self._memory, self._frames
@@ -298,8 +304,7 @@ class PageCache:
                 if len(victims) == count:
                     break
         gone = np.array(victims, np.int64)
-        if self.write_home(gone):
-            self._medium.fence()
+        self.write_home(gone)
         pages = [
             (Ino(frames.ino[pfn]), PageIndex(frames.index[pfn]), frames.flags[pfn] & FILLED_BY_READ)
             for pfn in victims

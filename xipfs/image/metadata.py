@@ -100,16 +100,11 @@ class Metadata:
         self._dirty.pop(number, None)
 
     def commit(self) -> None:
-        """Make the staged lines durable, all or none, and close the transaction.
-
-        Data stored in place meanwhile is durable too when this returns, even if no line changed.
-        """
+        """Make the staged lines durable, all or none, and close the transaction."""
         assert self._open
         records = list(self._records())
         if records:
             self._journal.commit(records)
-        else:
-            self._medium.fence()
         self._staged.clear()
         self._dirty.clear()
         self._open = False

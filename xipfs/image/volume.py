@@ -25,11 +25,14 @@ from xipfs.memory.region import Medium
 
 
 class Volume:
-    """One image's structures over one medium. A failed transaction leaves no trace in them."""
+    """One image's structures over one medium. A failed transaction leaves no trace in them.
 
-    def __init__(self, medium: Medium, name: str) -> None:
+    ``superblock`` is given for an image that is being made and has none on the medium yet.
+    """
+
+    def __init__(self, medium: Medium, name: str, superblock: Superblock | None = None) -> None:
         self.medium = medium
-        self.superblock = load(medium, name)
+        self.superblock = superblock or load(medium, name)
         journal = Journal(medium, self.superblock)
         self._metadata = Metadata(medium, journal, self.superblock.block_count)
         self.journal_capacity_bytes = journal.capacity_bytes
@@ -87,9 +90,9 @@ class Volume:
 
 
 def format_medium(medium: Medium, superblock: Superblock) -> None:
-    """Write an empty image (without even a root directory) to a medium that holds zeros.
+    """Write the structures of an empty image to a medium that holds zeros; ``publish`` comes last.
 
-    The first superblock comes last: until it is there, the medium is no image.
+    Nothing is durable yet: the transaction that makes the root directory has the next fence.
     """
     first_bits = superblock.data_start
     bitmap = superblock.bitmap_start << layout.BLOCK_SHIFT
@@ -115,11 +118,14 @@ def format_medium(medium: Medium, superblock: Superblock) -> None:
         (state + layout.COUNTERS_OFFSET, counters.pack()),
         (state + layout.TABLE_INODE_OFFSET, pack_inode(Inode(layout.TABLE_INO))),
         (state + layout.MOUNT_FLAG_OFFSET, layout.STATE_CLEAN.to_bytes(8, "little")),
-        (superblock.data_end << layout.BLOCK_SHIFT, encode(superblock)),
     ):
         medium.store(offset, data)
         medium.flush(offset, len(data))
-    medium.fence()
-    medium.store(0, encode(superblock))
-    medium.flush(0, layout.BLOCK_SIZE)
+
+
+def publish(medium: Medium, superblock: Superblock) -> None:
+    """Write both superblocks: with either of them the medium is an image, and a whole one."""
+    for block in (superblock.data_end, layout.SUPERBLOCK_A):
+        medium.store(block << layout.BLOCK_SHIFT, encode(superblock))
+        medium.flush(block << layout.BLOCK_SHIFT, layout.BLOCK_SIZE)
     medium.fence()

@@ -117,6 +117,8 @@ class Explorer:
     ram_pages: int = 2
     seed: int = 1
     states_max: int = STATES_MAX
+    #: Whether points of more states are sampled, or left once that many were run.
+    sample: bool = True
     tally: Tally = field(default_factory=Tally)
     _judged: set[tuple[int, int]] = field(default_factory=set)
     _sound: dict[int, Tree] = field(default_factory=dict)
@@ -175,7 +177,7 @@ class Explorer:
             if not next_choices(choices, state.counts):
                 tally.exhaustive_points += not nested
                 return
-        lines = sorted(point.unknown)
+        lines = sorted(point.unknown) if self.sample else []
         for chosen in choices_beyond([len(point.unknown[x]) for x in lines], self.seed):
             fixed: Unknown = {
                 x: (point.unknown[x][at],) for x, at in zip(lines, chosen, strict=True)

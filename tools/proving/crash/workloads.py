@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from proving.crash.explorer import ALL, Step, World
+from proving.crash.medium import Settled
 from proving.crash.tree import ROOT, open_medium
 from xipfs.clock import ManualClock
 from xipfs.fs.build import make_image
 from xipfs.fs.types import PageKind
 from xipfs.image.superblock import geometry
-from xipfs.memory.emulated import EmulatedMedium
+from xipfs.memory.region import Medium
 from xipfs.units import PAGE_SIZE
 
 REGULAR: Final = 0o100644
@@ -36,9 +37,8 @@ class Operation:
     touched: tuple[bytes, ...]
 
 
-def base_image() -> bytes:
-    """Return the image that every workload starts from, cleanly closed."""
-    medium = EmulatedMedium(bytes(BLOCKS * PAGE_SIZE))
+def make_medium(medium: Medium) -> None:
+    """Make an empty image; the same bytes each time."""
     superblock = geometry(
         medium.size_bytes,
         uuid=bytes(range(16)),
@@ -48,6 +48,12 @@ def base_image() -> bytes:
         label="crash",
     )
     make_image(medium, superblock, ManualClock())
+
+
+def base_image() -> bytes:
+    """Return the image that every workload starts from, cleanly closed."""
+    medium = Settled(bytes(BLOCKS * PAGE_SIZE))
+    make_medium(medium)
     fs = open_medium(medium, ram_pages=16)
     waste = fs.mknod(ROOT, b"waste", REGULAR, 0, 0, 0).ino
     for page in range(fs.statfs().blocks_free - 2):
@@ -65,7 +71,7 @@ def base_image() -> bytes:
     fs.link(b, d, b"b2")
     fs.symlink(ROOT, b"s", b"a", 0, 0)
     fs.close()
-    return bytes(medium.durable)
+    return bytes(medium.now)
 
 
 def _op(name: str, call: object, *touched: bytes) -> tuple[str, Operation]:
@@ -218,6 +224,7 @@ def _bytes() -> Iterator[tuple[str, Operation]]:
         ("append over the page", b"a", end, b"q" * PAGE_SIZE),
         ("write behind a hole", b"a", 4 * PAGE_SIZE + 8, b"h" * 8),
         ("first page", b"d/e", 0, b"e" * PAGE_SIZE),
+        ("second page", b"d/e", PAGE_SIZE + 8, b"E" * 16),
         ("write b aligned", b"b", 64, b"m" * 16),
         ("write b unaligned", b"b", 123, b"w" * 13),
         ("append b", b"b", end, b"x" * 30),

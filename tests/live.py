@@ -160,6 +160,7 @@ class LiveMount:
     def kill(self) -> None:
         """End the daemon as a crash does; what it mounted stays, dead."""
         self.killed = True
+        assert self.running(), f"the daemon had ended by itself:\n{self.log.read_text()}"
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         wait_until("the killed daemon's end", lambda: not self.running())
 

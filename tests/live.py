@@ -93,7 +93,8 @@ class LiveMount:
         self.pid: int = pid
         self._pidfd = os.pidfd_open(pid)
         self._watchdog = subprocess.Popen(
-            ["sh", "-c", f"sleep {WATCHDOG_S}; echo 1 > {self._abort_file}"],
+            # Opened first: the number may come to mean a later mount, the open file does not.
+            ["sh", "-c", f"exec 3> {self._abort_file}; sleep {WATCHDOG_S}; echo 1 >&3"],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
+import pytest
 from conftest import needs
-from live import INSTANCES, Mounts, is_mounted, xipfs
+from live import COMMAND, ENVIRONMENT, INSTANCES, Mounts, is_mounted, xipfs
 
 from xipfs.cli.doctor import as_text, clean, examine
+from xipfs.trace import session, uffd
 from xipfs.trace.session import mount_tracefs
 
 
@@ -33,28 +37,120 @@ def test_without_tracefs_it_says_what_is_lost_and_how_to_get_it(tmp_path: Path) 
     assert tracefs.found == f"tracefs is not mounted ({tmp_path}/none)"
     assert tracefs.lost == "faults are estimated from READ requests"
     assert tracefs.get == f"as root: mount -t tracefs nodev {tmp_path}/none"
-    text = as_text(list(found.values()), ["dead mount /mnt"], exact=False)
-    assert text.startswith("removed dead mount /mnt\n")
+    text = as_text(list(found.values()), ["dead mount /mnt"], ["instance x"], exact=False)
+    assert text.startswith("removed dead mount /mnt\nNOT REMOVED instance x\n")
     assert "MISSING tracefs: tracefs is not mounted" in text
     assert text.endswith("not exact: see what is MISSING")
 
 
 @needs("root", "fuse", "tracefs")
 def test_what_a_killed_daemon_left_is_removed(live: Mounts) -> None:
+    """Both tracefs instances with their filters and pids, the mount, and with it its read-ahead."""
     mount = live.mount(None, "observe=tracefs")
-    mount.kill()
     left = list(INSTANCES.glob(f"xipfs-{mount.pid}-*"))
-    assert len(left) == 2
-    assert is_mounted(mount.directory)
-    answer = json.loads(xipfs("doctor", "--clean", "--json").stdout)
-    assert f"dead mount {mount.directory}" in answer["removed"]
-    assert {f"tracefs instance {path.name}" for path in left} <= set(answer["removed"])
+    readahead = Path(f"/sys/class/bdi/{mount.mount.major}:{mount.mount.minor}/read_ahead_kb")
+    assert (len(left), readahead.read_text()) == (2, "0\n")
+    mount.kill()
+    with (left[0] / "trace_pipe").open("rb"):
+        answer = json.loads(xipfs("doctor", "--clean", "--json", check=False).stdout)
+        assert f"dead mount {mount.directory}" in answer["removed"]
+        # (Another mount that starts meanwhile removes instances too.)
+        assert not left[1].exists()
+        # Somebody holds the other one: it stays, but traces nothing and so costs nothing.
+        assert f"tracefs instance {left[0].name}, which somebody holds open" in answer["left"]
+        assert (left[0] / "events/enable").read_text() == "0\n"
+    xipfs("doctor", "--clean", check=False)
     assert not is_mounted(mount.directory)
     assert not any(path.exists() for path in left)
 
 
+@needs("root", "fuse", "tracefs")
+def test_the_next_mount_removes_what_a_killed_daemon_left(live: Mounts) -> None:
+    mount = live.mount(None, "observe=tracefs")
+    with (mount / "file").open("wb") as file:
+        file.write(b"kept")
+        file.flush()
+        os.fsync(file.fileno())
+    left = list(INSTANCES.glob(f"xipfs-{mount.pid}-*"))
+    mount.kill()
+    done = xipfs("mount", mount.image, mount.directory, "--log", mount.log, "-o", "observe=tracefs")
+    assert done.stderr == f"xipfs mount: removed a dead mount from {mount.directory}\n"
+    assert (mount / "file").read_bytes() == b"kept"
+    assert not any(path.exists() for path in left)
+    xipfs("umount", mount.directory)
+    assert not is_mounted(mount.directory)
+
+
+def test_a_number_used_again_does_not_keep_an_instance() -> None:
+    now_s = time.time()
+    assert session._made_by(str(os.getpid()), now_s)
+    assert not session._made_by(str(os.getpid()), now_s - 30 * 86400)
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    assert not session._made_by(str(ended.pid), now_s)
+
+
+def test_too_old_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"pyfuse3": "3.2.9", "trio": "0.24.0", "numba": "1.0rc1"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {need.name: need for need in examine()}
+    assert (found["pyfuse3"].there, found["pyfuse3"].found) == (
+        False,
+        "version 3.2.9, older than 3.3",
+    )
+    assert found["pyfuse3"].get == "pip install --upgrade 'xipfs[mount]'"
+    assert (found["trio"].there, found["numba"].there) == (True, True)
+    assert (found["pyarrow"].there, found["pyarrow"].found) == (False, "not installed")
+
+
+def test_what_exact_mode_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(uffd, "unusable", lambda: "userfaultfd(2): Function not implemented")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {need.name: need for need in examine()}
+    exact = found["userfaultfd with WP_ASYNC"]
+    assert (exact.there, exact.found) == (False, "userfaultfd(2): Function not implemented")
+    assert exact.lost == "xipfs run --exact: pages that fault-around maps make no fault"
+    assert exact.get == "Linux 6.7 or later with CONFIG_USERFAULTFD"
+    compiler = found["a C compiler"]
+    assert (compiler.there, compiler.found) == (False, "none of cc, gcc, clang")
+
+
+@needs("root")
+def test_another_user_is_told_what_only_root_has() -> None:
+    """Each thing that is missing has what is lost and how to get it."""
+    done = subprocess.run(
+        [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            *COMMAND,
+            "doctor",
+            "--json",
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["exact"]) == (1, False)
+    missing = {need["name"]: need for need in answer["needs"] if not need["there"]}
+    assert {"root", "tracefs", "the kernel's read-ahead", "/proc/kpagecount"} <= missing.keys()
+    assert missing["tracefs"]["get"] == "run as root"
+    assert all(need["lost"] and need["get"] for need in answer["needs"] if not need["there"])
+
+
 def test_cleaning_where_there_is_no_tracefs_is_no_error(tmp_path: Path) -> None:
-    assert not any(name.startswith("tracefs") for name in clean(tmp_path / "none"))
+    removed, left = clean(tmp_path / "none")
+    assert not any(name.startswith("tracefs") for name in [*removed, *left])
 
 
 def test_tracefs_is_mounted_only_over_an_empty_directory(tmp_path: Path) -> None:

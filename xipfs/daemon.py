@@ -23,11 +23,7 @@ from xipfs.fuse.control import ControlTree
 from xipfs.fuse.guard import Guard
 from xipfs.fuse.live import Live
 from xipfs.fuse.mounts import FSTYPE, Mount, mount_at, unmount
-from xipfs.fuse.observing import (
-    choose_observer,
-    readahead_kib,
-    set_readahead,
-)
+from xipfs.fuse.observing import choose_observer
 from xipfs.fuse.operations import Operations
 from xipfs.fuse.recording import RecordedFilesystem
 from xipfs.options import MountOptions
@@ -52,16 +48,14 @@ def serve(
     )
     try:
         live = Live(fs, options, observer)
-        _serve_open(live, mountpoint, readahead_kib(options, observer), on_ready)
+        _serve_open(live, mountpoint, on_ready)
     finally:
         # After the unmount: every WRITE the kernel owed us has arrived.
         fs.close()
     log.info("%s: image closed", image)
 
 
-def _serve_open(
-    live: Live, mountpoint: Path, readahead: int | None, on_ready: Callable[[], None]
-) -> None:
+def _serve_open(live: Live, mountpoint: Path, on_ready: Callable[[], None]) -> None:
     operations = Operations(live.fs, live)
     try:
         pyfuse3.init(operations, str(mountpoint), _fuse_options(live))
@@ -74,10 +68,8 @@ def _serve_open(
     try:
         mount = mount_at(mountpoint)
         guard = Guard(mount)
-        if readahead is not None:
-            set_readahead(mount, readahead)
-        live.observer.start(mount)
         try:
+            live.observe(mount)
             trio.run(_run, live, operations, mount, on_ready)
         finally:
             live.observer.close()

@@ -66,7 +66,7 @@ class KernelPtes:
     """
 
     def __init__(self, *, readahead: bool) -> None:
-        self._readahead = readahead
+        self.readahead = readahead
         self.pool = TablePool()
         self._tables: dict[int, PageTables] = {}
         self._threads: dict[int, set[int]] = {}
@@ -223,7 +223,7 @@ class KernelPtes:
             if added_ns is None or self.state(event.mm, address) != NONE:
                 continue
             sure = self._uptodate(event.ino, index, added_ns, event.time_ns)
-            state = READAHEAD if added_ns and self._readahead else sure
+            state = READAHEAD if added_ns and self.readahead else sure
             self._set(event.mm, address, state)
             mapped += 1
         return mapped

@@ -7,20 +7,24 @@ serves any more.
 from __future__ import annotations
 
 import argparse
-import errno
-import importlib.util
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from xipfs.errors import EXIT_FAILURE, UsageError
-from xipfs.fuse.mounts import FSTYPE, mounts, unmount
-from xipfs.trace import session
+from xipfs.cli import preloading
+from xipfs.errors import EXIT_FAILURE, MountError, UsageError
+from xipfs.fuse.mounts import FSTYPE, is_dead, mounts, unmount
+from xipfs.trace import session, uffd
 
+_UNMOUNT_S: Final = 20.0
 _LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
+_BDI: Final = Path("/sys/class/bdi")
+_FUSE_CONF: Final = Path("/etc/fuse.conf")
 _FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
 
 
@@ -51,36 +55,38 @@ def run(args: argparse.Namespace) -> int:
     """Look at everything; 1 if faults cannot be observed exactly here."""
     if args.clean and os.geteuid() != 0:
         raise UsageError("--clean without root", expected="root, to unmount and to use tracefs")
-    removed = clean() if args.clean else []
+    removed, left = clean() if args.clean else ([], [])
     needs = examine()
     exact = all(need.there for need in needs if need.needed)
     if args.json:
-        answer = {"exact": exact, "needs": [asdict(need) for need in needs], "removed": removed}
+        answer = {
+            "exact": exact,
+            "needs": [asdict(need) for need in needs],
+            "removed": removed,
+            "left": left,
+        }
         print(json.dumps(answer, indent=2))
     else:
-        print(as_text(needs, removed, exact=exact))
-    return 0 if exact else EXIT_FAILURE
+        print(as_text(needs, removed, left, exact=exact))
+    return 0 if exact and not left else EXIT_FAILURE
 
 
-def clean(tracing: Path = session.TRACING) -> list[str]:
-    """Remove orphaned tracefs instances and dead mounts; return what was removed."""
-    removed = []
-    if (tracing / "instances").is_dir():
+def clean(tracing: Path = session.TRACING) -> tuple[list[str], list[str]]:
+    """Remove orphaned tracefs instances and dead mounts; return what was removed, and what not."""
+    removed: list[str] = []
+    left: list[str] = []
+    if os.path.isdir(tracing / "instances"):
         removed += [f"tracefs instance {name}" for name in session.clean_orphans(tracing)]
+        held = session.orphans(tracing)
+        left += [f"tracefs instance {path.name}, which somebody holds open" for path in held]
     for mount in reversed(mounts()):
-        if mount.fstype == FSTYPE and _is_dead(mount.mountpoint):
-            unmount(mount.mountpoint, lazy=True)
-            removed.append(f"dead mount {mount.mountpoint}")
-    return removed
-
-
-def _is_dead(mountpoint: Path) -> bool:
-    # statfs asks the daemon; stat could be answered from the kernel's cache.
-    try:
-        os.statvfs(mountpoint)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+        if mount.fstype == FSTYPE and is_dead(mount.mountpoint):
+            try:
+                unmount(mount.mountpoint, lazy=True, timeout_s=_UNMOUNT_S)
+                removed.append(f"dead mount {mount.mountpoint}")
+            except MountError as error:
+                left.append(f"dead mount {mount.mountpoint}: {error}")
+    return removed, left
 
 
 def examine(tracing: Path = session.TRACING) -> list[Need]:
@@ -96,60 +102,112 @@ def _to_mount() -> list[Need]:
             fuse,
             "usable" if fuse else "missing or not ours",
             "nothing can be mounted",
-            "as root: modprobe fuse",
+            "as root: modprobe fuse; chmod 666 /dev/fuse lets others mount too",
             needed=True,
         ),
-        _package("pyfuse3", "nothing can be mounted", "pip install xipfs[mount]", needed=True),
+        _package("pyfuse3", "3.3", "nothing can be mounted", "xipfs[mount]", needed=True),
+        _package("trio", "0.24", "nothing can be mounted", "xipfs[mount]", needed=True),
         _command("fusermount3", "mounts cannot be ended", "apt-get install fuse3", needed=True),
+        _allow_other(),
     ]
 
 
 def _to_observe(tracing: Path) -> list[Need]:
     available = session.probe(tracing)
     found = available.unusable or f"{len(available.events)} events usable"
-    mounted = (tracing / "instances").is_dir()
-    get = "a kernel with the event" if mounted else f"as root: mount -t tracefs nodev {tracing}"
+    lockdown = _text(_LOCKDOWN) or f"unknown: {_LOCKDOWN.parent} is not mounted"
+    locked = "[confidentiality]" in lockdown
+    unlock = "boot with lockdown=integrity or without"
+    get = f"as root: mount -t tracefs nodev {tracing}"
+    if locked:
+        get = unlock
+    elif session.is_mounted(tracing):
+        get = "run as root" if os.geteuid() != 0 else "a kernel with the event"
     estimate = "faults are estimated from READ requests"
     uid = os.geteuid()
     return [
         Need("root", uid == 0, f"uid {uid}", estimate, "run as root", needed=True),
+        Need("lockdown below confidentiality", not locked, lockdown, estimate, unlock),
         Need("tracefs", not available.unusable, found, estimate, get, needed=True),
         *(
             Need(f"event {event}", False, reason, reason.rpartition("lost: ")[2], get)
             for event, reason in available.missing.items()
         ),
+        _readahead(),
         _readable("/proc/self/pagemap", "xipfs verify", "mount /proc"),
         _readable("/proc/kpagecount", "mapcounts in xipfs verify", "run as root"),
     ]
 
 
 def _to_do_more() -> list[Need]:
-    lockdown = _text(_LOCKDOWN) or "none"
     around = _text(_FAULT_AROUND)
+    no_uffd = uffd.unusable()
+    compiler = preloading.compiler()
     return [
         Need(
-            "lockdown below confidentiality",
-            "[confidentiality]" not in lockdown,
-            lockdown,
-            "tracing, and so exact faults",
-            "boot with lockdown=integrity or without",
+            "userfaultfd with WP_ASYNC",
+            not no_uffd,
+            no_uffd or "usable",
+            "xipfs run --exact: pages that fault-around maps make no fault",
+            "Linux 6.7 or later with CONFIG_USERFAULTFD",
+        ),
+        Need(
+            "a C compiler",
+            compiler is not None,
+            compiler or f"none of {', '.join(preloading.COMPILERS)}",
+            "xipfs run --exact, and the C programs of the demo and the tests",
+            "apt-get install gcc libc6-dev linux-libc-dev",
         ),
         Need(
             "size of fault-around",
             bool(around),
             f"{around} bytes" if around else "cannot be read",
             "it is taken as 64 KiB, the kernel's default",
-            "as root: mount -t debugfs nodev /sys/kernel/debug",
+            "as root: mount -t debugfs nodev /sys/kernel/debug (lockdown refuses it)",
         ),
-        _package("numba", "events are decoded 30 times slower", "pip install xipfs[fast]"),
-        _package("pyarrow", "xipfs record and faults", "pip install xipfs[trace]"),
-        _command("cc", "the demo's and the tests' C programs", "apt-get install gcc libc6-dev"),
+        _package("numba", "0.60", "events are decoded 30 times slower", "xipfs[fast]"),
+        _package("pyarrow", "15", "xipfs record, run -o and faults", "xipfs[trace]"),
     ]
 
 
-def _package(name: str, lost: str, get: str, *, needed: bool = False) -> Need:
-    there = importlib.util.find_spec(name) is not None
-    return Need(name, there, "installed" if there else "not installed", lost, get, needed)
+def _readahead() -> Need:
+    """Of any device: that of the mount is there with the mount only."""
+    there = any(os.access(path, os.W_OK) for path in _BDI.glob("*/read_ahead_kb"))
+    return Need(
+        "the kernel's read-ahead",
+        there,
+        f"{_BDI} is writable" if there else f"{_BDI} is not writable",
+        "a cold page comes with its neighbours, whose first touches then make no major faults",
+        "run as root" if os.geteuid() != 0 else "mount -o remount,rw /sys",
+    )
+
+
+def _allow_other() -> Need:
+    lines = [line.strip() for line in _text(_FUSE_CONF).splitlines()]
+    allowed = os.geteuid() == 0 or "user_allow_other" in lines
+    return Need(
+        "-o allow_other",
+        allowed,
+        "allowed" if allowed else f"no user_allow_other in {_FUSE_CONF}",
+        "other users cannot be let into a mount that is not root's",
+        f"as root: echo user_allow_other >> {_FUSE_CONF}",
+    )
+
+
+def _package(name: str, least: str, lost: str, extra: str, *, needed: bool = False) -> Need:
+    """Whether the package is there, of version ``least`` or newer; ``extra`` is what brings it."""
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    there = bool(found) and _version(found) >= _version(least)
+    shown = f"version {found}" if there else f"version {found}, older than {least}"
+    get = f"pip install --upgrade '{extra}'"
+    return Need(name, there, shown if found else "not installed", lost, get, needed)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
 def _command(name: str, lost: str, get: str, *, needed: bool = False) -> Need:
@@ -169,9 +227,10 @@ def _text(path: Path) -> str:
         return ""
 
 
-def as_text(needs: list[Need], removed: list[str], *, exact: bool) -> str:
+def as_text(needs: list[Need], removed: list[str], left: list[str], *, exact: bool) -> str:
     """Return the answer for people."""
     lines = [f"removed {name}" for name in removed]
+    lines += [f"NOT REMOVED {name}" for name in left]
     for need in needs:
         lines.append(f"{'ok     ' if need.there else 'MISSING'} {need.name}: {need.found}")
         if not need.there:

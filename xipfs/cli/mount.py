@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError, XipfsError
+from xipfs.fuse.mounts import FSTYPE, is_dead, mount_at, unmount
 from xipfs.options import HELP, parse_options
 
 
@@ -43,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_directory(directory: Path) -> None:
+    """Refuse what cannot be mounted on; take away a mount of ours whose daemon was killed."""
     try:
+        if is_dead(directory) and _is_ours(directory):
+            unmount(directory, lazy=True)
+            print(f"xipfs mount: removed a dead mount from {directory}", file=sys.stderr)
         if not directory.is_dir():
             raise UsageError(f"{directory} is not a directory", expected="an existing directory")
     except OSError as error:
@@ -51,6 +56,13 @@ def _check_directory(directory: Path) -> None:
             f"{directory} cannot be looked at: {error.strerror}",
             remedy=f"if a dead mount is there, run: xipfs umount {directory}",
         ) from None
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        return mount_at(directory).fstype == FSTYPE
+    except MountError:
+        return False  # something above it is dead
 
 
 def default_log_path() -> Path:

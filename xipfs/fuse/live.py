@@ -26,7 +26,7 @@ from xipfs.fuse.hints import HintScanner
 from xipfs.fuse.migration import Job, Migrator
 from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, runs, session_fd
-from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, readahead_kib
+from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, start_observing
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot, would_migrate
@@ -69,14 +69,14 @@ class Live:
         self.accountant = Accountant(
             fs,
             Rules.parse(options.rules),
-            observer.comm,
-            root_of=observer.root_of,
-            readahead=readahead_kib(options, observer) != 0,
+            # Whatever observer there is then.
+            lambda pid: self.observer.comm(pid),
+            root_of=lambda pid: self.observer.root_of(pid),
         )
         self.engine = Engine(fs)
         self.heat = Heat()
         self.writeback = Writeback(fs)
-        self.fault_log = FaultLog(observer.comm)
+        self.fault_log = FaultLog(lambda pid: self.observer.comm(pid))
         self.accountant.on_charge = self.fault_log.add
         self.recorder = Recorder(fs, self.accountant, self.fault_log)
         self.hinter: HintScanner | None = None
@@ -94,6 +94,11 @@ class Live:
             on_evict=self._on_evict,
             on_cut=self._on_cut,
         )
+
+    def observe(self, mount: Mount) -> None:
+        """Begin to observe the mount, in the best way left where the options let it be chosen."""
+        self.observer, readahead_off = start_observing(self.options, self.observer, mount)
+        self.accountant.kernel.readahead = not readahead_off
 
     def start(self, nursery: trio.Nursery, mount: Mount) -> None:
         """Begin the background work."""

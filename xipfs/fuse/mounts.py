@@ -5,6 +5,7 @@ Nothing here asks the filesystem itself, so a dead or stuck mount can still be l
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -85,11 +86,18 @@ def mount_of(path: Path) -> Mount:
     raise MountError(f"{path} is not on an xipfs mount", expected=f"a file on a {FSTYPE} mount")
 
 
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount; raises MountError, with the mount as it was, if it is busy."""
+def unmount(mountpoint: Path, *, lazy: bool = False, timeout_s: float | None = None) -> None:
+    """Unmount; raises MountError, with the mount as it was, if it is busy or ``timeout_s`` passes.
+
+    Without a limit it takes as long as writing all dirty pages does.
+    """
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        raise MountError(f"{mountpoint} was not unmounted within {timeout_s} s") from None
     except FileNotFoundError:
         raise MountError("fusermount3 is not installed", remedy="install fuse3") from None
     if done.returncode != 0:
@@ -98,6 +106,16 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
             f"{mountpoint} was not unmounted: {reason}",
             remedy="end the programs that use it (fuser -vm DIR shows them)",
         )
+
+
+def is_dead(mountpoint: Path) -> bool:
+    """Return whether nobody serves the mount there any more; waits while a daemon is stuck."""
+    # statfs asks the daemon; stat could be answered from the kernel's cache.
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
 
 
 def serving_pid(mount: Mount) -> int | None:

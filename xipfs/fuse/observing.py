@@ -83,6 +83,8 @@ class TracefsObserver:
 
     def __init__(self) -> None:
         self._observer: Observer | None = None
+        #: What else could not be had, and what is lost without it.
+        self.missing: dict[str, str] = {}
 
     def start(self, mount: Mount) -> None:
         """Make the tracefs instances."""
@@ -133,7 +135,7 @@ class TracefsObserver:
             faults=seen.faults,
             major=seen.major,
             minor=seen.minor,
-            missing=seen.missing,
+            missing=seen.missing | self.missing,
         )
 
     def close(self) -> None:
@@ -285,17 +287,37 @@ def choose_observer(options: MountOptions) -> LiveObserver:
     return RequestsObserver(f"{unusable}; {REQUESTS_NOTE}")
 
 
-def readahead_kib(options: MountOptions, observer: LiveObserver) -> int | None:
-    """Return the read-ahead to ask the kernel for, None for its own default.
+def start_observing(
+    options: MountOptions, observer: LiveObserver, mount: Mount
+) -> tuple[LiveObserver, bool]:
+    """Start ``observer``, or what is left; return it, and whether the kernel reads nothing ahead.
 
-    Without read-ahead every cold page that a program touches is one READ and one major fault.
+    Without read-ahead every cold page that a program touches is one READ and one major fault, so
+    that is the default under tracefs. Raises XipfsError where an option demands what cannot be had.
     """
-    if options.readahead_kib is None and isinstance(observer, TracefsObserver):
-        return 0
-    return options.readahead_kib
+    try:
+        observer.start(mount)
+    except ObserverError as error:
+        if options.observe == "tracefs":
+            raise
+        log.info("observing READ requests only: %s", error)
+        observer = RequestsObserver(f"{error}; {REQUESTS_NOTE}")
+    kib = options.readahead_kib
+    if kib is None and isinstance(observer, TracefsObserver):
+        try:
+            _set_readahead(mount, 0)
+        except MountError as error:
+            log.info("the kernel reads ahead: %s", error)
+            lost = "lost: a cold page comes with its neighbours, whose first touches then differ"
+            observer.missing["read_ahead_kb"] = f"{error.what}; {lost}"
+            return observer, False
+        return observer, True
+    if kib is not None:
+        _set_readahead(mount, kib)
+    return observer, kib == 0
 
 
-def set_readahead(mount: Mount, kib: int) -> None:
+def _set_readahead(mount: Mount, kib: int) -> None:
     """Set the mount's read-ahead; it acts on files opened from now on, and ends with the mount."""
     path = Path(f"/sys/class/bdi/{mount.major}:{mount.minor}/read_ahead_kb")
     try:

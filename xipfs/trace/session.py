@@ -16,7 +16,9 @@ import contextlib
 import itertools
 import os
 import re
+import stat
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -29,6 +31,8 @@ TRACING: Final = Path("/sys/kernel/tracing")
 BUFFER_KIB: Final = 8192
 #: PID_MAX_LIMIT of 64-bit kernels: every pid is below it.
 NOBODY: Final = 4 << 20
+#: The wall clock may have been set a little between a daemon's start and now.
+_CLOCK_SLACK_S: Final = 5.0
 _NAME_RE: Final = re.compile(r"xipfs-(\d+)-\d+-[GP]")
 _serial = itertools.count()
 
@@ -57,10 +61,20 @@ def mount_tracefs(tracing: Path = TRACING) -> bool:
     return False
 
 
+def is_mounted(tracing: Path = TRACING) -> bool:
+    """Return whether tracefs is there, for whomever: it shows its files to root only."""
+    try:
+        return stat.S_ISDIR((tracing / "instances").stat().st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
 def probe(tracing: Path = TRACING) -> Availability:
     """Find out which events can be used, from their format files alone."""
     if not os.access(tracing / "instances", os.W_OK):
-        reason = "tracefs is not writable" if tracing.is_dir() else "tracefs is not mounted"
+        reason = "tracefs is not writable" if is_mounted(tracing) else "tracefs is not mounted"
         return Availability([], {}, f"{reason} ({tracing})")
     events: list[tuple[Tracepoint, EventFormat]] = []
     missing: dict[str, str] = {}
@@ -79,23 +93,39 @@ def probe(tracing: Path = TRACING) -> Availability:
 def clean_orphans(tracing: Path = TRACING) -> list[str]:
     """Remove the instances of daemons that are no more; return their names."""
     removed = []
-    for path in (tracing / "instances").iterdir():
-        match = _NAME_RE.fullmatch(path.name)
-        if match and not _lives(match[1]):
-            # Another daemon may be cleaning at the same time.
-            with contextlib.suppress(OSError):
-                path.rmdir()
-                removed.append(path.name)
+    for path in orphans(tracing):
+        # Another daemon may be cleaning at the same time.
+        with contextlib.suppress(OSError):
+            # First of all: whoever holds one of its files keeps it, but not what it costs.
+            (path / "events/enable").write_text("0")
+            path.rmdir()
+            removed.append(path.name)
     return removed
 
 
-def _lives(pid: str) -> bool:
-    """Return whether the process runs; a killed one that nobody has reaped yet does not."""
+def orphans(tracing: Path = TRACING) -> list[Path]:
+    """Return the instances of daemons that are no more."""
+    found = []
+    for path in (tracing / "instances").iterdir():
+        match = _NAME_RE.fullmatch(path.name)
+        with contextlib.suppress(OSError):
+            if match and not _made_by(match[1], path.stat().st_mtime):
+                found.append(path)
+    return found
+
+
+def _made_by(pid: str, made_s: float) -> bool:
+    """Return whether the process that had number ``pid`` at that time still runs.
+
+    A killed one that nobody has reaped yet does not; one that began later has only its number.
+    """
     try:
-        state = Path("/proc", pid, "stat").read_bytes().rpartition(b") ")[2][:1]
+        fields = Path("/proc", pid, "stat").read_bytes().rpartition(b") ")[2].split()
+        boot_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     except OSError:
         return False
-    return state not in b"ZX"
+    began_s = boot_s + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return fields[0] not in b"ZX" and began_s < made_s + _CLOCK_SLACK_S
 
 
 class Instance:

@@ -34,7 +34,7 @@ def test_what_descends_from_the_command_counts_and_nothing_else() -> None:
     books.fault(fault(2, CHILD, protection=True))  # its page was mapped before
     books.fault(fault(2, CHILD, ev.SIGBUS))
     books.fault(fault(3, STRANGER))
-    books.around(around(3, STRANGER), 5, shared=False)
+    books.around(3, STRANGER, 5, shared=False)
     told = books.describe(ROOT)
     assert told is not None
     assert (told["faults"], told["pages_own_fault"], told["pages_around"]) == (4, 2, 0)
@@ -44,12 +44,12 @@ def test_what_descends_from_the_command_counts_and_nothing_else() -> None:
 
 def test_each_reason() -> None:
     books = runs()
-    books.around(around(1, ROOT), 3, shared=False)
+    books.around(1, ROOT, 3, shared=False)
     books.registered(ev.Registered(0, 1, ROOT))
     books.registered(ev.Registered(0, 1, ROOT))  # says nothing new
-    books.around(around(1, ROOT), 5, shared=True)
-    books.around(around(1, ROOT), 7, shared=False)
-    books.around(around(2, CHILD), 11, shared=True)
+    books.around(1, ROOT, 5, shared=True)
+    books.around(1, ROOT, 7, shared=False)
+    books.around(2, CHILD, 11, shared=True)
     books.exit(2)
     told = books.describe(ROOT)
     assert told is not None
@@ -66,7 +66,7 @@ def test_each_reason() -> None:
 
 def test_who_may_still_register_is_counted_as_without_until_then() -> None:
     books = runs()
-    books.around(around(1, ROOT), 3, shared=False)
+    books.around(1, ROOT, 3, shared=False)
     told = books.describe(ROOT)
     assert told is not None
     assert (told["inexact"], told["without_library"]) == (

@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from xipfs.accounting.bulk_charging import BLIND_WINDOWS, BulkCharger
 from xipfs.accounting.causes import Causes
-from xipfs.accounting.charges import Charge, Ledger, PteKind
+from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ledger, PteKind
 from xipfs.accounting.hints import Hints, Page
 from xipfs.accounting.kernel_ptes import KernelPtes
 from xipfs.accounting.kernel_states import ANON, CALLS_UNSEEN, SILENT_CALL
@@ -27,7 +28,7 @@ from xipfs.accounting.live_file import LiveFile
 from xipfs.accounting.runs import Runs
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm import audit
-from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP, access, maps_what
+from xipfs.mm.access import access, maps_what
 from xipfs.mm.bug import InvariantError, KernelBug
 from xipfs.mm.fault import filemap_map_pages
 from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_MAYWRITE, VM_READ, VM_SHARED, VM_WRITE
@@ -43,12 +44,6 @@ from xipfs.trace import events as ev
 from xipfs.trace.fault_batch import FaultBatch, expanded
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
 
-_KIND = {
-    MAPS_XIP: PteKind.XIP,
-    MAPS_PAGECACHE: PteKind.PAGECACHE,
-    MAPS_ANON: PteKind.COW,
-    MAPS_NONE: PteKind.NONE,
-}
 _PROT = ((1, VM_READ), (2, VM_WRITE), (4, VM_EXEC))
 
 
@@ -73,16 +68,17 @@ class Accountant:
         root_of: Callable[[int], int | None] = lambda _pid: None,
         readahead: bool = False,
     ) -> None:
-        self._fs = fs
-        self._comm = comm
+        self.fs = fs
+        self.comm = comm
         self.machine = Machine(fs.memory, rules)
         self.ledger = Ledger()
         self.hints = Hints()
         self.runs = Runs(root_of, comm)
         self.causes = Causes()
         self.unfollowed: Counter[str] = Counter()
-        #: Told each fault with its charge.
+        #: Told each fault with its charge, or many with theirs.
         self.on_charge: Callable[[ev.Fault, Charge], None] | None = None
+        self.on_charges: Callable[[FaultBatch, ChargeBatch], None] | None = None
         #: Told each other event before it is applied, and what of xipfs's doing caused it.
         self.on_event: Callable[[ev.Event, str], None] | None = None
         self.around_pages = 0
@@ -91,6 +87,7 @@ class Accountant:
         self.mms: dict[int, MmStruct] = {}
         self.kernel = KernelPtes(readahead=readahead)
         self.sparse_pfn = fs.memory.alloc_anon()
+        self._bulk = BulkCharger(self)
         self._handlers: dict[type, Callable[..., Charge | None]] = {
             ev.Map: self._map,
             ev.Unmap: self._unmap,
@@ -105,7 +102,7 @@ class Accountant:
             ev.Fork: self._fork,
             ev.Exit: self._exit,
             ev.Fault: self._fault,
-            ev.Around: self._around,
+            ev.Around: self.around,
             ev.CacheAdd: self._cache_add,
             ev.CacheDelete: self._cache_delete,
         }
@@ -126,10 +123,14 @@ class Accountant:
                     charges.append(charge)
         return charges
 
+    def charge(self, batch: FaultBatch) -> ChargeBatch | list[Charge]:
+        """Charge plain faults, many at a time where that pays."""
+        return self._bulk.charge(batch) or self.consume(batch.expand())
+
     def check(self) -> str:
         """Recount the modelled machine (T1 to T9); return what is broken, empty if nothing is."""
         held: dict[int, int] = {self.machine.zero_pfn: 1, self.sparse_pfn: 1}
-        held |= dict.fromkeys(self._fs.resident_frames(), 1)
+        held |= dict.fromkeys(self.fs.resident_frames(), 1)
         try:
             audit.check(self.machine, holders=held)
         except InvariantError as broken:
@@ -147,12 +148,14 @@ class Accountant:
         """Zap every PTE of a run of file pages; private copies stay (rules R1, K7)."""
         file = self._files.get(ino)
         if file is not None:
+            file.forget(first, count)
             unmap_mapping_range(file.mapped, first, count, even_cows=False)
 
     def cut(self, ino: int, first: int) -> None:
         """Zap every PTE of a file from page ``first`` on, private copies too (rule K15)."""
         file = self._files.get(ino)
         if file is not None:
+            file.forget(first, 1 << 52)
             self.kernel.cut(file.mapped, first)
             unmap_mapping_range(file.mapped, first, 0, even_cows=True)
 
@@ -163,19 +166,21 @@ class Accountant:
         """
         pages = sorted(self.hints.sample(self.mms, count))
         for ino, index in pages:
-            self.hints.mark(self._file(ino).mapped, index)
+            self.hints.mark(self.file(ino).mapped, index)
         return pages
 
     # What the observer tells.
 
-    def _file(self, ino: int) -> LiveFile:
+    def file(self, ino: int) -> LiveFile:
+        """Return the file of inode ``ino`` as mm sees it."""
         file = self._files.get(ino)
         if file is None:
-            file = LiveFile(self._fs, self.machine, ino, self.sparse_pfn)
+            file = LiveFile(self.fs, self.machine, ino, self.sparse_pfn, self.kernel.pool)
             self._files[ino] = file
         return file
 
-    def _mm(self, number: int) -> MmStruct:
+    def mm(self, number: int) -> MmStruct:
+        """Return the modelled address space with that number in the events."""
         mm = self.mms.get(number)
         if mm is None:
             mm = self.mms[number] = MmStruct(self.machine, number)
@@ -186,8 +191,8 @@ class Accountant:
         # a later mprotect to writable proves it (see _protect).
         writable = not event.shared or bool(event.prot & 2)
         address = do_mmap(
-            self._mm(event.mm),
-            self._file(event.ino).mapped,
+            self.mm(event.mm),
+            self.file(event.ino).mapped,
             (event.end - event.start) >> PAGE_SHIFT,
             vm_prot(event.prot),
             pgoff=event.pgoff,
@@ -199,12 +204,12 @@ class Accountant:
         self.kernel.map(event)
 
     def _unmap(self, event: ev.Unmap) -> None:
-        do_munmap(self._mm(event.mm), event.start, event.end)
+        do_munmap(self.mm(event.mm), event.start, event.end)
         self.kernel.unmap(event.mm, event.start, event.end)
         self.causes.forget(event.mm, event.start, event.end)
 
     def _protect(self, event: ev.Protect) -> None:
-        mm = self._mm(event.mm)
+        mm = self.mm(event.mm)
         prot = vm_prot(event.prot)
         if prot & VM_WRITE:
             for vma in mm.overlapping(event.start, event.end):
@@ -216,7 +221,7 @@ class Accountant:
         self.kernel.move(event)
         self.causes.forget(event.mm, event.start, event.end)
         move_mapping(
-            self._mm(event.mm),
+            self.mm(event.mm),
             event.start,
             event.end,
             event.new_start,
@@ -225,7 +230,7 @@ class Accountant:
         )
 
     def _zap(self, event: ev.Zap) -> None:
-        mm = self._mm(event.mm)
+        mm = self.mm(event.mm)
         self.kernel.zap(event.mm, event.start, event.end)
         self.causes.forget(event.mm, event.start, event.end)
         for vma in mm.overlapping(event.start, event.end):
@@ -237,7 +242,7 @@ class Accountant:
 
     def _cow_broken(self, event: ev.CowBroken) -> list[Charge]:
         """Charge the write faults that made copies of mapped file pages: no record tells them."""
-        mm = self._mm(event.mm)
+        mm = self.mm(event.mm)
         charges = []
         for address, state in list(self.kernel.populated(event.mm, event.start, event.end)):
             vma = mm.find_vma(address)
@@ -257,7 +262,7 @@ class Accountant:
 
     def _split(self, event: ev.Split) -> None:
         # What a later copy gives its anon_vma to is one piece only, here as in the kernel.
-        self._mm(event.mm).isolate(event.start, event.end)
+        self.mm(event.mm).isolate(event.start, event.end)
 
     def _extent(self, event: ev.Extent) -> None:
         self.kernel.extent(event)
@@ -266,8 +271,8 @@ class Accountant:
         self.kernel.lost(self.mms.values())
 
     def _fork(self, event: ev.Fork) -> None:
-        self.kernel.fork(event, self._mm(event.mm))
-        child = dup_mmap(self._mm(event.mm), event.child_mm)
+        self.kernel.fork(event, self.mm(event.mm))
+        child = dup_mmap(self.mm(event.mm), event.child_mm)
         assert isinstance(child, MmStruct), child  # only page-table memory could be short
         for start, end in event.dontfork:
             do_munmap(child, start, end)
@@ -283,13 +288,13 @@ class Accountant:
         self.ledger.exit(event.mm)
         self.runs.exit(event.mm)
 
-    def _around(self, event: ev.Around) -> None:
+    def around(self, event: ev.Around) -> None:
         """Map what the kernel mapped without a fault of its own: cached pages only (rule F22).
 
         XIP pages are in no page cache of the modelled kernel, so its fault-around passes them by
         (rule F23); their next touch, which the real kernel lets through, is not seen.
         """
-        mm = self._mm(event.mm)
+        mm = self.mm(event.mm)
         end = event.address + (event.last - event.first + 1 << PAGE_SHIFT)
         for vma in mm.overlapping(event.address, end):
             if vma.file is not None and vma.file.name == event.ino:
@@ -297,11 +302,11 @@ class Accountant:
 
     def _around_in(self, vma: Vma, event: ev.Around) -> None:
         mapped = self.kernel.around(event, vma)
-        self.runs.around(event, mapped, shared=bool(vma.flags & VM_MAYSHARE))
+        self.runs.around(event.mm, event.pid, mapped, shared=bool(vma.flags & VM_MAYSHARE))
         first = max(event.first, vma.pgoff)
         window = range(first, min(event.last + 1, vma.pgoff + vma.pages))
         cached = [page for page in window if self.kernel.is_cached(event.ino, page)]
-        frames = [(page, self._fs.resident_pfn(event.ino, page)) for page in cached]
+        frames = [(page, self.fs.resident_pfn(event.ino, page)) for page in cached]
         self.around_pages += filemap_map_pages(
             vma, [(page, pfn) for page, pfn in frames if pfn is not None]
         )
@@ -312,7 +317,7 @@ class Accountant:
             self.causes.forget(event.mm, address, address + PAGE_SIZE)
         tables = vma.mm.tables
         if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
-            self.unfollowed["fault-around windows over XIP or evicted pages"] += 1
+            self.unfollowed[BLIND_WINDOWS] += 1
 
     def _cache_add(self, event: ev.CacheAdd) -> None:
         self.kernel.cache_add(event)
@@ -324,14 +329,23 @@ class Accountant:
         self.kernel.cache_delete(event, None if file is None else file.mapped)
 
     def _fault(self, event: ev.Fault) -> Charge | None:
-        vma = self._mm(event.mm).find_vma(event.address)
+        vma = self.mm(event.mm).find_vma(event.address)
         if event.origin == ev.POPULATE and not event.write and vma is not None:
             # Its record named a window only; populate passes over what is mapped already.
             passed = self.kernel.mapped_run(event.mm, event.address, vma.end)
             event = event._replace(
                 address=event.address + (passed << PAGE_SHIFT), index=event.index + passed
             )
-        self.kernel.fault(event, vma)
+        charge = self.take(event)
+        if charge is not None:
+            self.ledger.charge(event.mm, self.comm(event.pid), charge)
+            if self.on_charge is not None:
+                self.on_charge(event, charge)
+        return charge
+
+    def take(self, event: ev.Fault) -> Charge | None:
+        """Take a fault in both columns; return what it is to be charged, which is not entered."""
+        self.kernel.fault(event, self.mm(event.mm).find_vma(event.address))
         self.runs.fault(event)
         if event.verdict == ev.SIGSEGV:
             return None  # the access was not allowed: no fault handler ran
@@ -351,18 +365,15 @@ class Accountant:
             hint,
             cause,
         )
-        self._fs.touch(event.ino, event.index)
-        self.ledger.charge(event.mm, self._comm(event.pid), charge)
-        if self.on_charge is not None:
-            self.on_charge(event, charge)
+        self.fs.touch(event.ino, event.index)
         return charge
 
     def _outcome(self, event: ev.Fault) -> tuple[PteKind, bool, int]:
         """Take the fault by the rules; return what its PTE maps, major or not, faults taken."""
         # Both are taken in any case: they belong to this page's next fault, whatever comes of it.
-        filled = self._fs.take_fill_mark(event.ino, event.index)
-        evicted = self._fs.take_evicted_fill(event.ino, event.index)
-        mm = self._mm(event.mm)
+        filled = self.fs.take_fill_mark(event.ino, event.index)
+        evicted = self.fs.take_evicted_fill(event.ino, event.index)
+        mm = self.mm(event.mm)
         caused_read = event.verdict == ev.MAJOR
         if evicted and not filled and caused_read and not _copies(mm, event):
             # RAM was so short that the page went again, with its PTE, before we came to charge
@@ -375,7 +386,7 @@ class Accountant:
             return PteKind.NONE, False, 0
         kind = PteKind.NONE
         if not taken.signal:
-            kind = _KIND[maps_what(mm, event.address)]
+            kind = KINDS[maps_what(mm, event.address)]
         elif taken.signal == "SIGSEGV":
             self.unfollowed["faults outside the mappings known of their process"] += 1
         return kind, bool(taken.major) or (filled and caused_read), taken.faults

@@ -11,6 +11,7 @@ Memory: one entry for each of the newest ``PAGES_MAX`` pages taken away, one for
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -85,6 +86,10 @@ class Causes:
     def expects(self, mm: int) -> bool:
         """Return whether a fault of ours may come in this address space."""
         return bool(self._marked.get(mm))
+
+    def marked_pages(self, mm: int) -> AbstractSet[int]:
+        """Return the virtual pages of an address space whose next fault is our doing."""
+        return self._marked.get(mm, {}).keys()
 
     def take(self, mm: int, address: int) -> str:
         """Return the cause of a fault there; it is known no more."""

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP
+from xipfs.trace.fault_batch import ERROR, ERROR_WRITE, INDEX, INO, PID, TIME, Cells
+
+Ints = npt.NDArray[np.int64]
 
 
 class PteKind(enum.Enum):
@@ -37,6 +46,70 @@ class Charge(NamedTuple):
     """The modelled PTE let the access pass: the fault is xipfs's own doing (see ``hints``)."""
     cause: str = ""
     """What took the page from the kernel if xipfs did: move, evict or hint (see ``causes``)."""
+
+
+#: The kinds by what ``maps_what`` answers.
+KINDS: Final = {
+    MAPS_NONE: PteKind.NONE,
+    MAPS_XIP: PteKind.XIP,
+    MAPS_PAGECACHE: PteKind.PAGECACHE,
+    MAPS_ANON: PteKind.COW,
+}
+
+
+class ChargeBatch:
+    """The charges of a ``FaultBatch``, as arrays beside its ``cells``.
+
+    ``kind``: a MAPS_ constant (see ``KINDS``); ``major``; ``extra``. What was charged by itself is
+    in ``by_hand``, by its place, and has the kind -1.
+    """
+
+    def __init__(
+        self, cells: Cells, kind: Ints, major: Ints, extra: Ints, by_hand: dict[int, Charge]
+    ) -> None:
+        self.cells = cells
+        self.kind = kind
+        self.major = major
+        self.extra = extra
+        self.by_hand = by_hand
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __iter__(self) -> Iterator[Charge]:
+        """Yield the charges one by one."""
+        columns = (TIME, PID, INO, INDEX, ERROR)
+        rows = zip(
+            *(self.cells[:, column].tolist() for column in columns),
+            self.kind.tolist(),
+            self.major.tolist(),
+            self.extra.tolist(),
+            strict=True,
+        )
+        for place, (time_ns, pid, ino, page, error, kind, major, extra) in enumerate(rows):
+            if kind < 0:
+                yield self.by_hand[place]
+                continue
+            write = error & ERROR_WRITE != 0
+            yield Charge(time_ns, pid, ino, page, KINDS[kind], write, bool(major), extra)
+
+    def count(self, chosen: npt.NDArray[np.bool_]) -> FaultCounters:
+        """Return the counters of the chosen charges."""
+        many = chosen & (self.kind >= 0)
+        kinds = np.bincount(self.kind[many], minlength=len(KINDS)).tolist()
+        counters = FaultCounters(
+            pgfault=sum(kinds),
+            pgmajfault=int(self.major[many].sum()),
+            pgfault_xip=kinds[MAPS_XIP],
+            pgfault_pagecache=kinds[MAPS_PAGECACHE],
+            pgfault_cow=kinds[MAPS_ANON],
+            pgfault_sigbus=kinds[MAPS_NONE],
+            pgfault_extra=int(self.extra[many].sum()),
+        )
+        for place, charge in self.by_hand.items():
+            if chosen[place]:
+                counters.add(charge)
+        return counters
 
 
 @dataclass
@@ -101,14 +174,22 @@ class Ledger:
     def charge(self, mm: int, comm: str, charge: Charge) -> None:
         """Enter ``charge`` in the totals and in the line of address space ``mm``."""
         self.total.add(charge)
+        self._line(mm, charge.pid, comm).faults.add(charge)
+
+    def charge_many(self, mm: int, pid: int, comm: str, counters: FaultCounters) -> None:
+        """Enter what faults of address space ``mm`` were charged."""
+        self.total.merge(counters)
+        self._line(mm, pid, comm).faults.merge(counters)
+
+    def _line(self, mm: int, pid: int, comm: str) -> ProcessCharges:
         line = self.live.get(mm)
         if line is None:
             # A fault can be told just after its process's exit.
             line = self.exited.get(mm)
         if line is None:
-            line = self.live[mm] = ProcessCharges(charge.pid, comm)
+            line = self.live[mm] = ProcessCharges(pid, comm)
         line.comm = comm or line.comm
-        line.faults.add(charge)
+        return line
 
     def exit(self, mm: int) -> None:
         """Close the line of ``mm``, keeping its figures."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 
 from xipfs.memory.frames import PG_ANON
 from xipfs.mm.mm_struct import MmStruct
@@ -72,6 +73,10 @@ class Hints:
             address = vma.address_of(index)
             for _ in mapped_pages(vma, address, address + (1 << PAGE_SHIFT)):
                 self._marked.setdefault(vma.mm.name, set()).add(address >> PAGE_SHIFT)
+
+    def marked_pages(self, mm: int) -> AbstractSet[int]:
+        """Return the virtual pages of an address space that are marked."""
+        return self._marked.get(mm, set())
 
     def take(self, mm: int, address: int) -> bool:
         """Return whether the page at ``address`` was marked; it is no more."""

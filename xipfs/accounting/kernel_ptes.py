@@ -196,6 +196,24 @@ class KernelPtes:
             self._answered.pop((event.ino, event.index), None)
         self._set(event.mm, event.address, self._after_fault(event, vma))
 
+    def faulted(
+        self, mm: int, pid: int, tids: Iterable[int], copied: Iterable[int], changes: int
+    ) -> None:
+        """Note what compiled code did: ``copied`` are the addresses of new private copies."""
+        self.changes[mm] += changes
+        self.pids.setdefault(mm, pid)
+        self._threads.setdefault(mm, set()).update(tids)
+        extents = self._extents_of(mm)
+        for address in copied:
+            extents.mark(address)
+
+    def tables_of(self, mm: int) -> PageTables:
+        """Return the column of one address space."""
+        tables = self._tables.get(mm)
+        if tables is None:
+            tables = self._tables[mm] = PageTables(self.pool)
+        return tables
+
     def _after_fault(self, event: ev.Fault, vma: Vma) -> int:
         private = not vma.flags & VM_MAYSHARE
         before = self.state(event.mm, event.address)
@@ -246,7 +264,7 @@ class KernelPtes:
             self.blurred[mm] = reason
         elif end > start:
             self.doubtful[mm] = None
-            self._tables.setdefault(mm, PageTables(self.pool)).fill(start, end, reason)
+            self.tables_of(mm).fill(start, end, reason)
 
     def lost(self, mms: Iterable[MmStruct]) -> None:
         """Records were overwritten unread: nothing that was believed is sure any more."""
@@ -317,12 +335,9 @@ class KernelPtes:
         self.changes[mm] += 1
 
     def _set(self, mm: int, address: int, state: int) -> None:
-        tables = self._tables.get(mm)
-        if tables is None:
-            if state == NONE:
-                return
-            tables = self._tables[mm] = PageTables(self.pool)
-        tables.set(address & PAGE_MASK, state)
+        if state == NONE and mm not in self._tables:
+            return
+        self.tables_of(mm).set(address & PAGE_MASK, state)
         if state > ANON:
             self.doubtful[mm] = None
         elif state == ANON:

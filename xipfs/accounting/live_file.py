@@ -24,19 +24,46 @@ from xipfs.mm.flags import (
 )
 from xipfs.mm.insert import vmf_insert_mixed, vmf_insert_pfn
 from xipfs.mm.machine import Machine
+from xipfs.mm.pte import PageTables
+from xipfs.mm.table_pool import TablePool
 from xipfs.mm.vma import MappedFile, Vma, Vmf, VmOperations
+from xipfs.units import PAGE_SHIFT
 
 
 class LiveFile:
-    """The ``mapped`` file of inode ``ino``, and what its last fault had to do."""
+    """The ``mapped`` file of inode ``ino``.
 
-    def __init__(self, fs: Filesystem, machine: Machine, ino: int, sparse_pfn: int) -> None:
+    ``frames`` remembers where pages are, for compiled code: pfn + 1 by page number, or 0 where that
+    is not known. What changes a page's frame zaps its PTEs first, and so passes by ``forget``.
+    """
+
+    def __init__(
+        self, fs: Filesystem, machine: Machine, ino: int, sparse_pfn: int, pool: TablePool
+    ) -> None:
         self._fs = fs
         self._machine = machine
         self._ino = ino
         self._sparse_pfn = sparse_pfn
         operations = VmOperations(fault=self._fault, page_mkwrite=_let_pass, pfn_mkwrite=_allow)
         self.mapped = MappedFile(ino, operations, mmap=_mmap, can_writeback=True, has_fsync=True)
+
+        self.frames = PageTables(pool)
+
+    def learn(self, index: int) -> None:
+        """Note the frame of page ``index``, if it has one."""
+        try:
+            pfn = self._fs.page(self._ino, index).pfn
+        except FsError:
+            return
+        if pfn is not None:
+            self.frames.set(index << PAGE_SHIFT, pfn + 1)
+
+    def forget(self, first: int, count: int) -> None:
+        """Forget the frames of a run of pages: they are about to change."""
+        start, end = first << PAGE_SHIFT, first + count << PAGE_SHIFT
+        for address, _ in self.frames.populated(start, end):
+            self.frames.set(address, 0)
+        self.frames.free(start, end)
 
     def _fault(self, vmf: Vmf) -> int:
         try:

@@ -79,16 +79,16 @@ class Runs:
             known[0].faults += faults
             known[0].own += own
 
-    def around(self, event: ev.Around, pages: int, *, shared: bool) -> None:
+    def around(self, mm: int, pid: int, pages: int, *, shared: bool) -> None:
         """Count ``pages`` that a fault beside them mapped."""
         if not pages or not self._runs:
             return
-        known = self._space(event.mm, event.pid)
+        known = self._space(mm, pid)
         if known is None:
             return
         run, registered = known
         if not registered:
-            run.pending[event.mm] = run.pending.get(event.mm, 0) + pages
+            run.pending[mm] = run.pending.get(mm, 0) + pages
         elif shared:
             run.shared += pages
         else:

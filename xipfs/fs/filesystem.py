@@ -16,6 +16,7 @@ from xipfs.clock import Clock
 from xipfs.fs.attributes import Attributes
 from xipfs.fs.content import Content
 from xipfs.fs.core import Core, attr_of
+from xipfs.fs.frame_table import Pfns
 from xipfs.fs.imagelock import ImageLock
 from xipfs.fs.moving import Moved, Moving
 from xipfs.fs.namespace import Namespace
@@ -360,6 +361,10 @@ class Filesystem:
     def touch(self, ino: int, index: int) -> None:
         """Make the page the hottest if it is resident."""
         self._placement.touch(ino, index)
+
+    def touch_frames(self, pfns: Pfns) -> None:
+        """Touch the resident pages in these frames in their order."""
+        self._core.cache.touch_run(pfns)
 
     def take_fill_mark(self, ino: int, index: int) -> bool:
         """Return whether a read filled the page's frame and nobody asked since."""

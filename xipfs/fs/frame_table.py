@@ -107,6 +107,12 @@ class FrameTable:
         self._stamps[pfn] = self._next_stamp
         self._next_stamp += 1
 
+    def touch_run(self, pfns: Pfns) -> None:
+        """``touch`` for each of ``pfns``, in their order; a frame may come more than once."""
+        # Of several stamps for one frame numpy keeps the last.
+        self._stamp[pfns] = np.arange(self._next_stamp, self._next_stamp + pfns.size)
+        self._next_stamp += pfns.size
+
     def add(self, pfn: int, ino: int, index: int, home: int) -> None:
         """Note that the frame holds the page from now on, the hottest of all."""
         assert self._stamps[pfn] == 0, pfn

@@ -128,6 +128,10 @@ class PageCache:
         """Make the page the hottest."""
         self._frames.touch(pfn)
 
+    def touch_run(self, pfns: Pfns) -> None:
+        """Touch the pages in these frames in their order."""
+        self._frames.touch_run(pfns)
+
     def admit(self, ino: int, index: int, home: int, *, load: bool) -> Pfn:
         """Give a page that is not resident a frame, evicting the coldest if RAM is full.
 

@@ -18,6 +18,7 @@ import trio
 
 from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.causes import EVICT
+from xipfs.accounting.charges import ChargeBatch
 from xipfs.errors import FsError, ObserverError, UsageError
 from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
@@ -39,7 +40,7 @@ from xipfs.options import MountOptions
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.heat import Heat
 from xipfs.trace.events import Event
-from xipfs.trace.fault_batch import FaultBatch
+from xipfs.trace.fault_batch import FaultBatch, steps
 from xipfs.trace.grammar import SETTLE_NS
 from xipfs.units import PAGE_SHIFT, pages_of
 
@@ -78,6 +79,7 @@ class Live:
         self.writeback = Writeback(fs)
         self.fault_log = FaultLog(lambda pid: self.observer.comm(pid))
         self.accountant.on_charge = self.fault_log.add
+        self.accountant.on_charges = self.fault_log.add_many
         self.recorder = Recorder(fs, self.accountant, self.fault_log)
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
@@ -192,9 +194,8 @@ class Live:
                 events: list[Event | FaultBatch] = []
                 if not isinstance(self.observer, NoObserver):
                     events = await self._drainer.run(self.observer.drain)
-                # Without events too: requests and the policy are heard at every drain.
-                for start in range(0, max(len(events), 1), _BATCH_EVENTS):
-                    self._account(events[start : start + _BATCH_EVENTS])
+                for step in steps(events, _BATCH_EVENTS):
+                    self._account(step)
                     await trio.lowlevel.checkpoint()
             except Exception as error:
                 log.exception("accounting failed; faults are not observed any more")
@@ -215,9 +216,15 @@ class Live:
             drained += await self.drain()
         return drained
 
-    def _account(self, events: list[Event | FaultBatch]) -> None:
-        charges = self.accountant.consume(events)
-        self.heat.add(charge for charge in charges if not charge.hint)
+    def _account(self, step: list[Event] | FaultBatch) -> None:
+        if isinstance(step, FaultBatch):
+            charges = self.accountant.charge(step)
+        else:
+            charges = self.accountant.consume(step)
+        if isinstance(charges, ChargeBatch):
+            self.heat.add_many(charges)
+        else:
+            self.heat.add(charge for charge in charges if not charge.hint)
         self.migrator.history.charged(charges)
         self.deciding.charged(charges)
 

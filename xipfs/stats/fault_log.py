@@ -11,9 +11,10 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final
 
-from xipfs.accounting.charges import Charge
+from xipfs.accounting.charges import Charge, ChargeBatch
 from xipfs.stats.trace_file import FAULT_COLUMNS
 from xipfs.trace.events import Fault
+from xipfs.trace.fault_batch import FaultBatch, fault_of
 
 #: Some 60 MB of faults; at 20,000 a second a reader may stay away for 6 s.
 KEPT_FAULTS: Final = 1 << 17
@@ -38,6 +39,14 @@ class FaultLog:
         if self._asked_s is not None:
             # Now: who asks later may find the process gone, and its name with it.
             self._kept.append((fault, charge, self._comm(fault.pid)))
+
+    def add_many(self, batch: FaultBatch, charges: ChargeBatch) -> None:
+        """``add`` for each fault of a batch."""
+        if self._asked_s is None:
+            self.next_number += len(batch)
+            return
+        for row, charge in zip(batch.cells.tolist(), charges, strict=True):
+            self.add(fault_of(row), charge)
 
     def rest(self, now_s: float) -> None:
         """Stop keeping when no reader has come for long."""

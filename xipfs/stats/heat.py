@@ -6,7 +6,10 @@ import heapq
 from collections.abc import Iterable
 from typing import Any
 
-from xipfs.accounting.charges import Charge, PteKind
+import numpy as np
+
+from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, PteKind
+from xipfs.trace.fault_batch import INDEX, INO
 
 
 class Heat:
@@ -22,6 +25,20 @@ class Heat:
                 continue
             counts = self._pages.setdefault((charge.ino, charge.page), [0, 0, 0])
             counts[_SLOT[charge.kind]] += 1
+
+    def add_many(self, charges: ChargeBatch) -> None:
+        """Count many at once: what a page is charged as goes into one number with it."""
+        inos = charges.cells[:, INO]
+        self.add(charge for charge in charges.by_hand.values() if not charge.hint)
+        many = charges.kind >= 0
+        for ino in np.unique(inos).tolist():
+            own = many & (inos == ino)
+            keys = charges.cells[own, INDEX] << 2 | charges.kind[own]
+            different, counts = np.unique(keys, return_counts=True)
+            for key, count in zip(different.tolist(), counts.tolist(), strict=True):
+                slot = _SLOT.get(KINDS[key & 3])
+                if slot is not None:
+                    self._pages.setdefault((ino, key >> 2), [0, 0, 0])[slot] += count
 
     def hottest(self, count: int) -> list[dict[str, Any]]:
         """Return the ``count`` pages with the most faults, hottest first, as JSON-ready objects."""

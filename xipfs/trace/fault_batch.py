@@ -73,6 +73,29 @@ def expanded(items: Iterable[events.Event | FaultBatch]) -> Iterator[events.Even
             yield item
 
 
+def steps(
+    items: list[events.Event | FaultBatch], count: int
+) -> Iterator[list[events.Event] | FaultBatch]:
+    """Yield batches by themselves and what is between them in lists of up to ``count``.
+
+    Yields at least one step, if an empty one.
+    """
+    single: list[events.Event] = []
+    for item in items:
+        if isinstance(item, FaultBatch):
+            if single:
+                yield single
+                single = []
+            yield item
+            continue
+        single.append(item)
+        if len(single) == count:
+            yield single
+            single = []
+    if single or not items:
+        yield single
+
+
 def fault_of(row: list[int]) -> events.Fault:
     """Return the fault that a row of a batch stands for."""
     error = row[ERROR]

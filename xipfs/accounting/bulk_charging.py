@@ -1,0 +1,333 @@
+"""Plain faults charged many at a time: the books end as if each had been charged alone.
+
+``charge_loop`` does what it has seen done before and stops at the rest, which the accountant takes
+and the loop learns from (``mm.bulk_learn``). Pages that xipfs took from the kernel itself (a hint,
+a move) are among the rest. Small batches are not worth it and left to the accountant whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from xipfs.accounting import charge_loop as loop
+from xipfs.accounting.charge_rows import ChargeRows
+from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ints, PteKind
+from xipfs.accounting.kernel_states import NONE
+from xipfs.mm import bulk_loop as bulk
+from xipfs.mm.access import MAPS_ANON, MAPS_PAGECACHE, MAPS_XIP, Access
+from xipfs.mm.bulk_learn import Outcomes, Situation, add_to_counters
+from xipfs.mm.machine import MM_FILEPAGES
+from xipfs.trace import fault_batch as cells_of
+from xipfs.trace.fault_batch import FaultBatch, around_of, fault_of
+from xipfs.units import PAGE_MASK, PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from xipfs.accounting.accountant import Accountant
+
+#: Fewer faults are charged one by one.
+MIN_FAULTS: Final = 64
+Run = Callable[[loop.Charging], int]
+_CODES: Final = {kind: code for code, kind in KINDS.items()}
+_HITS: Final = {
+    loop.HIT_XIP: MAPS_XIP,
+    loop.HIT_PAGECACHE: MAPS_PAGECACHE,
+    loop.HIT_COW: MAPS_ANON,
+}
+
+
+class BulkCharger:
+    """Charges batches into one accountant's books; compiles its loop when it first has one."""
+
+    def __init__(self, books: Accountant) -> None:
+        self._books = books
+        self._run: Run | None = None
+        self._compiling: threading.Thread | None = None
+
+    def use(self, run: Run) -> None:
+        """Charge through ``run`` from now on."""
+        self._run = run
+
+    def charge(self, batch: FaultBatch) -> ChargeBatch | None:
+        """Charge the batch; None where that has to be done fault by fault."""
+        if len(batch) < MIN_FAULTS:
+            return None
+        if self._run is None:
+            self._start_compiling()
+            return None
+        numbers, process = _numbered(batch.cells[:, cells_of.MM])
+        call = _Call(self._books, batch.cells, numbers, process)
+        charges = call.carry_out(self._run)
+        if self._books.on_charges is not None:
+            self._books.on_charges(batch, charges)
+        return charges
+
+    def wait_until_compiled(self) -> None:
+        """Return when batches are charged by compiled code, or never will be."""
+        self._start_compiling()
+        if self._compiling is not None:
+            self._compiling.join()
+
+    def _start_compiling(self) -> None:
+        if self._compiling is None and importlib.util.find_spec("numba") is not None:
+            self._compiling = threading.Thread(target=self._compile, daemon=True)
+            self._compiling.start()
+
+    def _compile(self) -> None:
+        from xipfs.accounting import charge_code
+
+        self.use(charge_code.run)
+
+
+def _numbered(values: Ints) -> tuple[list[int], Ints]:
+    """Return the different ``values``, ascending, and for each value its place among them."""
+    if (values == values[0]).all():
+        return [int(values[0])], np.zeros(len(values), np.int64)
+    different, places = np.unique(values, return_inverse=True)
+    return different.tolist(), places
+
+
+def _marked(books: Accountant, cells: cells_of.Cells, numbers: list[int], process: Ints) -> Ints:
+    """Return where a fault (bit 0) or its window (bit 1) meets pages that xipfs took away."""
+    marked = np.zeros(len(cells), np.int64)
+    for place, number in enumerate(numbers):
+        pages = books.hints.marked_pages(number) | books.causes.marked_pages(number)
+        if not pages:
+            continue
+        taken = np.array(sorted(pages), np.int64)
+        own = process == place
+        page = cells[own, cells_of.ADDRESS] >> PAGE_SHIFT
+        first = page + cells[own, cells_of.AROUND_FIRST] - cells[own, cells_of.INDEX]
+        end = page + cells[own, cells_of.AROUND_LAST] - cells[own, cells_of.INDEX] + 1
+        window = np.searchsorted(taken, first) < np.searchsorted(taken, end)
+        marked[own] = np.isin(page, taken) | window << 1
+    return marked
+
+
+class _Call:
+    """One batch being charged."""
+
+    def __init__(
+        self, books: Accountant, cells: cells_of.Cells, numbers: list[int], process: Ints
+    ) -> None:
+        self.books = books
+        self.cells = cells
+        self.numbers = numbers
+        self.process = process
+        self.mms = [books.mm(number) for number in numbers]
+        self.rows = ChargeRows(books, self.mms)
+        self.outcomes = Outcomes(len(self.rows.vmas) * bulk.STATES * 2)
+        self.results = np.full((len(cells), loop.RESULT_COLUMNS), loop.BY_HAND, np.int64)
+        self.sums = np.zeros((len(numbers), loop.SUM_COLUMNS), np.int64)
+        self.leaves_made = np.zeros(len(numbers), np.int64)
+        self.wanted = np.zeros(bulk.WANTED, np.int64)
+        self.tally = np.zeros(loop.TALLY, np.int64)
+        self.marked = _marked(books, cells, numbers, process)
+        self.kind = np.full(len(cells), -1, np.int64)
+        self.major = np.zeros(len(cells), np.int64)
+        self.extra = np.zeros(len(cells), np.int64)
+        self.by_hand: dict[int, Charge] = {}
+        #: What each learned outcome maps.
+        self.kinds: list[int] = []
+        self.touched = 0
+
+    def carry_out(self, run: Run) -> ChargeBatch:
+        """Charge all; enter the sums in the books."""
+        try:
+            while (reason := self._run(run)) != loop.FINISHED:
+                if reason == loop.NEEDS_TABLES:
+                    self.books.machine.table_pool.grow()
+                elif reason == loop.NEEDS_SHADOW:
+                    self._make_shadow()
+                elif reason == loop.NEEDS_FAULT:
+                    self._fault_by_hand()
+                else:
+                    self._around_by_hand()
+        finally:
+            self._touch()
+            self._settle_counters()
+        self._fill_in()
+        charges = ChargeBatch(self.cells, self.kind, self.major, self.extra, self.by_hand)
+        self._enter(charges)
+        return charges
+
+    def _run(self, run: Run) -> int:
+        """Lend the machine's arrays to the loop once, and settle what it took from free lists."""
+        machine = self.books.machine
+        memory = machine.memory
+        free_lists = (memory.ram_free, memory.anon_free, machine.table_pool.free)
+        lent = [free_list.lend() for free_list in free_lists]
+        free = np.array([(len(stack), first, end) for stack, first, end in lent], np.int64)
+        world = bulk.World(
+            process=_NO_PROCESS,
+            page=_NO_INTS,
+            write=_NO_BOOLS,
+            first_row=self.rows.first_row,
+            rows=self.rows.rows,
+            middles=self.rows.middles,
+            entries=machine.table_pool.array,
+            refcount=memory.refcount,
+            mapcount=memory.mapcount,
+            page_flags=memory.page_flags,
+            frames=_NO_INTS,
+            ram_returned=lent[bulk.RAM][0],
+            anon_returned=lent[bulk.ANON][0],
+            tables_returned=lent[bulk.TABLES][0],
+            free=free,
+            outcomes=self.outcomes.table,
+            heads=self.outcomes.heads,
+            uses=self.outcomes.uses,
+            leaves_made=self.leaves_made,
+            wanted=self.wanted,
+            tally=_NO_INTS,
+            zero_pfn=machine.zero_pfn,
+            pte_special=machine.pte_special,
+            mixed_zero_is_raw=machine.rules.kernel.mixed_zero_is_raw,
+        )
+        reason = run(
+            loop.Charging(
+                world,
+                self.cells,
+                self.process,
+                self.marked,
+                self.rows.live,
+                self.books.kernel.pool.array,
+                self.rows.shadow_middles,
+                self.rows.cached_middles,
+                self.rows.frame_middles,
+                self.results,
+                self.sums,
+                self.tally,
+            )
+        )
+        del world, lent
+        for free_list, left in zip(free_lists, free.tolist(), strict=True):
+            free_list.settle(left[bulk.DEPTH], left[bulk.NEXT_NUMBER])
+        return reason
+
+    # What the loop stops at
+
+    def _make_shadow(self) -> None:
+        """Make the leaf of the kernel's column that the fault is about to write to."""
+        at = int(self.tally[loop.AT])
+        address = int(self.cells[at, cells_of.ADDRESS]) & PAGE_MASK
+        number = self.numbers[self.process[at]]
+        self.books.kernel.tables_of(number).set(address, NONE)
+        self.rows.refresh(self.mms[self.process[at]].find_vma(address))
+
+    def _fault_by_hand(self) -> None:
+        """Have the accountant take the fault that the loop stopped at, and learn from it."""
+        self._touch()
+        at = int(self.tally[loop.AT])
+        fault = fault_of(self.cells[at].tolist())
+        mm = self.mms[self.process[at]]
+        vma = mm.find_vma(fault.address)
+        file = self.books.file(fault.ino)
+        situation = None
+        if vma is not None and self.wanted[bulk.KEY] >= 0:
+            frame = file.frames.get(fault.index << PAGE_SHIFT) - 1
+            situation = Situation(vma, fault.address >> PAGE_SHIFT, self.wanted, frame)
+        charge = self.books.take(fault)
+        assert charge is not None, fault
+        if situation is not None and charge.kind is not PteKind.NONE:
+            taken = Access("", 0, charge.extra + 1, int(charge.major), 0)
+            learned = len(self.outcomes.repeated)
+            self.outcomes.learn(situation, taken)
+            if len(self.outcomes.repeated) > learned:
+                self.kinds.append(_CODES[charge.kind])
+        file.learn(fault.index)
+        self.rows.refresh(vma)
+        self.by_hand[at] = charge
+        self.tally[loop.PART] = 1
+
+    def _around_by_hand(self) -> None:
+        """Have the accountant map the window that the loop stopped at."""
+        self._touch()
+        at = int(self.tally[loop.AT])
+        around = around_of(self.cells[at].tolist())
+        assert around is not None, at
+        self.books.around(around)
+        file = self.books.file(around.ino)
+        for index in range(around.first, around.last + 1):
+            if self.books.kernel.is_cached(around.ino, index):
+                file.learn(index)
+        mm = self.mms[self.process[at]]
+        for vma in mm.overlapping(around.address, around.address + 1):
+            self.rows.refresh(vma)
+        self.tally[loop.PART] = 0
+        self.tally[loop.AT] += 1
+
+    # What comes of it
+
+    def _touch(self) -> None:
+        """Make the pages of the faults so far the hottest, in their order."""
+        end = int(self.tally[loop.AT]) + int(self.tally[loop.PART])
+        frames = self.results[self.touched : end, loop.FRAME]
+        ram_pages = self.books.machine.memory.ram_pages
+        self.books.fs.touch_frames(frames[(frames >= 0) & (frames < ram_pages)])
+        self.touched = end
+
+    def _settle_counters(self) -> None:
+        """Add up what the loop did, in the counters of the machine and the address spaces."""
+        machine = self.books.machine
+        uses = self.outcomes.uses.tolist()
+        for times, repeated in zip(uses, self.outcomes.repeated, strict=False):
+            add_to_counters(machine, repeated.machine_counters, times)
+            add_to_counters(repeated.mm, repeated.mm_counters, times)
+        for mm, leaves, sums in zip(self.mms, self.leaves_made, self.sums, strict=True):
+            filled = int(sums[loop.AROUND_FILLED])
+            mm.tables.leaf_count += int(leaves)
+            mm.rss[MM_FILEPAGES] += filled
+            machine.nr_normal_ptes += filled
+            self.books.around_pages += filled
+        if blind := int(self.tally[loop.BLIND]):
+            self.books.unfollowed[BLIND_WINDOWS] += blind
+
+    def _fill_in(self) -> None:
+        """Turn outcomes into kind, major and extra of each fault."""
+        outcome = self.results[:, loop.OUTCOME]
+        known = outcome >= 0
+        if known.any():
+            repeated = self.outcomes.repeated
+            chosen = outcome[known]
+            self.kind[known] = np.array(self.kinds, np.int64)[chosen]
+            self.major[known] = np.array([each.major for each in repeated], np.int64)[chosen]
+            extra = [max(each.faults - 1, 0) for each in repeated]
+            self.extra[known] = np.array(extra, np.int64)[chosen]
+        for code, kind in _HITS.items():
+            self.kind[outcome == code] = kind
+
+    def _enter(self, charges: ChargeBatch) -> None:
+        """Enter the sums of each address space in the ledger and in what is kept by it."""
+        books, cells = self.books, self.cells
+        error = cells[:, cells_of.ERROR]
+        looped = self.results[:, loop.OUTCOME] != loop.BY_HAND
+        mapped = looped & (error & cells_of.ERROR_PROTECTION == 0)
+        copied = looped & (self.kind == MAPS_ANON) & (error & cells_of.ERROR_WRITE != 0)
+        for place, number in enumerate(self.numbers):
+            own = self.process == place
+            of_space = cells[own]
+            pid = int(of_space[0, cells_of.PID])
+            comm = books.comm(int(of_space[-1, cells_of.PID]))
+            books.ledger.charge_many(number, pid, comm, charges.count(own))
+            sums = self.sums[place].tolist()
+            books.kernel.faulted(
+                number,
+                pid,
+                np.unique(of_space[:, cells_of.TID]).tolist(),
+                of_space[copied[own], cells_of.ADDRESS].tolist(),
+                sums[loop.CHANGES],
+            )
+            books.runs.faults(number, pid, int(looped[own].sum()), int(mapped[own].sum()))
+            books.runs.around(number, pid, sums[loop.AROUND_PRIVATE], shared=False)
+            books.runs.around(number, pid, sums[loop.AROUND_SHARED], shared=True)
+
+
+BLIND_WINDOWS: Final = "fault-around windows over XIP or evicted pages"
+_NO_INTS: Final = np.zeros(0, np.int64)
+_NO_PROCESS: Final = np.zeros(0, np.int32)
+_NO_BOOLS: Final = np.zeros(0, np.bool_)

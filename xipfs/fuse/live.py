@@ -18,7 +18,7 @@ import trio
 
 from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.causes import EVICT
-from xipfs.accounting.charges import ChargeBatch
+from xipfs.accounting.charges import Charge, ChargeBatch
 from xipfs.errors import FsError, ObserverError, UsageError
 from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
@@ -217,10 +217,14 @@ class Live:
         return drained
 
     def _account(self, step: list[Event] | FaultBatch) -> None:
-        if isinstance(step, FaultBatch):
-            charges = self.accountant.charge(step)
-        else:
+        charges: ChargeBatch | list[Charge]
+        if not isinstance(step, FaultBatch):
             charges = self.accountant.consume(step)
+        elif self.recorder.active:
+            # A recording holds each fault-around at its place between the faults.
+            charges = self.accountant.consume([step])
+        else:
+            charges = self.accountant.charge(step)
         if isinstance(charges, ChargeBatch):
             self.heat.add_many(charges)
         else:

@@ -83,10 +83,6 @@ class Causes:
                 if state == FILE:
                     self._marked.setdefault(vma.mm.name, {})[address >> PAGE_SHIFT] = cause
 
-    def expects(self, mm: int) -> bool:
-        """Return whether a fault of ours may come in this address space."""
-        return bool(self._marked.get(mm))
-
     def marked_pages(self, mm: int) -> AbstractSet[int]:
         """Return the virtual pages of an address space whose next fault is our doing."""
         return self._marked.get(mm, {}).keys()

@@ -109,7 +109,9 @@ def _start_daemon(args: argparse.Namespace) -> int:
     for word in args.options:
         command += ["-o", word]
     command += ["--", str(args.image.resolve()), str(args.directory.resolve())]
-    with open(log_path, "ab") as log_file:
+    # Its owner's alone: it names files, and processes that something went wrong with.
+    log_fd = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with open(log_fd, "ab") as log_file:
         daemon = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

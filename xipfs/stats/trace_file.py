@@ -10,8 +10,10 @@ refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -100,8 +102,11 @@ class TraceWriter:
     def __init__(self, path: Path, *, force: bool = False) -> None:
         arrow, parquet = _pyarrow()
         self._arrow = arrow
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
+        # Always a new file: one that is there may be another user's, or lead elsewhere.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL
         try:
+            if force:
+                _remove(path)
             self._file = open(os.open(path, flags, 0o600), "wb")  # noqa: SIM115
         except FileExistsError:
             raise UsageError(f"{path} exists", remedy="--force overwrites it") from None
@@ -192,6 +197,14 @@ class TraceReader:
         """Yield the rows in order, as lists by column; a batch is at most ``GROUP_ROWS`` long."""
         for batch in self._file.iter_batches(GROUP_ROWS):
             yield batch.to_pydict()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        kind = path.lstat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISLNK(kind)):
+            raise UsageError(f"{path} is not a regular file", expected="one, or none yet")
+        path.unlink()
 
 
 def _check_magic(path: Path) -> None:

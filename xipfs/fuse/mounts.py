@@ -138,7 +138,7 @@ def serving_pid(mount: Mount) -> int | None:
 
 
 def _connection_of(pid: int) -> int | None:
-    for entry in Path(f"/proc/{pid}/fdinfo").glob("*"):
+    for entry in sorted(Path(f"/proc/{pid}/fdinfo").glob("*")):
         try:
             match = re.search(r"^fuse_connection:\s*(\d+)$", entry.read_text(), re.MULTILINE)
         except OSError:

@@ -5,18 +5,18 @@ that time left for us, and each PTE that the kernel had of it went with it: the 
 address would not have come without us. A recording marks such faults, so that a replay under
 another policy can leave them out and make its own.
 
-Memory: one entry for each of the newest ``PAGES_MAX`` pages taken away, one for each PTE.
+Memory: 8 bytes for each of the newest ``PAGES_MAX`` pages taken away, one entry for each PTE.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from xipfs.accounting.kernel_ptes import KernelPtes
 from xipfs.accounting.kernel_states import FILE
+from xipfs.accounting.page_runs import PageRuns
 from xipfs.mm.vma import MappedFile
 from xipfs.trace.events import CacheDelete, Event
 from xipfs.units import PAGE_SHIFT
@@ -35,39 +35,40 @@ class Invalidation:
     cause: str
     began_ns: int
     ended_ns: int = _NOT_YET
+    read: set[int] = field(default_factory=set)
+    """Pages of it that the kernel has read again."""
 
 
 class Causes:
     """The pages that were taken away and the addresses whose next fault is our doing."""
 
     def __init__(self) -> None:
-        self._taken: OrderedDict[tuple[int, int], Invalidation] = OrderedDict()
-        self._unread: dict[tuple[int, int], str] = {}
+        self._taken: PageRuns[Invalidation] = PageRuns(PAGES_MAX)
         self._marked: dict[int, dict[int, str]] = {}
 
     def begin(self, ino: int, first: int, count: int, cause: str, now_ns: int) -> Invalidation:
         """Hear that pages are about to be invalidated; the caller sets ``ended_ns``."""
         invalidation = Invalidation(cause, now_ns)
-        for index in range(first, first + count):
-            self._taken.pop((ino, index), None)
-            self._taken[ino, index] = invalidation
-            self._unread[ino, index] = cause
-        while len(self._taken) > PAGES_MAX:
-            page, _ = self._taken.popitem(last=False)
-            self._unread.pop(page, None)
+        self._taken.tell(ino, range(first, first + count), invalidation)
         return invalidation
 
     def of_event(self, event: Event) -> str:
         """Return the cause for which the kernel dropped pages, "" if not ours or another event."""
         if not isinstance(event, CacheDelete):
             return ""
-        taken = self._taken.get((event.ino, event.first))
+        taken = self._taken.get(event.ino, event.first)
         ours = taken is not None and taken.began_ns <= event.time_ns <= taken.ended_ns
         return taken.cause if ours and taken is not None else ""
 
     def of_read(self, ino: int, first: int, last: int) -> str:
         """Return why the kernel reads these pages, if it had to since we took them; once."""
-        causes = [self._unread.pop((ino, index), "") for index in range(first, last + 1)]
+        causes = []
+        for index in range(first, last + 1):
+            taken = self._taken.get(ino, index)
+            ours = taken is not None and index not in taken.read
+            causes.append(taken.cause if ours and taken is not None else "")
+            if taken is not None:
+                taken.read.add(index)
         return causes[0] if all(causes) else ""
 
     def deleted(self, event: CacheDelete, file: MappedFile, kernel: KernelPtes) -> None:

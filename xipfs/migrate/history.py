@@ -8,11 +8,12 @@ the two counts are lower bounds once more pages than that moved.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xipfs.accounting.charges import Charge
+from xipfs.accounting.page_runs import PageRuns
 from xipfs.fs.types import PageKind
 
 EVENTS_MAX: Final = 4096
@@ -70,12 +71,10 @@ class ChunkEvent:
 
 @dataclass(eq=False, slots=True)
 class _Move:
-    """Pages of one file that moved together, and those of them that faulted since."""
+    """A move of pages of one file, and which of them faulted since."""
 
-    ino: int
     to: PageKind
     time_ns: int
-    pages: Sequence[int]
     refaulted: set[int] = field(default_factory=set)
 
 
@@ -85,50 +84,31 @@ class History:
     def __init__(self) -> None:
         self._steps = {step: Histogram() for step in STEPS}
         self._events: deque[ChunkEvent] = deque(maxlen=EVENTS_MAX)
-        #: By file and page the last move that is remembered; the moves, oldest first.
-        self._last: dict[int, dict[int, _Move]] = {}
-        self._moves: deque[_Move] = deque()
-        self._remembered = 0
+        self._moves: PageRuns[_Move] = PageRuns(PAGES_MAX)
         self._reasons: dict[str, int] = {}
         #: Told each group of pages that moved: inode, indexes, new kind, time.
-        self.on_moved: Callable[[int, Sequence[int], PageKind, int], None] | None = None
+        self.on_moved: Callable[[int, list[int], PageKind, int], None] | None = None
         self.recorded = 0
         self.refaults = 0
         self.pingpong = 0
 
-    def moved(self, ino: int, pages: Sequence[int], to: PageKind, now_ns: int) -> None:
+    def moved(self, ino: int, pages: list[int], to: PageKind, now_ns: int) -> None:
         """Remember pages that have moved just now; all of one call share one record."""
         if not pages:
             return
-        of_file = self._last.setdefault(ino, {})
-        since_ns = now_ns - PINGPONG_NS
-        for before in map(of_file.get, pages):
-            if before is not None and before.to is not to and before.time_ns >= since_ns:
-                self.pingpong += 1
-        move = _Move(ino, to, now_ns, pages)
-        of_file.update(dict.fromkeys(pages, move))
-        self._moves.append(move)
-        self._remembered += len(pages)
-        while self._remembered > PAGES_MAX:
-            self._forget(self._moves.popleft())
+        for before, count in self._moves.count(ino, pages):
+            if before.to is not to and now_ns - before.time_ns <= PINGPONG_NS:
+                self.pingpong += count
+        self._moves.tell(ino, pages, _Move(to, now_ns))
         if self.on_moved is not None:
             self.on_moved(ino, pages, to, now_ns)
 
-    def _forget(self, move: _Move) -> None:
-        of_file = self._last[move.ino]
-        for index in move.pages:
-            if of_file.get(index) is move:
-                del of_file[index]
-        if not of_file:
-            del self._last[move.ino]
-        self._remembered -= len(move.pages)
-
     def charged(self, charges: Iterable[Charge]) -> None:
         """Look for faults of pages that have moved before."""
-        if not self._last:
+        if not self._moves:
             return
         for charge in charges:
-            move = self._last.get(charge.ino, {}).get(charge.page)
+            move = self._moves.get(charge.ino, charge.page)
             if move is None or charge.time_ns <= move.time_ns or charge.page in move.refaulted:
                 continue
             move.refaulted.add(charge.page)

@@ -1,0 +1,216 @@
+"""Moves on a live mount, asked for on its control file as a program would."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from benchmarks.support import mounts
+from benchmarks.support.context import Context
+from benchmarks.support.measure import Sample, compare
+from benchmarks.support.system import BenchError
+
+_PAGE = 4096
+OBSERVERS = ("off", "tracefs")
+
+
+class Control:
+    """The control file of a mount, open: one request after the other."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = os.open(directory / ".xipfs" / "control", os.O_RDWR)
+
+    def migrate(self, ino: int, to: str, ranges: list[list[int]] | None = None) -> int:
+        """Return how many pages have moved."""
+        request = {"op": "migrate", "ino": ino, "to": to}
+        if ranges is not None:
+            request["ranges"] = ranges
+        os.write(self._fd, json.dumps(request).encode())
+        answer = b""
+        while b'"result"' not in answer:
+            answer = os.read(self._fd, 65536)
+            if not answer or b'"error"' in answer:
+                raise BenchError(f"{request} was answered with {answer!r}")
+        moved: int = json.loads(answer)["result"]["moved"]
+        return moved
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+@contextlib.contextmanager
+def _controlled(
+    context: Context, image: Path, observe: str
+) -> Iterator[tuple[mounts.Mounted, Control]]:
+    with mounts.xipfs(context, image, 0, [f"observe={observe}", "ram=512M"]) as mounted:
+        control = Control(mounted.directory)
+        try:
+            yield mounted, control
+        finally:
+            control.close()
+
+
+def bulk(
+    context: Context, image: Path, name: str, baseline: str, copy: Callable[[int], Sample]
+) -> None:
+    """Move a whole file by one request; nobody else uses the mount."""
+    with _controlled(context, image, "off") as (mounted, control):
+        status = (mounted.directory / name).stat()
+        pages = status.st_size // _PAGE
+
+        def move(to: str, _seed: int) -> Sample:
+            control.migrate(status.st_ino, "xip" if to == "pagecache" else "pagecache")
+            start_ns = time.perf_counter_ns()
+            moved = control.migrate(status.st_ino, to)
+            took_ns = time.perf_counter_ns() - start_ns
+            assert moved == pages, (moved, pages)
+            return {"ns_per_page": took_ns / pages}
+
+        move("pagecache", 0)  # the host gives the frames now
+        samples = context.alternate(
+            "bulk moves on a mount",
+            {
+                baseline: copy,
+                "promote": functools.partial(move, "pagecache"),
+                "demote, clean": functools.partial(move, "xip"),
+            },
+        )
+    context.comparisons.append(
+        compare(
+            f"{pages * _PAGE >> 20} MiB by one request on an idle mount",
+            samples,
+            metric="ns_per_page",
+            baseline=baseline,
+            command="write and read .xipfs/control",
+        )
+    )
+
+
+def singly(context: Context, image: Path, name: str, count: int) -> None:
+    """Move one page a request, with and without an observer."""
+    candidates = {
+        f"observe={observe}": functools.partial(_singly, context, image, name, count, observe)
+        for observe in OBSERVERS
+    }
+    context.comparisons.append(
+        compare(
+            f"{count} requests of one page on an idle mount, from request to reply",
+            context.alternate("one page a request", candidates),
+            metric="median_us",
+            baseline=f"observe={OBSERVERS[0]}",
+            command="write and read .xipfs/control",
+            also=("p99_us", "bare_round_trip_us"),
+        )
+    )
+
+
+def _singly(
+    context: Context, image: Path, name: str, count: int, observe: str, _seed: int
+) -> Sample:
+    took_us = []
+    with _controlled(context, image, observe) as (mounted, control):
+        ino = (mounted.directory / name).stat().st_ino
+        bare_us = _round_trip_us(mounted.directory, count)
+        for number in range(count):
+            to = "xip" if number % 2 else "pagecache"
+            start_ns = time.perf_counter_ns()
+            moved = control.migrate(ino, to, [[number // 2, 1]])
+            took_us.append((time.perf_counter_ns() - start_ns) / 1000)
+            assert moved == 1, (number, moved)
+    took_us.sort()
+    return {
+        "median_us": statistics.median(took_us),
+        "p99_us": took_us[len(took_us) * 99 // 100],
+        "bare_round_trip_us": bare_us,
+    }
+
+
+def _round_trip_us(directory: Path, count: int) -> float:
+    """Return the median time of a request to the daemon that does nothing."""
+    fd = os.open(directory / ".xipfs" / "control", os.O_RDWR)
+    took_us = []
+    for _ in range(count):
+        start_ns = time.perf_counter_ns()
+        os.read(fd, 1)
+        took_us.append((time.perf_counter_ns() - start_ns) / 1000)
+    os.close(fd)
+    return statistics.median(took_us)
+
+
+def readers(context: Context, image: Path, moved: str, other: str) -> None:
+    """Read a file, cold, while another one moves to and fro, and while nothing moves."""
+    seconds = 0.3 if context.quick else 2.0
+    with mounts.xipfs(context, image, 0, ["observe=off", "ram=512M"]) as mounted:
+        candidates = {
+            name: functools.partial(_read, mounted.directory, moved, other, seconds, moving)
+            for name, moving in (("nothing moves", False), ("a bulk move", True))
+        }
+        samples = context.alternate("readers", candidates)
+    context.comparisons.append(
+        compare(
+            "random 4 KiB reads of another file, none of them cached",
+            samples,
+            metric="ns_per_read",
+            baseline="nothing moves",
+            command="pread after POSIX_FADV_DONTNEED",
+            also=("moved_pages_per_s",),
+        )
+    )
+
+
+def _read(
+    directory: Path, moved: str, other: str, seconds: float, moving: bool, seed: int
+) -> Sample:
+    chance = random.Random(seed)
+    ours, theirs = multiprocessing.Pipe()
+    mover = multiprocessing.Process(target=_move_to_and_fro, args=(directory, moved, theirs))
+    fd = os.open(directory / other, os.O_RDONLY)
+    try:
+        offsets = range(0, os.fstat(fd).st_size, _PAGE)
+        if moving:
+            mover.start()
+            ours.recv()
+        reads = 0
+        start_ns = time.perf_counter_ns()
+        end_ns = start_ns + int(seconds * 1e9)
+        while time.perf_counter_ns() < end_ns:
+            offset = chance.choice(offsets)
+            os.posix_fadvise(fd, offset, _PAGE, os.POSIX_FADV_DONTNEED)
+            assert len(os.pread(fd, _PAGE, offset)) == _PAGE
+            reads += 1
+        took_ns = time.perf_counter_ns() - start_ns
+        figures = {"ns_per_read": took_ns / reads}
+        if moving:
+            ours.send("stop")
+            figures["moved_pages_per_s"] = ours.recv()
+        return figures
+    finally:
+        os.close(fd)
+        if mover.pid is not None:
+            mover.join(60)
+            mover.kill()
+
+
+def _move_to_and_fro(directory: Path, name: str, pipe: Connection) -> None:
+    """Move a file until told to stop; tell how fast that went."""
+    control = Control(directory)
+    ino = (directory / name).stat().st_ino
+    control.migrate(ino, "xip")
+    pipe.send("begun")
+    start_ns = time.perf_counter_ns()
+    pages, to = 0, "xip"
+    while not pipe.poll():
+        to = "pagecache" if to == "xip" else "xip"
+        pages += control.migrate(ino, to)
+    pipe.send(pages * 1e9 / (time.perf_counter_ns() - start_ns))
+    control.close()

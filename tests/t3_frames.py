@@ -63,7 +63,7 @@ def test_the_coldest_is_the_one_used_longest_ago(seed: int) -> None:
             if count == 1:
                 table.add(pfns[0], ino, first, first + 7000)
             else:
-                table.add_run(np.array(pfns), ino, pages, np.array(pages) + 7000)
+                table.add_run(np.array(pfns), ino, np.array(pages), np.array(pages) + 7000)
             order |= dict(zip(pfns, [(ino, page) for page in pages], strict=True))
         elif order and action < 0.8:
             pfn = chance.choice(list(order))
@@ -90,10 +90,10 @@ def test_the_coldest_is_the_one_used_longest_ago(seed: int) -> None:
 
 def test_pages_are_found_by_file_and_by_flag() -> None:
     table = FrameTable(8)
-    table.add_run(np.array([3, 4, 6]), 2, [10, 11, 30], np.array([70, 71, 50]))
+    table.add_run(np.array([3, 4, 6]), 2, np.array([10, 11, 30]), np.array([70, 71, 50]))
     table.add(5, 7, 10, 60)
-    assert table.find_run(2, [9, 10, 30]).tolist() == [-1, 3, 6]
-    assert table.find_run(8, [10]).tolist() == [-1]
+    assert table.find_run(2, np.array([9, 10, 30])).tolist() == [-1, 3, 6]
+    assert table.find_run(8, np.array([10])).tolist() == [-1]
     assert sorted(table.of_file(2).tolist()) == [3, 4, 6]
     assert sorted(table.pages_of(2)) == [10, 11, 30]
     table.flags[4] |= DIRTY

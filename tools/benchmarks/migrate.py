@@ -147,7 +147,7 @@ def _sizes(context: Context) -> None:
 def _file_in_image(
     context: Context, name: str, file_bytes: int, image_bytes: int
 ) -> tuple[Filesystem, int]:
-    """Return an open filesystem with a file that has its last part only, and its number."""
+    """Return an open filesystem with a file of that size, and the number of the file."""
     clock = SystemClock()
     image = context.work / f"{name.replace(' ', '-')}.img"
     make_empty(image, size_bytes=image_bytes, label="", pagecache=False, clock=clock)

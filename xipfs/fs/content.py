@@ -205,7 +205,7 @@ class Content:
                 self._store(part, first, offset, data)
             medium.flush(at, size)
         # Whoever mapped the pages has what stands for a hole there (rules R2, R4).
-        self._core.cache.unmap(inode.ino, (holes + first).tolist())
+        self._core.cache.unmap(inode.ino, holes + first)
         bodies[holes] = new[holes]
         volume.maps.assign(inode, first, bodies)
         inode.blocks += int(holes.size)

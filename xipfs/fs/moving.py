@@ -56,10 +56,9 @@ class _Step:
     bodies: Entries
     at: Positions
 
-    def pages(self) -> list[int]:
+    def pages(self) -> Positions:
         """Return the page numbers, ascending."""
-        numbers: list[int] = (self.at + self.first).tolist()
-        return numbers
+        return self.at + self.first
 
 
 class Moving:
@@ -167,8 +166,8 @@ class Moving:
         except BaseException:
             cache.drop(admitted)
             raise
-        result.moved += pages[:count]
-        result.refuse(errno.ENOMEM, pages[count:])
+        result.moved += pages[:count].tolist()
+        result.refuse(errno.ENOMEM, pages[count:].tolist())
 
     def _demote(self, step: _Step, result: Moved) -> None:
         cache = self._core.cache
@@ -176,19 +175,15 @@ class Moving:
         frames = cache.get_run(step.ino, pages)
         resident = frames >= 0
         cache.unmap(step.ino, pages)
-        pinned = np.zeros(len(pages), bool)
+        pinned = np.zeros(pages.size, bool)
         pinned[resident] = cache.pinned(frames[resident])
         gone = frames[resident & ~pinned]
         # Flushed; the fence before the transaction's mark makes them durable before their kinds.
         cache.write_home(gone)
         self._commit(step, step.at[~pinned])
         cache.drop(gone)
-        if pinned.any():
-            at = np.array(pages)
-            result.moved += at[~pinned].tolist()
-            result.refuse(errno.EAGAIN, at[pinned].tolist())
-        else:
-            result.moved += pages
+        result.moved += pages[~pinned].tolist()
+        result.refuse(errno.EAGAIN, pages[pinned].tolist())
 
     def _commit(self, step: _Step, at: Positions) -> None:
         """Turn the kinds of the pages ``at`` over, all of them durably or none."""
@@ -199,7 +194,7 @@ class Moving:
         first, stop = int(at[0]), int(at[-1]) + 1
         with self._core.change():
             inode = self._core.inode(step.ino)
-            volume.maps.assign(inode, step.first + first, bodies[first:stop])
+            volume.maps.replace_many(inode, step.first + first, bodies[first:stop])
             if inode.height == 0:
                 self._core.put(inode)  # the root entry is the inode's own
             promoted = bool(int(bodies[first]) & layout.ENTRY_PAGECACHE)

@@ -20,7 +20,7 @@ import numpy as np
 
 from xipfs.clock import Clock
 from xipfs.errors import OutOfFramesError
-from xipfs.fs.frame_table import DIRTY, FILLED_BY_READ, FrameTable, Pfns
+from xipfs.fs.frame_table import DIRTY, FILLED_BY_READ, FrameTable, Numbers, Pfns
 from xipfs.image.layout import BLOCK_SHIFT
 from xipfs.memory.frames import PhysicalMemory
 from xipfs.memory.region import Medium
@@ -100,7 +100,7 @@ class PageCache:
         """Return the page's frame if it is resident; this is no touch."""
         return self._frames.find(ino, index)
 
-    def get_run(self, ino: int, pages: list[int]) -> Pfns:
+    def get_run(self, ino: int, pages: Numbers) -> Pfns:
         """Return the frame of each of ``pages``, -1 where it is not resident."""
         return self._frames.find_run(ino, pages)
 
@@ -150,16 +150,16 @@ class PageCache:
         self._frames.add(pfn, ino, index, home)
         return pfn
 
-    def admit_run(self, ino: int, pages: list[int], homes: Pfns) -> Pfns:
+    def admit_run(self, ino: int, pages: Numbers, homes: Numbers) -> Pfns:
         """Give ``pages`` frames filled from ``homes``; return those of the first that got one.
 
         Fewer than asked for if the other frames are all pinned. No page of this call evicts
         another one of it, so there must not be more than there are frames.
         """
-        assert len(pages) <= self._memory.ram_pages, (len(pages), self._memory.ram_pages)
-        if (short := len(pages) - len(self._memory.ram_free)) > 0:
+        assert pages.size <= self._memory.ram_pages, (pages.size, self._memory.ram_pages)
+        if (short := pages.size - len(self._memory.ram_free)) > 0:
             self._evict(short)
-        pfns = self._memory.alloc_ram_run(len(pages))
+        pfns = self._memory.alloc_ram_run(pages.size)
         homes = homes[: pfns.size]
         for start, stop in _runs(homes):
             offset = int(homes[start]) << BLOCK_SHIFT
@@ -250,10 +250,10 @@ class PageCache:
         del self._evicted_fills[ino, index]
         return True
 
-    def unmap(self, ino: int, pages: list[int]) -> None:
+    def unmap(self, ino: int, pages: Numbers) -> None:
         """Have the PTEs of ``pages``, which ascend, zapped."""
-        for start, stop in _runs(np.array(pages)):
-            self.on_unmap(Ino(ino), PageIndex(pages[start]), stop - start)
+        for start, stop in _runs(pages):
+            self.on_unmap(Ino(ino), PageIndex(int(pages[start])), stop - start)
 
     def pinned(self, pfns: Pfns) -> np.typing.NDArray[np.bool_]:
         """Tell which of ``pfns``, unmapped before, somebody but the cache refers to."""
@@ -285,7 +285,7 @@ class PageCache:
     def drop_from(self, ino: int, first: int) -> None:
         """Forget the file's pages from ``first`` on: they are being cut off."""
         self.on_cut(Ino(ino), PageIndex(first))
-        pages = sorted(index for index in self.pages_of(ino) if index >= first)
+        pages = np.array(sorted(index for index in self.pages_of(ino) if index >= first), np.int64)
         self.unmap(ino, pages)
         self.drop(self.get_run(ino, pages))
 
@@ -324,7 +324,7 @@ class PageCache:
         return len(pages)
 
 
-def _runs(numbers: Pfns) -> Iterator[tuple[int, int]]:
+def _runs(numbers: Numbers) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the slices of ``numbers`` that count up by one.
 
     >>> list(_runs(np.array([7, 8, 9, 4, 5])))
@@ -332,7 +332,7 @@ def _runs(numbers: Pfns) -> Iterator[tuple[int, int]]:
     """
     if not numbers.size:
         return
-    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    cuts = (numbers[1:] != numbers[:-1] + 1).nonzero()[0] + 1
     yield from pairwise([0, *cuts.tolist(), numbers.size])
 
 

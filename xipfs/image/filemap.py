@@ -88,20 +88,23 @@ class FileMap:
         if count <= _FEW_PAGES:
             # numpy's fixed cost a call is that of a dozen pages looked up one by one.
             return np.array([self.entry(inode, first + i) for i in range(count)], np.uint64)
-        bodies = np.zeros(count, np.uint64)
+        words = np.zeros(count, np.uint64)
         if inode.height == 0:
             if first == 0 and count:
-                bodies[0] = self._open(inode, 0, inode.root, _root_offset(inode))
-            return bodies
+                words[0] = self._open(inode, 0, inode.root, _root_offset(inode))
+            return words
         end = min(first + count, 1 << (_SHIFT * inode.height))
         index = first
+        leaves = []
         while index < end:
             stop = min((index | _SLOT_MASK) + 1, end)
             leaf = self._leaf(inode, index >> _SHIFT)
+            leaves.append(leaf)
             if leaf:
-                bodies[index - first : stop - first] = self._open_pages(inode, index, stop, leaf)
+                part = self._words(leaf, index & _SLOT_MASK, stop - index)
+                words[index - first : stop - first] = part
             index = stop
-        return bodies
+        return self._open_pages(inode, first, words, leaves)
 
     def assign_one(self, inode: Inode, index: int, body: int) -> None:
         """Set page ``index``'s body (0 makes a hole)."""
@@ -125,6 +128,22 @@ class FileMap:
             return
         leaf = self._leaf(inode, index >> _SHIFT)
         self._metadata.write(leaf, (index & _SLOT_MASK) * 8, word.to_bytes(8, "little"))
+
+    def replace_many(self, inode: Inode, first: int, bodies: Entries) -> None:
+        """``replace`` for the pages from ``first`` on; holes among them stay holes."""
+        if inode.height == 0:
+            assert bodies.size == 1, bodies
+            inode.root = seal(inode.ino, 0, first, int(bodies[0]))
+            return
+        data = seal_pages(inode.ino, first, bodies).tobytes()
+        index, end = first, first + bodies.size
+        while index < end:
+            stop = min((index | _SLOT_MASK) + 1, end)
+            leaf = self._leaf(inode, index >> _SHIFT)
+            if leaf:  # else all of it is one hole
+                words = data[(index - first) * 8 : (stop - first) * 8]
+                self._metadata.write(leaf, (index & _SLOT_MASK) * 8, words)
+            index = stop
 
     def take(self, inode: Inode, first: int, limit: int) -> Entries | None:
         """Make holes of up to ``limit`` pages from ``first`` on, within one leaf.
@@ -152,7 +171,9 @@ class FileMap:
         root = self._root_node(inode)
         for number, leaf in self._leaf_blocks(inode, root, inode.height, 0, first >> _SHIFT):
             start = max(number << _SHIFT, first)
-            bodies = self._open_pages(inode, start, (number + 1) << _SHIFT, leaf)
+            slot = start & _SLOT_MASK
+            words = self._words(leaf, slot, layout.FANOUT - slot)
+            bodies = self._open_pages(inode, start, words, [leaf])
             if bodies.any():
                 yield start, bodies
 
@@ -318,10 +339,8 @@ class FileMap:
         self._owners.meet(inode.ino, block)
         return body
 
-    def _open_pages(self, inode: Inode, first: int, stop: int, leaf: int) -> Entries:
-        """``_open`` for the entries of pages [first, stop), which lie in node ``leaf``."""
-        slot = first & _SLOT_MASK
-        words = self._words(leaf, slot, stop - first)
+    def _open_pages(self, inode: Inode, first: int, words: Entries, leaves: list[int]) -> Entries:
+        """``_open`` for the ``words`` of the pages from ``first`` on, which lie in ``leaves``."""
         bodies: Entries = words & np.uint64(layout.ENTRY_BODY_MASK)
         blocks = bodies & np.uint64(layout.ENTRY_BLOCK_MASK)
         used = words != 0
@@ -332,9 +351,10 @@ class FileMap:
             | (blocks >= self._data_end)
         )
         if wrong.any():
-            at = int(np.argmax(wrong))
-            offset = (leaf << layout.BLOCK_SHIFT) + (slot + at) * 8
-            raise self._damaged(inode, 0, first + at, offset)
+            page = first + int(np.argmax(wrong))
+            leaf = leaves[(page >> _SHIFT) - (first >> _SHIFT)]
+            offset = (leaf << layout.BLOCK_SHIFT) + (page & _SLOT_MASK) * 8
+            raise self._damaged(inode, 0, page, offset)
         self._owners.meet_many(inode.ino, blocks[used])
         return bodies
 

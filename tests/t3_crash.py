@@ -11,7 +11,7 @@ from imagecheck import check as check_by_the_text
 from proving.crash import tree
 from proving.crash.explorer import Explorer, Tally, World
 from proving.crash.making import explore_mkfs
-from proving.crash.medium import Point, Undecided, Watched, next_choices
+from proving.crash.medium import Point, Undecided, Watched, keep_memory, next_choices
 from proving.crash.mutants import REDUNDANT, Hunt, all_mutants, calls_in_sources
 from proving.crash.sweep import ROOT, Log, sweep
 from proving.crash.workloads import OPERATIONS, Workload, base_image, workloads
@@ -23,6 +23,7 @@ from xipfs.memory.emulated import EmulatedMedium
 SEED = int(os.environ.get("CRASH_SEED", "1"))
 PAIRS = 20
 BASE = base_image()
+keep_memory()
 
 
 def explored(*todo: Workload) -> Tally:

@@ -28,7 +28,7 @@ from xipfs.fs.types import Attr, AttrChange, PageKind, PageRun, PageState, StatF
 from xipfs.fs.xattr import ExtendedAttributes
 from xipfs.image import layout
 from xipfs.image.volume import Volume
-from xipfs.memory.frames import PhysicalMemory
+from xipfs.memory.frames import ANON_PAGES, PhysicalMemory
 from xipfs.memory.region import Buffer, Medium, Region
 from xipfs.units import PAGE_SHIFT, Ino, Pfn
 
@@ -45,6 +45,7 @@ class Filesystem:
         struct_page_bytes: int,
         clock: Clock,
         lock: ImageLock | None,
+        anon_pages: int = ANON_PAGES,
     ) -> None:
         self.image_path = image_path
         self._lock = lock
@@ -52,6 +53,7 @@ class Filesystem:
         self.memory = PhysicalMemory(
             ram_pages=ram_bytes >> PAGE_SHIFT,
             nvram_pages=volume.superblock.block_count,
+            anon_pages=anon_pages,
             struct_page_bytes=struct_page_bytes,
         )
         self._core = Core(volume, self.memory, clock, read_only=not medium.writable)

@@ -31,6 +31,9 @@ from xipfs.units import PAGE_SIZE, PAGES_PER_SECTION, Pfn
 #: sizeof(struct page) that rule P4 derives: 2.6 on 32 bits, 2.6/6.12 on 64 bits, 6.12 with memcg.
 STRUCT_PAGE_SIZES: Final = (32, 56, 64)
 
+#: Frames for the programs' own pages, unless told otherwise: 4 GiB.
+ANON_PAGES: Final = 1 << 20
+
 # page_flags: the kernel's page flags that the model's rules ask for.
 PG_ANON: Final = 1 << 0
 PG_ANON_EXCLUSIVE: Final = 1 << 1
@@ -145,7 +148,7 @@ class PhysicalMemory:
         *,
         ram_pages: int,
         nvram_pages: int,
-        anon_pages: int = 1 << 20,
+        anon_pages: int = ANON_PAGES,
         struct_page_bytes: int = 64,
     ) -> None:
         if struct_page_bytes not in STRUCT_PAGE_SIZES:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from proving.crash.explorer import Explorer, Tally
+from proving.crash.medium import keep_memory
 from proving.crash.workloads import Workload, base_image
 from xipfs.errors import UsageError
 
@@ -122,6 +123,7 @@ def _start_worker(seed: int) -> None:
 
 
 def _start(seed: int) -> None:
+    keep_memory()
     _explorers[:] = [Explorer(base_image(), seed=seed)]
 
 

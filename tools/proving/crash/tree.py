@@ -20,7 +20,7 @@ ROOT = layout.ROOT_INO
 NAME = "the medium"
 Facts = tuple[object, ...]
 Tree = dict[bytes, Facts]
-"""By path: inode number, type and mode, link count, owner, attributes, times, size, placement."""
+"""By path: inode number, mode, times, link count, owner, attributes; a file's size and kinds."""
 Contents = dict[int, bytes]
 """By inode number a regular file's bytes."""
 Allowed = dict[int, list[bytes]]
@@ -36,6 +36,7 @@ def open_medium(medium: Medium, *, ram_pages: int, clock: ManualClock | None = N
         struct_page_bytes=64,
         clock=clock or ManualClock(),
         lock=None,
+        anon_pages=0,
     )
 
 
@@ -43,9 +44,9 @@ def tree_of(fs: Filesystem, ino: int = ROOT, path: bytes = b"") -> Tree:
     """Return all that a program can see below a directory but the bytes of files."""
     tree: Tree = {}
     for name, attr, _ in fs.readdir(ino, 0):
-        facts: list[object] = [attr.ino, attr.mode, attr.nlink, attr.uid, attr.gid, attr.rdev]
+        facts: list[object] = [attr.ino, attr.mode, (attr.mtime_ns, attr.ctime_ns)]
+        facts += [attr.nlink, attr.uid, attr.gid, attr.rdev]
         facts.append([(x, fs.getxattr(attr.ino, x)) for x in fs.listxattr(attr.ino)])
-        facts += [attr.mtime_ns, attr.ctime_ns]
         where = path + b"/" + name
         if stat.S_ISDIR(attr.mode):
             tree |= tree_of(fs, attr.ino, where)
@@ -56,6 +57,11 @@ def tree_of(fs: Filesystem, ino: int = ROOT, path: bytes = b"") -> Tree:
             facts.append(fs.readlink(attr.ino))
         tree[where] = tuple(facts)
     return tree
+
+
+def without_times(tree: Tree) -> Tree:
+    """Return the tree without what tells when it was made."""
+    return {path: (*facts[:2], *facts[3:]) for path, facts in tree.items()}
 
 
 def contents_of(fs: Filesystem, tree: Tree) -> Contents:

@@ -14,9 +14,9 @@ from live import new_image
 from xipfs.clock import SystemClock
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
-from xipfs.fuse.migration import CHUNK_PAGES, GROUP_PAGES, Job, Migrator
+from xipfs.fuse.migration import GROUP_PAGES, Migrator
 from xipfs.fuse.worker import Worker
-from xipfs.migrate.engine import Engine, Tally
+from xipfs.migrate.engine import CHUNK_PAGES, Engine, Job, Tally
 from xipfs.units import PAGE_SIZE
 
 P, X = PageKind.PAGECACHE, PageKind.XIP

@@ -28,6 +28,7 @@ VERBS: Final[dict[str, str]] = {
     "run": "run a program and report its faults; with --exact no page comes without one",
     "record": "write every fault of a mount to a trace file",
     "faults": "count a trace file's faults by process, file or page",
+    "replay": "run a trace again, under another policy, RAM or medium",
     "verify": "compare what is believed of page tables with the kernel's",
     "events": "tell what migrates, as it happens",
     "migrate": "move a file's pages between XIP and pagecache",

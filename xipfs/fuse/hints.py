@@ -31,11 +31,13 @@ class HintScanner:
         notifier: Notifier,
         drain: Callable[[], Awaitable[int]],
         pages_per_s: int,
+        note: Callable[..., None],
     ) -> None:
         self._accountant = accountant
         self._notifier = notifier
         self._drain = drain
         self._pages_per_s = pages_per_s
+        self._note = note
         self._allowance = 0.0
         self.pages_hinted = 0
 
@@ -58,6 +60,7 @@ class HintScanner:
         # What has faulted until now is charged first: it was no answer to this hint.
         await self._drain()
         pages = self._accountant.mark_hints(count)
+        self._note("hint", marked=pages)
         self._allowance -= len(pages)
         try:
             await self._notifier.invalidate_all(pages, HINT)

@@ -24,9 +24,9 @@ from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json, Question
 from xipfs.fuse.deciding import Deciding
 from xipfs.fuse.hints import HintScanner
-from xipfs.fuse.migration import Job, Migrator
+from xipfs.fuse.migration import Migrator
 from xipfs.fuse.mounts import Mount
-from xipfs.fuse.notify import Notifier, runs, session_fd
+from xipfs.fuse.notify import Notifier, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, start_observing
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.fuse.verifying import Verifier
@@ -34,7 +34,7 @@ from xipfs.fuse.views import file_pages, live_snapshot, would_migrate
 from xipfs.fuse.worker import Worker
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
-from xipfs.migrate.engine import Engine, Tally
+from xipfs.migrate.engine import Engine, Job, Tally, runs
 from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
 from xipfs.stats.fault_log import FaultLog
@@ -109,6 +109,7 @@ class Live:
         self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
         self.migrator.history.on_moved = self.deciding.moved
         self.migrator.on_move = self.recorder.moved
+        self.migrator.on_give_up = self.recorder.gave_up
         self.migrator.before_move = self.recorder.file
         self.verifier = Verifier(self)
         nursery.start_soon(self._drain_forever)
@@ -118,7 +119,11 @@ class Live:
             nursery.start_soon(self.writeback.run)
         if self.options.hint_pages_per_s and isinstance(self.observer, TracefsObserver):
             self.hinter = HintScanner(
-                self.accountant, self.notifier, self.drain_settled, self.options.hint_pages_per_s
+                self.accountant,
+                self.notifier,
+                self.drain_settled,
+                self.options.hint_pages_per_s,
+                self.recorder.note,
             )
             nursery.start_soon(self.hinter.run)
         elif self.options.hint_pages_per_s:

@@ -25,7 +25,7 @@ import errno
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 import trio
 
@@ -33,13 +33,21 @@ from xipfs.accounting.causes import MOVE
 from xipfs.errors import FsError
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import PageKind
-from xipfs.fuse.notify import Notifier, runs
-from xipfs.migrate.engine import PASSES_MAX, REASONS, Engine, Tally
+from xipfs.fuse.notify import Notifier
+from xipfs.migrate.engine import (
+    CHUNK_PAGES,
+    PASSES_MAX,
+    REASONS,
+    Engine,
+    Job,
+    Tally,
+    cut,
+    jobs_of,
+)
 from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
 from xipfs.units import PAGE_SIZE
 
-CHUNK_PAGES: Final = 512
 GROUP_PAGES: Final = 16 * CHUNK_PAGES
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
 _PASS_PAUSE_S: Final = 0.001
@@ -51,15 +59,6 @@ _TURNS_TO_A_HANDLER: Final = 3
 
 def _nobody_listens(*_: object) -> None:
     """Do nothing."""
-
-
-class Job(NamedTuple):
-    """Pages of one file to be moved."""
-
-    ino: int
-    pages: range
-    to: PageKind
-    why: str
 
 
 @dataclass(eq=False)
@@ -95,6 +94,7 @@ class Migrator:
         self.history = History()
         #: Told before and after the pages of a range have moved, with nothing in between.
         self.before_move: Callable[[int], None] = _nobody_listens
+        self.on_give_up: Callable[[str, str, int], None] = _nobody_listens
         self.on_move: Callable[[int, int, range, PageKind, str, Moved], None] = _nobody_listens
 
     def page_io(self, ino: int, first: int, last: int) -> None:
@@ -116,12 +116,12 @@ class Migrator:
         """
         before_ns = 0
         for job in jobs:
-            for group in _cut(job.pages, GROUP_PAGES):
+            for group in cut(job.pages, GROUP_PAGES):
                 await self._give_way(before_ns)
                 windows = await self._begin(job, group)
                 before_ns = 0
                 try:
-                    for chunk in _cut(group, CHUNK_PAGES):
+                    for chunk in cut(group, CHUNK_PAGES):
                         tally = Tally(already=len(chunk))
                         if windows and windows[0].chunk == chunk:
                             await self._give_way(before_ns)
@@ -133,16 +133,8 @@ class Migrator:
 
     async def move_all(self, moves: list[Move]) -> Tally:
         """Carry out a policy's plan by the same path; neighbours move together."""
-        jobs = []
-        for to in (PageKind.XIP, PageKind.PAGECACHE):
-            # What is demoted makes room for what is promoted.
-            reasons = {(move.ino, move.index): move.reason for move in moves if move.to is to}
-            for ino, first, count in runs(sorted(reasons)):
-                for chunk in _cut(range(first, first + count), CHUNK_PAGES):
-                    why = ", ".join(sorted({reasons[ino, index] for index in chunk}))
-                    jobs.append(Job(ino, chunk, to, why))
         total = Tally()
-        async for _, _, tally in self.migrate(jobs):
+        async for _, _, tally in self.migrate(jobs_of(moves)):
             total += tally
         return total
 
@@ -150,7 +142,7 @@ class Migrator:
         """Take steps 1 and 2 for those chunks of ``group`` that have pages to move."""
         ino, to, why = job.ino, job.to, job.why
         windows = []
-        for chunk in _cut(group, CHUNK_PAGES):
+        for chunk in cut(group, CHUNK_PAGES):
             try:
                 wanted = self._engine.needing_move(ino, chunk, to)
             except FsError as error:
@@ -193,6 +185,7 @@ class Migrator:
             self._windows.remove(windows.pop(0))
         for reason, count in tally.failed.items():
             self._engine.give_up(reason, count)
+            self.on_give_up(window.event.reason, reason, count)
         return window.event.durations_ns.get("move", 0), tally
 
     async def _move_window(self, window: _Window, to: PageKind) -> Tally:
@@ -250,12 +243,3 @@ class Migrator:
             await trio.lowlevel.checkpoint()
         if self._requests != before:
             await trio.sleep(took_ns * _GIVE_WAY / 1e9)
-
-
-def _cut(pages: range, size: int) -> list[range]:
-    """Cut ``pages`` into pieces of ``size``, the last maybe smaller.
-
-    >>> _cut(range(3, 8), 4)
-    [range(3, 7), range(7, 8)]
-    """
-    return [range(at, min(at + size, pages.stop)) for at in range(pages.start, pages.stop, size)]

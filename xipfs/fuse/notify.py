@@ -22,6 +22,7 @@ from typing import Final
 
 from xipfs.accounting.causes import Causes
 from xipfs.fuse.worker import Worker
+from xipfs.migrate.engine import runs
 from xipfs.units import PAGE_SHIFT
 
 _NOTIFY_INVAL_INODE: Final = 2
@@ -98,18 +99,3 @@ class Notifier:
             # ENOENT: the inode is not cached. ENODEV, ENOTCONN: the mount is going away.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
                 raise
-
-
-def runs(pages: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Merge sorted (ino, index) pairs into (ino, first, count) runs.
-
-    >>> runs([(2, 5), (2, 6), (2, 9), (3, 10)])
-    [(2, 5, 2), (2, 9, 1), (3, 10, 1)]
-    """
-    merged: list[tuple[int, int, int]] = []
-    for ino, index in pages:
-        if merged and merged[-1][0] == ino and merged[-1][1] + merged[-1][2] == index:
-            merged[-1] = (ino, merged[-1][1], merged[-1][2] + 1)
-        else:
-            merged.append((ino, index, 1))
-    return merged

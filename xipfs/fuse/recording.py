@@ -252,11 +252,15 @@ class Recorder:
             page=pages.start,
             pages=len(pages),
             to=to.value,
-            by="manual" if reason == "manual" else "policy",
+            by=_by(reason),
             reason=reason,
             moved=runs_of(result.moved),
             refused={REASONS[code]: runs_of(which) for code, which in result.refused.items()},
         )
+
+    def gave_up(self, why: str, reason: str, count: int) -> None:
+        """Add that pages are not tried again; ``why`` they were to move, ``reason`` they do not."""
+        self.note("give_up", by=_by(why), pages=count, reason=reason)
 
     # The start
 
@@ -280,6 +284,10 @@ class Recorder:
         for number, mm in sorted(mms.items()):
             for vma in mm:
                 self.event(_as_event(number, vma), "")
+
+
+def _by(reason: str) -> str:
+    return "manual" if reason == "manual" else "policy"
 
 
 def runs_of(pages: list[int]) -> list[list[int]]:

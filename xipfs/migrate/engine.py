@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import PageKind
+from xipfs.migrate.policy import Move
 
 #: Why a page was not moved, by the errno that says so.
 REASONS: Final = {
@@ -24,6 +26,8 @@ REASONS: Final = {
 #: How often a pinned page is tried before it counts as refused: NR_MAX_MIGRATE_PAGES_RETRY of
 #: Linux 6.3 and later (mm/migrate.c; the same 10 passes stand there as a number in 6.1).
 PASSES_MAX: Final = 10
+#: Pages of one step of a migration: it bounds the time for which other requests wait.
+CHUNK_PAGES: Final = 512
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,51 @@ class Engine:
     def give_up(self, reason: str, count: int) -> None:
         """Count pages that were refused for good."""
         self._failed[reason] += count
+
+
+class Job(NamedTuple):
+    """Pages of one file to be moved."""
+
+    ino: int
+    pages: range
+    to: PageKind
+    why: str
+
+
+def jobs_of(moves: Iterable[Move]) -> list[Job]:
+    """Return a plan as jobs of at most a chunk; neighbours move together.
+
+    What is demoted makes room for what is promoted, so it comes first.
+    """
+    plan, jobs = list(moves), []
+    for to in (PageKind.XIP, PageKind.PAGECACHE):
+        reasons = {(move.ino, move.index): move.reason for move in plan if move.to is to}
+        for ino, first, count in runs(sorted(reasons)):
+            for chunk in cut(range(first, first + count), CHUNK_PAGES):
+                why = ", ".join(sorted({reasons[ino, index] for index in chunk}))
+                jobs.append(Job(ino, chunk, to, why))
+    return jobs
+
+
+def cut(pages: range, size: int) -> list[range]:
+    """Cut ``pages`` into pieces of ``size``, the last maybe smaller.
+
+    >>> cut(range(3, 8), 4)
+    [range(3, 7), range(7, 8)]
+    """
+    return [range(at, min(at + size, pages.stop)) for at in range(pages.start, pages.stop, size)]
+
+
+def runs(pages: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Merge sorted (ino, index) pairs into (ino, first, count) runs.
+
+    >>> runs([(2, 5), (2, 6), (2, 9), (3, 10)])
+    [(2, 5, 2), (2, 9, 1), (3, 10, 1)]
+    """
+    merged: list[tuple[int, int, int]] = []
+    for ino, index in pages:
+        if merged and merged[-1][0] == ino and merged[-1][1] + merged[-1][2] == index:
+            merged[-1] = (ino, merged[-1][1], merged[-1][2] + 1)
+        else:
+            merged.append((ino, index, 1))
+    return merged

@@ -1,0 +1,179 @@
+"""Replays of small streams written out by hand, and traces that cannot be replayed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xipfs.cli.replay import policy_of
+from xipfs.errors import UsageError
+from xipfs.replay.machine import Choice, Replay
+from xipfs.replay.outcome import outcome, replay_file
+from xipfs.replay.trace import Recorded
+from xipfs.stats.trace_file import COLUMNS, TraceError, TraceWriter
+from xipfs.stats.trace_items import row
+
+MS = 1_000_000
+INO, MM = 7, 1
+START = 0x10000
+
+
+def line(item: str, time_ms: int, **values: Any) -> dict[str, Any]:
+    made = row(item, {"time_ns": time_ms * MS, **values})
+    return dict.fromkeys(COLUMNS) | {"cause": ""} | made
+
+
+def fault(time_ms: int, page: int, *, write: bool = False, cause: str = "") -> dict[str, Any]:
+    told = {
+        "mm": MM, "pid": 20, "tid": 20, "comm": "program", "address": START + page * 4096,
+        "ino": INO, "page": page, "access": "write" if write else "read", "mode": "user",
+        "protection": 0, "verdict": "minor", "origin": "trap", "cause": cause,
+    }  # fmt: skip
+    return dict.fromkeys(COLUMNS) | {"item": "fault", "time_ns": time_ms * MS} | told
+
+
+FILE = line("file", 0, ino=INO, size_bytes=8 * 4096, pagecache=False, runs=[[0, 8, "xip"]])
+MAP = line(
+    "map", 0, mm=MM, pid=20, start=START, end=START + 8 * 4096, ino=INO, pgoff=0, prot=3,
+    shared=True, prot_known=True, fresh=True,
+)  # fmt: skip
+
+
+def moved(time_ms: int, page: int, *, by: str = "policy") -> dict[str, Any]:
+    return line(
+        "move", time_ms, ino=INO, page=page, pages=1, to="pagecache", by=by, reason="first fault",
+        moved=[[page, 1]], refused={},
+    )  # fmt: skip
+
+
+def recorded(policy: str = "fifo", **lost: int) -> Recorded:
+    return Recorded(
+        policy=policy, values={"pages_per_s": 0, "stay_ms": 0}, dry=False, ram_bytes=16 * 4096,
+        nvram_bytes=4 << 20, struct_page_bytes=64, rules="6.1", medium=None, readahead=False,
+        lost=lost,
+    )  # fmt: skip
+
+
+#: Page 0 faults, is promoted by fifo, faults again because of that; a second process's page 1.
+STREAM = [
+    FILE,
+    MAP,
+    fault(1, 0),
+    line("decide", 2),
+    moved(7, 0),
+    fault(8, 0, cause="move"),
+    fault(9, 1),
+    line("decide", 10),
+    moved(15, 1),
+]
+
+
+def played(choice: Choice, stream: list[dict[str, Any]] = STREAM) -> tuple[Replay, dict[str, Any]]:
+    replay = Replay(recorded(), choice)
+    for each in stream:
+        replay.apply(each)
+    replay.finish()
+    return replay, outcome(replay)
+
+
+def test_as_recorded_the_moves_are_the_recorded_ones_and_their_faults_count() -> None:
+    replay, answer = played(Choice())
+    assert replay.moves == [(INO, 0, "pagecache"), (INO, 1, "pagecache")]
+    told = answer["replay"]
+    assert (told["as_recorded"], told["exact"], told["moves_differ"]) == (True, True, 0)
+    counts = answer["vmstat"]
+    assert (counts["pgfault"], counts["pgfault_xip"], counts["pgfault_pagecache"]) == (3, 2, 1)
+    # Touches: three faults; the second found page 0 in RAM.
+    assert (told["touches"], told["touches_in_ram"]) == (3, 1)
+
+
+def test_another_policy_leaves_out_what_the_recorded_one_caused() -> None:
+    replay, answer = played(Choice(policy="off"))
+    assert replay.moves == []
+    assert answer["replay"]["faults_left_out"] == 1
+    assert answer["replay"]["faults_made"] == 0
+    assert (answer["vmstat"]["pgfault"], answer["vmstat"]["pgfault_xip"]) == (2, 2)
+    assert (answer["replay"]["touches"], answer["replay"]["touches_in_ram"]) == (3, 0)
+
+
+def test_another_policys_own_moves_make_their_own_faults_after_the_delay() -> None:
+    # Moved 5 ms after the decision at 2 ms: before the touch at 8 ms, which then has to fault.
+    replay, answer = played(Choice(policy="threshold", values={"promote": 1}))
+    assert replay.moves == [(INO, 0, "pagecache"), (INO, 1, "pagecache")]
+    assert (answer["replay"]["faults_left_out"], answer["replay"]["faults_made"]) == (0, 1)
+    assert answer["replay"]["ptes_taken"] == 2
+    # 20 ms later is too late for that touch: it finds its page mapped.
+    replay, answer = played(Choice(policy="threshold", values={"promote": 1}, delay_ns=20 * MS))
+    assert (answer["replay"]["faults_left_out"], answer["replay"]["faults_made"]) == (1, 0)
+    assert len(replay.moves) == 2
+
+
+def test_with_less_ram_pages_are_evicted_and_their_next_touch_faults() -> None:
+    stream = [
+        FILE,
+        MAP,
+        fault(1, 0),
+        fault(2, 1),
+        line("decide", 3),
+        fault(20, 0, cause="move"),
+        fault(21, 1, cause="move"),
+        fault(22, 0, cause="evict"),
+    ]
+    _, answer = played(Choice(policy="fifo", ram_bytes=4096), stream)
+    assert answer["replay"]["as_recorded"] is False
+    counts = answer["vmstat"]
+    assert (counts["pgfault"], counts["pgfault_pagecache"], counts["pgmajfault"]) == (5, 3, 3)
+    assert counts["pgevict"] == 4  # by the second promotion, then by each fault
+
+
+def test_moves_by_hand_are_of_the_recording_under_every_policy() -> None:
+    stream = [FILE, MAP, moved(1, 3, by="manual"), fault(2, 3)]
+    replay, answer = played(Choice(policy="off"), stream)
+    assert replay.moves == [(INO, 3, "pagecache")]
+    assert answer["vmstat"]["pgfault_pagecache"] == 1
+
+
+def test_a_recording_with_losses_does_not_claim_to_be_exact() -> None:
+    replay = Replay(recorded(events_lost=1), Choice())
+    replay.finish()
+    assert outcome(replay)["replay"]["as_recorded"] is True
+    assert outcome(replay)["replay"]["exact"] is False
+
+
+def test_files_are_cut_freed_and_their_numbers_used_again() -> None:
+    again = line("file", 9, ino=INO, size_bytes=4096, pagecache=True, runs=[[0, 1, "pagecache"]])
+    stream = [
+        FILE,
+        line("size", 1, ino=INO, size_bytes=4096),
+        line("write", 2, pid=20, ino=INO, offset=4096, size=8192),
+        line("gone", 3, ino=INO),
+        again,
+        line("read", 10, pid=20, ino=INO, offset=0, size=4096),
+    ]
+    replay, answer = played(Choice(), stream)
+    counts = answer["vmstat"]
+    assert (counts["nr_xip_pages"], counts["nr_pagecache_pages"]) == (0, 1)
+    assert counts["nr_resident_pages"] == 1
+    # One page of two lines of writing: two blocks of data, and the file's own changes.
+    assert answer["cost"]["nvram_written_bytes"] >= 8192
+    assert replay.counts.requests_failed == 0
+
+
+def test_a_trace_that_is_no_whole_recording_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    writer = TraceWriter(path)
+    writer.append([list(fault(1, 0).values())])
+    writer.close({"mount": {}})
+    with pytest.raises(TraceError, match="cannot be replayed: it lacks 'memory'"):
+        replay_file(path, Choice())
+
+
+def test_policy_words() -> None:
+    assert policy_of(None) == (None, {})
+    assert policy_of("tpp,window_ms=5") == ("tpp", {"window_ms": 5})
+    assert json.dumps(policy_of("profile,file=x.json")[1]) == '{"file": "x.json"}'
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        policy_of("tpp,5")

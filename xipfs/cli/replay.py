@@ -1,0 +1,139 @@
+"""``xipfs replay TRACE``: a recording run again, under another policy, RAM or medium."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from xipfs.cli.client import Json
+from xipfs.errors import UsageError
+from xipfs.memory.profiles import load_profile
+from xipfs.options import policy_value
+from xipfs.replay.machine import DELAY_NS, Choice
+from xipfs.replay.outcome import outcome, replay_file
+from xipfs.replay.trace import Progress
+from xipfs.units import PAGE_SIZE, format_size, parse_size
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="a file of `xipfs record`")
+    parser.add_argument(
+        "--policy", metavar="NAME|FILE.py[,KEY=VALUE...]", help="default: the recorded one"
+    )
+    parser.add_argument("--ram", metavar="SIZE", help="default: the recorded mount's")
+    parser.add_argument("--medium", metavar="NAME|FILE:TABLE", help="estimate costs on this medium")
+    parser.add_argument(
+        "--delay-us",
+        type=int,
+        default=DELAY_NS // 1000,
+        metavar="US",
+        help="from a plan to its moves, if not as recorded (default %(default)s)",
+    )
+    parser.add_argument("--moves", action="store_true", help="with --json: list every move")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay; exits 1 if moves differ that must be the recorded ones."""
+    if args.delay_us < 0:
+        raise UsageError(f"--delay-us {args.delay_us}", expected="0 or more")
+    if args.moves and not args.json:
+        raise UsageError("--moves without --json", expected="both")
+    policy, values = policy_of(args.policy)
+    choice = Choice(
+        policy=policy,
+        values=values,
+        ram_bytes=ram_of(args.ram),
+        profile=None if args.medium is None else load_profile(args.medium),
+        delay_ns=args.delay_us * 1000,
+    )
+    with progress_bar("replaying") as progress:
+        replay = replay_file(args.trace, choice, progress)
+    answer = outcome(replay)
+    if args.moves:
+        answer["moves"] = [{"ino": ino, "page": at, "to": to} for ino, at, to in replay.moves]
+    print(json.dumps(answer, indent=2) if args.json else as_text(answer))
+    return int(answer["replay"]["exact"] and answer["replay"]["moves_differ"] > 0)
+
+
+def policy_of(text: str | None) -> tuple[str | None, dict[str, int | str]]:
+    """Return name and parameters of ``NAME,KEY=VALUE``; None if there is no text."""
+    if text is None:
+        return None, {}
+    name, *words = text.split(",")
+    values = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"policy parameter {word!r}", expected="KEY=VALUE")
+        values[key] = policy_value(key, value)
+    return str(Path(name).absolute()) if name.endswith(".py") else name, values
+
+
+def ram_of(text: str | None) -> int | None:
+    """Return a size in whole pages, in bytes."""
+    if text is None:
+        return None
+    size = parse_size(text)
+    if not PAGE_SIZE <= size <= 1 << 40:
+        raise UsageError(f"--ram {text}", expected=f"{PAGE_SIZE} bytes to 1T")
+    return size // PAGE_SIZE * PAGE_SIZE
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """Show how many of the rows are done, on a terminal."""
+    hidden = not sys.stderr.isatty()
+    with Bar(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def as_text(answer: Json) -> str:
+    """Return the figures for people, under 80 columns."""
+    replay, recorded, told = answer["replay"], answer["recorded"], answer["migration"]
+    ram = answer["memory"]["ram_bytes"]
+    before = format_size(recorded["ram_bytes"])
+    lines = [
+        f"replayed under {named(told['policy'], told['parameters'])}, RAM {format_size(ram)}",
+        f"recorded under {named(recorded['policy'], recorded['parameters'])}, RAM {before}",
+    ]
+    if replay["exact"]:
+        same = "the recorded moves" if not replay["moves_differ"] else "moves that DIFFER"
+        lines.append(f"as recorded: {same}")
+    lines += [f"  not in the trace: {name} {n}" for name, n in recorded["lost"].items() if n]
+    lines += ["", *(f"{name:22}{value:14}" for name, value in answer["vmstat"].items())]
+    lines += ["", f"{'touches':22}{replay['touches']:14}"]
+    lines.append(f"{'  in RAM':22}{replay['touches_in_ram']:14}")
+    for name in ("refaults", "pingpong"):
+        lines.append(f"{name:22}{told[name]:14}")
+    for reason, count in told["moved_by_reason"].items():
+        lines.append(f"{'moved':22}{count:14}  {reason}")
+    for reason, count in told["fail_reasons"].items():
+        lines.append(f"{'refused':22}{count:14}  {reason}")
+    if not replay["as_recorded"]:
+        lines += ["", "against the recording"]
+        for name in ("faults_left_out", "faults_made", "ptes_taken"):
+            lines.append(f"{name:22}{replay[name]:14}")
+    lines += ["", *_cost_lines(answer["cost"])]
+    return "\n".join(lines)
+
+
+def named(policy: str, values: Json) -> str:
+    """Return a policy with its parameters as one writes them."""
+    return ",".join([policy, *(f"{key}={value}" for key, value in values.items() if value)])
+
+
+def _cost_lines(cost: Json) -> list[str]:
+    names = ["nvram_read_bytes", "nvram_written_bytes", "ram_frame_seconds"]
+    names += [name for name in ("read_ns_estimated", "write_ns_estimated") if name in cost]
+    medium = "" if cost["medium"] is None else f" on {cost['medium']}"
+    return [f"modelled cost{medium}", *(f"{name:22}{cost[name]:14}" for name in names)]

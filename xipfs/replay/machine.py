@@ -1,0 +1,381 @@
+"""A recorded stream run through the mount's own model, filesystem and policy code.
+
+Each row is applied in its turn. Faults are charged anew, by what their pages are now. A policy
+hears the same signals at the same decision points as on a mount.
+
+*As recorded* (same policy, parameters and RAM): a plan is carried out where the recording says that
+it was, and pins that refused a page refuse it again. So the moves must be the recorded ones.
+
+*Otherwise* the recorded policy's moves are left out, and with them what they caused: pages that
+left the kernel's cache, READ requests, and faults for which the page is now mapped. Such a fault
+still tells that its page was touched then; if the page is not mapped (the policy of the replay has
+moved it, its RAM has evicted it), the fault is made. The plans of the replay's policy are carried
+out ``delay_ns`` after they were made. A touch of a mapped page that made no fault in the recording
+is not known, and a page that the replay takes away may have had one: ``ptes_taken`` bounds how
+many faults may be missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from xipfs.accounting.accountant import Accountant
+from xipfs.accounting.causes import EVICT, MOVE
+from xipfs.accounting.charges import Charge
+from xipfs.errors import FsError
+from xipfs.fs.types import PageKind, WriteOrigin
+from xipfs.memory.profiles import Profile
+from xipfs.migrate.engine import REASONS, Engine, jobs_of, runs
+from xipfs.migrate.history import ChunkEvent, History
+from xipfs.migrate.policy import Move
+from xipfs.migrate.steering import Steering
+from xipfs.mm.pte import pte_permits
+from xipfs.mm.rules import Rules
+from xipfs.replay.image import ReplayedFilesystem
+from xipfs.replay.trace import Recorded
+from xipfs.stats.trace_items import event_of, values_of
+from xipfs.trace import events as ev
+from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+
+#: From a plan to its move on a mount at rest: an invalidation and a drain of what has settled.
+DELAY_NS: Final = 5_000_000
+_ZEROS: Final = bytes(1 << 20)
+
+Row = Mapping[str, Any]
+Page = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to replay with; None: as recorded."""
+
+    policy: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    ram_bytes: int | None = None
+    profile: Profile | None = None
+    delay_ns: int = DELAY_NS
+
+
+@dataclass
+class Replayed:
+    """Counts of what the trace alone does not tell; a *touch* is an access that it shows."""
+
+    touches: int = 0
+    touches_in_ram: int = 0
+    faults_left_out: int = 0
+    faults_made: int = 0
+    ptes_taken: int = 0
+    requests_failed: int = 0
+    moves_differ: int = 0
+
+
+class Replay:
+    """One replay: ``apply`` each row, then ``finish``."""
+
+    def __init__(self, recorded: Recorded, choice: Choice) -> None:
+        self.recorded = recorded
+        self.ram_bytes = choice.ram_bytes or recorded.ram_bytes
+        self.policy = choice.policy or recorded.policy
+        self.profile = choice.profile
+        self._delay_ns = choice.delay_ns
+        self.fs = ReplayedFilesystem(
+            recorded.nvram_bytes,
+            ram_bytes=self.ram_bytes,
+            struct_page_bytes=recorded.struct_page_bytes,
+        )
+        self._comms: dict[int, str] = {}
+        self.accountant = Accountant(
+            self.fs, Rules.parse(recorded.rules), self._comm, readahead=recorded.readahead
+        )
+        self.engine = Engine(self.fs)
+        self.history = History()
+        same = choice.policy in (None, recorded.policy)
+        values = {**(_given(recorded.values) if same else {}), **choice.values}
+        self.steering = Steering(
+            self.fs, self.policy, values, dry=same and recorded.dry, profile=self.profile
+        )
+        told = self.steering.describe()
+        self.as_recorded = (
+            told["policy"] == recorded.policy
+            and told["parameters"] == recorded.values
+            and self.ram_bytes == recorded.ram_bytes
+        )
+        self.steering.on_plan = self._planned
+        self.history.on_moved = self.steering.moved
+        self.fs.set_hooks(
+            on_unmap=self._on_unmap, on_evict=self._on_evict, on_cut=self.accountant.cut
+        )
+        self.counts = Replayed()
+        #: Every page moved, in order: inode, page, new kind.
+        self.moves: list[tuple[int, int, str]] = []
+        self._plan: dict[Page, Move] = {}
+        self._due: deque[tuple[int, Move]] = deque()
+        self._charges: list[Charge] = []
+        self._evicted: list[Page] = []
+        self._handlers = {
+            "fault": self._fault, "start": self._start, "file": self._file, "read": self._read,
+            "write": self._write, "size": self._size, "gone": self._gone, "kind": self._kind,
+            "sync": self._sync, "write_back": self._write_back, "move": self._move,
+            "decide": self._decide, "refused": self._refuse, "policy": self._policy,
+            "hint": self._hint, "give_up": self._give_up,
+        }  # fmt: skip
+
+    def _comm(self, pid: int) -> str:
+        return self._comms.get(pid, "")
+
+    @property
+    def now_ns(self) -> int:
+        """The stream's time: the latest that any row has shown."""
+        return self.fs.clock.now_ns
+
+    def apply(self, row: Row) -> None:
+        """Apply one row of the stream."""
+        if row["time_ns"] > self.now_ns:
+            self.fs.clock.advance(row["time_ns"] - self.now_ns)
+        if self._due and self._due[0][0] <= self.now_ns:
+            self._carry_out()
+        handle = self._handlers.get(row["item"])
+        if handle is not None:
+            handle(row)
+        elif not (row["cause"] and not self.as_recorded):
+            event = event_of(row)
+            if event is not None:
+                self.accountant.consume([event])
+        if self._evicted:
+            self._take_evicted_away()
+
+    def finish(self) -> None:
+        """Decide and carry out what is left."""
+        self._decide({})
+        self.fs.clock.advance(self._delay_ns)
+        while self._due:
+            self._carry_out()
+
+    # The state at the start, and files
+
+    def _start(self, row: Row) -> None:
+        resident = values_of(row)["resident"]
+        for ino, index, dirty in resident[-self.fs.memory.ram_pages :]:
+            self.fs.make_resident(ino, index, dirty=bool(dirty))
+
+    def _file(self, row: Row) -> None:
+        told = values_of(row)
+        if not self.fs.knows(told["ino"]):
+            self.fs.make(told["ino"], told["size_bytes"], told["runs"], pagecache=told["pagecache"])
+
+    def _size(self, row: Row) -> None:
+        self.fs.setattr(row["ino"], size_bytes=values_of(row)["size_bytes"])
+
+    def _gone(self, row: Row) -> None:
+        self.fs.free(row["ino"])
+
+    def _kind(self, row: Row) -> None:
+        cached = values_of(row)["pagecache"]
+        self.fs.set_default_kind(row["ino"], PageKind.PAGECACHE if cached else PageKind.XIP)
+
+    # Faults and requests
+
+    def _fault(self, row: Row) -> None:
+        event = event_of(row)
+        assert isinstance(event, ev.Fault), row
+        if row["comm"]:
+            self._comms[event.pid] = row["comm"]
+        if event.verdict != ev.MAJOR:
+            # Of a major fault its READ has told already.
+            self._touched(event.ino, event.index, event.index)
+        if row["cause"] and not self.as_recorded:
+            if self._passes(event):
+                self.counts.faults_left_out += 1
+                return
+            self.counts.faults_made += 1
+        charges = self.accountant.consume([event])
+        self.history.charged(charges)
+        self._charges += charges
+
+    def _passes(self, fault: ev.Fault) -> bool:
+        """Return whether the model lets the access pass, and no hint waits for it."""
+        mm = self.accountant.mms.get(fault.mm)
+        marked = self.accountant.hints.marked_pages(fault.mm)
+        if mm is None or fault.address >> PAGE_SHIFT in marked:
+            return False
+        return pte_permits(mm.tables.get(fault.address & PAGE_MASK), fault.write)
+
+    def _touched(self, ino: int, first: int, last: int) -> None:
+        for index in range(first, last + 1):
+            self.counts.touches += 1
+            self.counts.touches_in_ram += self.fs.resident_pfn(ino, index) is not None
+
+    def _request(self, row: Row) -> tuple[int, int, int, int]:
+        told = values_of(row)
+        offset, size = told["offset"], told["size"]
+        return offset, size, offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+
+    def _read(self, row: Row) -> None:
+        offset, size, first, last = self._request(row)
+        self._touched(row["ino"], first, last)
+        if row["cause"] and not self.as_recorded:
+            return
+        try:
+            self.fs.read(row["ino"], offset, size)
+        except FsError:
+            self.counts.requests_failed += 1
+            return
+        self.steering.page_io(row["time_ns"], row["pid"], row["ino"], first, last, write=False)
+
+    def _write(self, row: Row) -> None:
+        offset, size, first, last = self._request(row)
+        origin = WriteOrigin.WRITEBACK if row["cause"] else WriteOrigin.PROGRAM
+        if not row["cause"]:
+            self._touched(row["ino"], first, last)
+        try:
+            for at in range(0, size, len(_ZEROS)):
+                part = memoryview(_ZEROS)[: size - at]
+                self.fs.write(row["ino"], offset + at, part, origin=origin)
+        except FsError:
+            self.counts.requests_failed += 1
+            return
+        if not row["cause"]:
+            self.steering.page_io(row["time_ns"], row["pid"], row["ino"], first, last, write=True)
+
+    def _sync(self, row: Row) -> None:
+        if row["ino"] is None:
+            self.fs.sync()
+        else:
+            self.fs.fsync(row["ino"])
+
+    def _write_back(self, row: Row) -> None:
+        self.fs.write_back(row["pages"], older_ns=values_of(row)["older_ns"])
+
+    def _hint(self, row: Row) -> None:
+        marked = [(ino, index) for ino, index in values_of(row)["marked"]]
+        self.accountant.expect_hints(marked)
+
+    # Decisions and moves
+
+    def _policy(self, row: Row) -> None:
+        told = values_of(row)
+        if self.as_recorded:
+            self.steering.choose(told["policy"], _given(told["parameters"]), dry=told["dry"])
+
+    def _decide(self, _row: Row) -> None:
+        charges, self._charges = self._charges, []
+        self.steering.charged(charges)
+
+    def _planned(self, moves: list[Move]) -> None:
+        if self.as_recorded:
+            self._plan.update({(move.ino, move.index): move for move in moves})
+        else:
+            self._due.extend((self.now_ns + self._delay_ns, move) for move in moves)
+
+    def _move(self, row: Row) -> None:
+        told = values_of(row)
+        to = PageKind(told["to"])
+        pages = range(told["page"], told["page"] + told["pages"])
+        if told["by"] == "policy" and not self.as_recorded:
+            return
+        refused = {
+            index: reason
+            for reason, pieces in told["refused"].items()
+            for first, count in pieces
+            for index in range(first, first + count)
+        }
+        before = len(self.moves)
+        by_hand = told["by"] == "manual"
+        for part in [pages] if by_hand else self._planned_parts(told["ino"], pages, to):
+            self._move_pages(told["ino"], part, to, told["reason"], refused)
+        wanted = [
+            (told["ino"], index, told["to"])
+            for first, count in told["moved"]
+            for index in range(first, first + count)
+        ]
+        self.counts.moves_differ += self.as_recorded and self.moves[before:] != wanted
+
+    def _planned_parts(self, ino: int, pages: range, to: PageKind) -> list[range]:
+        """Return the parts of ``pages`` that the replay's own policy has planned to move so."""
+        planned = [
+            (ino, index)
+            for index in pages
+            if (move := self._plan.get((ino, index))) is not None and move.to is to
+        ]
+        return [range(first, first + count) for _, first, count in runs(planned)]
+
+    def _move_pages(
+        self, ino: int, pages: range, to: PageKind, why: str, refused: Mapping[int, str]
+    ) -> tuple[list[int], Counter[str]]:
+        """Move what is not refused by the recording; return what has moved, what has not."""
+        event = ChunkEvent(self.now_ns, ino, pages.start, pages.stop - 1, to.value, why)
+        moved: list[int] = []
+        failed: Counter[str] = Counter()
+        free = [(ino, index) for index in pages if index not in refused]
+        for _, first, count in runs(free):
+            result = self.engine.move_pages(ino, range(first, first + count), to)
+            moved += result.moved
+            failed.update({REASONS[code]: len(which) for code, which in result.refused.items()})
+        self.moves += [(ino, index, to.value) for index in moved]
+        for index in moved:
+            self._plan.pop((ino, index), None)
+        event.moved, event.failed = len(moved), dict(failed)
+        event.moved_bytes = len(moved) * PAGE_SIZE
+        self.history.record(event)
+        self.history.moved(ino, moved, to, self.now_ns)
+        return moved, failed
+
+    def _give_up(self, row: Row) -> None:
+        told = values_of(row)
+        if told["by"] == "manual" or self.as_recorded:
+            self.engine.give_up(told["reason"], told["pages"])
+
+    def _refuse(self, row: Row) -> None:
+        if not self.as_recorded:
+            return
+        told = [Move(ino, index, PageKind(to), "") for ino, index, to in values_of(row)["moves"]]
+        for move in told:
+            self._plan.pop((move.ino, move.index), None)
+        self.steering.carried_out(told, row["time_ns"])
+
+    def _carry_out(self) -> None:
+        """Carry out, as a mount does, the plans whose time has come."""
+        due = []
+        while self._due and self._due[0][0] <= self.now_ns:
+            due.append(self._due.popleft()[1])
+        for ino, pages, to, why in jobs_of(due):
+            if not self.fs.knows(ino):
+                self.engine.give_up("gone", len(pages))
+                continue
+            moved, failed = self._move_pages(ino, pages, to, why, {})
+            for reason, count in failed.items():
+                self.engine.give_up(reason, count)
+            self._take_away([(ino, index) for index in moved], MOVE)
+        self.steering.carried_out(due, self.now_ns)
+
+    # What a mount's invalidations do to the kernel's column
+
+    def _on_unmap(self, ino: int, first: int, count: int) -> None:
+        machine = self.accountant.machine
+        before = machine.nr_special_ptes + machine.nr_normal_ptes
+        self.accountant.unmap_pages(ino, first, count)
+        self.counts.ptes_taken += before - machine.nr_special_ptes - machine.nr_normal_ptes
+
+    def _on_evict(self, ino: int, index: int) -> None:
+        self.steering.evicted(ino, index)
+        self._evicted.append((ino, index))
+
+    def _take_evicted_away(self) -> None:
+        pages, self._evicted = sorted(set(self._evicted)), []
+        if not self.as_recorded:
+            self._take_away(pages, EVICT)
+
+    def _take_away(self, pages: list[Page], cause: str) -> None:
+        now_ns = self.now_ns
+        for ino, first, count in runs(sorted(pages)):
+            told = self.accountant.causes.begin(ino, first, count, cause, now_ns)
+            told.ended_ns = now_ns
+            self.accountant.consume([ev.CacheDelete(now_ns, ino, first, count)])
+
+
+def _given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters without those that are 0: these are at their defaults."""
+    return {key: value for key, value in parameters.items() if value}

@@ -1,0 +1,53 @@
+"""What a replay prints: the figures of a live mount's ``stat --json``, and what only it knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from xipfs import __version__
+from xipfs.replay.machine import Choice, Replay
+from xipfs.replay.trace import Progress, recorded, rows_of
+from xipfs.stats import snapshot
+from xipfs.stats.cost import cost
+from xipfs.stats.trace_file import TraceReader
+
+
+def replay_file(path: Path, choice: Choice, progress: Progress | None = None) -> Replay:
+    """Replay the trace at ``path``; raise TraceError for a file that is none, cut or old."""
+    with TraceReader(path) as trace:
+        replay = Replay(recorded(trace, path), choice)
+        for row in rows_of(trace, progress):
+            replay.apply(row)
+    replay.finish()
+    return replay
+
+
+def outcome(replay: Replay) -> dict[str, Any]:
+    """Return the figures of a finished replay."""
+    engine, told = replay.engine.statistics(), replay.recorded
+    return {
+        "schema": snapshot.SCHEMA,
+        "version": __version__,
+        "vmstat": snapshot.vmstat(replay.fs, replay.accountant, engine.totals()),
+        "memory": snapshot.memory(replay.fs),
+        "cost": cost(replay.fs, replay.profile),
+        "migration": {
+            **replay.steering.describe(),
+            "fail_reasons": engine.fail_reasons,
+            **replay.history.describe(),
+        },
+        "processes": snapshot.processes(replay.accountant),
+        "replay": {
+            "as_recorded": replay.as_recorded,
+            "exact": replay.as_recorded and told.is_whole,
+            **vars(replay.counts),
+        },
+        "recorded": {
+            "policy": told.policy,
+            "parameters": dict(told.values),
+            "ram_bytes": told.ram_bytes,
+            "medium": told.medium,
+            "lost": dict(told.lost),
+        },
+    }

@@ -1,0 +1,96 @@
+"""A recorded stream to be replayed: what its file says of the mount, and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from xipfs.stats.trace_file import TraceError, TraceReader
+from xipfs.stats.trace_items import values_of
+
+#: Rows between two calls of a progress function.
+PROGRESS_ROWS: Final = 20_000
+
+Progress = Callable[[int, int], None]
+"""Told (rows done, rows in all)."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The mount that was recorded; sizes in bytes. ``lost`` says what the trace lacks."""
+
+    policy: str
+    values: Mapping[str, Any]
+    dry: bool
+    ram_bytes: int
+    nvram_bytes: int
+    struct_page_bytes: int
+    rules: str
+    medium: str | None
+    readahead: bool
+    lost: Mapping[str, int]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing, so that the same policy must make the same moves."""
+        return not any(self.lost.values())
+
+
+def recorded(trace: TraceReader, path: Path) -> Recorded:
+    """Return what the trace says of its mount; raise TraceError if that is not enough."""
+    told = trace.metadata
+    try:
+        mount, memory, losses = told["mount"], told["memory"], told["losses"]
+        options, observer = mount["options"], told["observer"]["mode"]
+        first = _first_rows(trace)
+        start, policy = first["start"], first["policy"]
+        return Recorded(
+            policy=policy["policy"],
+            values=policy["parameters"],
+            dry=policy["dry"],
+            ram_bytes=memory["ram_bytes"],
+            nvram_bytes=memory["nvram_bytes"],
+            struct_page_bytes=memory["struct_page_bytes"],
+            rules=mount["rules"],
+            medium=options["medium"],
+            readahead=options["readahead_kib"] != 0 and observer != "tracefs",
+            lost={
+                "events_lost": losses["events_lost"],
+                "faults_missed": losses["faults_missed"],
+                "items_missed": losses["items_missed"],
+                "faults_before_start": start["faults"],
+                "ptes_before_start": start["ptes"],
+            },
+        )
+    except (KeyError, TypeError) as missing:
+        raise TraceError(
+            f"{path} cannot be replayed: it lacks {missing}",
+            expected="a whole recording of `xipfs record`",
+        ) from None
+
+
+def _first_rows(trace: TraceReader) -> dict[str, dict[str, Any]]:
+    """Return the values of the rows with which a recording begins."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows_of(trace):
+        if row["item"] in ("start", "policy"):
+            found[row["item"]] = values_of(row)
+        if "policy" in found:
+            break
+    return found
+
+
+def rows_of(trace: TraceReader, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows in the order in which they took effect, each as values by column."""
+    done = 0
+    for batch in trace.batches():
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+            done += 1
+            if progress is not None and done % PROGRESS_ROWS == 0:
+                progress(done, trace.rows)
+    if progress is not None:
+        progress(trace.rows, trace.rows)

@@ -165,13 +165,9 @@ class Accountant:
         The caller has them invalidated; nothing may be consumed between the two.
         """
         pages = sorted(self.hints.sample(self.mms, count))
-        self.expect_hints(pages)
-        return pages
-
-    def expect_hints(self, pages: Iterable[Page]) -> None:
-        """Mark the pages for hint faults."""
         for ino, index in pages:
             self.hints.mark(self.file(ino).mapped, index)
+        return pages
 
     # What the observer tells.
 

@@ -250,8 +250,8 @@ class Replay:
         self.fs.write_back(row["pages"], older_ns=values_of(row)["older_ns"])
 
     def _hint(self, row: Row) -> None:
-        marked = [(ino, index) for ino, index in values_of(row)["marked"]]
-        self.accountant.expect_hints(marked)
+        for ino, index in values_of(row)["marked"]:
+            self.accountant.hints.mark(self.accountant.file(ino).mapped, index)
 
     # Decisions and moves
 

@@ -22,6 +22,7 @@ from xipfs.clock import SystemClock
 from xipfs.fs.build import make_empty
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
+from xipfs.mm import bulk_zap
 from xipfs.mm.access import maps_what
 from xipfs.trace import events as ev
 from xipfs.trace.fault_batch import FROM_KERNEL, FaultBatch
@@ -29,13 +30,14 @@ from xipfs.trace.fault_batch import FROM_KERNEL, FaultBatch
 #: To replay a failure: XIPFS_TEST_SEED=N pytest tests/t3_bulk_charging.py
 SEED = int(os.environ.get("XIPFS_TEST_SEED") or secrets.randbelow(1 << 32))
 PAGES, FILES, SPACES = 48, 3, (5, 6, 9)
+Code = tuple[object, object]
 READ, WRITE, PRESENT, USER, FETCH = 0, 2, 1, 4, 16
 
 
 class Pair:
     """Two scenes that get the same events; ``fast`` gets batches as they are."""
 
-    def __init__(self, choose: random.Random, work: Path, ram_pages: int, run: object) -> None:
+    def __init__(self, choose: random.Random, work: Path, ram_pages: int, code: Code) -> None:
         self.choose = choose
         self.time_ns = 10_000_000_000
         self.scenes = []
@@ -53,7 +55,7 @@ class Pair:
             self.scenes.append(scene)
         self.alone, self.fast = self.scenes
         self.inos = self.alone.inos
-        self.fast.books._bulk.use(run)  # type: ignore[arg-type]
+        self.fast.books._bulk.use(*code)  # type: ignore[arg-type]
         self.mapped: dict[tuple[int, int], tuple[int, int, int, bool]] = {}
         self.by_loop = 0
 
@@ -209,9 +211,9 @@ class Pair:
         assert orders[0] == orders[1]
 
 
-def check(seed: int, run: object, work: Path, ram_pages: int, rounds: int = 25) -> int:
+def check(seed: int, code: Code, work: Path, ram_pages: int, rounds: int = 25) -> int:
     choose = random.Random(seed)
-    pair = Pair(choose, work, ram_pages, run)
+    pair = Pair(choose, work, ram_pages, code)
     for _ in range(4):
         pair.map()
     for ino in pair.inos:
@@ -230,7 +232,7 @@ def check(seed: int, run: object, work: Path, ram_pages: int, rounds: int = 25) 
 @pytest.mark.parametrize("ram_pages", [16, 200])
 def test_random_batches_in_python(tmp_path: Path, ram_pages: int) -> None:
     print(f"XIPFS_TEST_SEED={SEED}")
-    assert check(SEED, charge_loop.run, tmp_path, ram_pages) > 300
+    assert check(SEED, (charge_loop.run, bulk_zap.run), tmp_path, ram_pages) > 300
 
 
 @pytest.mark.parametrize("ram_pages", [16, 64, 200])
@@ -239,5 +241,6 @@ def test_random_batches_compiled(tmp_path: Path, ram_pages: int) -> None:
     from xipfs.accounting import charge_code
 
     print(f"XIPFS_TEST_SEED={SEED}")
-    for number in range(3):
-        assert check(SEED + number, charge_code.run, tmp_path, ram_pages) > 300
+    code = charge_code.run, charge_code.zap
+    for number in range(2):
+        assert check(SEED + number, code, tmp_path, ram_pages) > 300

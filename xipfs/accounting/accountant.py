@@ -39,7 +39,7 @@ from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
 from xipfs.mm.mremap import move_mapping
 from xipfs.mm.rules import Rules
 from xipfs.mm.vma import Vma
-from xipfs.mm.zap import exit_mmap, unmap_mapping_range, zap_page_range
+from xipfs.mm.zap import exit_mmap, unmap_mapping_range
 from xipfs.trace import events as ev
 from xipfs.trace.fault_batch import FaultBatch, expanded
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
@@ -234,7 +234,7 @@ class Accountant:
         self.kernel.zap(event.mm, event.start, event.end)
         self.causes.forget(event.mm, event.start, event.end)
         for vma in mm.overlapping(event.start, event.end):
-            zap_page_range(vma, max(vma.start, event.start), min(vma.end, event.end))
+            self._bulk.zap(vma, max(vma.start, event.start), min(vma.end, event.end))
 
     def _doubt(self, event: ev.Doubt) -> None:
         reason = CALLS_UNSEEN if event.calls_unseen else SILENT_CALL

@@ -19,9 +19,12 @@ from xipfs.accounting.charge_rows import ChargeRows
 from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ints, PteKind
 from xipfs.accounting.kernel_states import NONE
 from xipfs.mm import bulk_loop as bulk
+from xipfs.mm import bulk_zap
 from xipfs.mm.access import MAPS_ANON, MAPS_PAGECACHE, MAPS_XIP, Access
 from xipfs.mm.bulk_learn import Outcomes, Situation, add_to_counters
 from xipfs.mm.machine import MM_FILEPAGES
+from xipfs.mm.vma import Vma
+from xipfs.mm.zap import zap_page_range
 from xipfs.trace import fault_batch as cells_of
 from xipfs.trace.fault_batch import FaultBatch, around_of, fault_of
 from xipfs.units import PAGE_MASK, PAGE_SHIFT
@@ -46,11 +49,18 @@ class BulkCharger:
     def __init__(self, books: Accountant) -> None:
         self._books = books
         self._run: Run | None = None
+        self._zap: bulk_zap.Run | None = None
         self._compiling: threading.Thread | None = None
 
-    def use(self, run: Run) -> None:
-        """Charge through ``run`` from now on."""
-        self._run = run
+    def use(self, run: Run, zap: bulk_zap.Run) -> None:
+        """Charge through ``run``, and zap through ``zap``, from now on."""
+        self._run, self._zap = run, zap
+
+    def zap(self, vma: Vma, start: int, end: int) -> None:
+        """Clear the PTEs of [start, end), which lies within ``vma``."""
+        if self._zap is not None:
+            bulk_zap.zap_plain(vma, start, end, self._zap)
+        zap_page_range(vma, start, end)
 
     def charge(self, batch: FaultBatch) -> ChargeBatch | None:
         """Charge the batch; None where that has to be done fault by fault."""
@@ -80,7 +90,7 @@ class BulkCharger:
     def _compile(self) -> None:
         from xipfs.accounting import charge_code
 
-        self.use(charge_code.run)
+        self.use(charge_code.run, charge_code.zap)
 
 
 def _numbered(values: Ints) -> tuple[list[int], Ints]:

@@ -10,7 +10,7 @@ from numba.extending import register_jitable
 
 from xipfs.accounting import cached_pages, charge_loop, kernel_states
 from xipfs.memory import frames
-from xipfs.mm import bulk, bulk_loop, flags, pte, rules
+from xipfs.mm import bulk, bulk_loop, bulk_zap, flags, pte, rules
 from xipfs.trace import fault_batch
 from xipfs.trace.compiled import version_of
 
@@ -29,6 +29,7 @@ for _function in (
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
 _run = numba.njit(**_OPTIONS)(charge_loop.run)
+_zap = numba.njit(**_OPTIONS)(bulk_zap.run)
 
 
 def _make(version: int) -> Callable[[charge_loop.Charging], int]:
@@ -46,3 +47,25 @@ run = _make(
         charge_loop, cached_pages, kernel_states, fault_batch, bulk_loop, pte, rules, flags, frames
     )
 )
+
+
+def _make_zap(version: int) -> bulk_zap.Run:
+    def zap(
+        places: Any,
+        entries: Any,
+        refcount: Any,
+        mapcount: Any,
+        page_flags: Any,
+        vm_flags: int,
+        zero_pfn: int,
+    ) -> tuple[int, int]:
+        if not version:
+            return 0, 0
+        raw, files = _zap(places, entries, refcount, mapcount, page_flags, vm_flags, zero_pfn)
+        return raw, files
+
+    compiled: bulk_zap.Run = numba.njit(cache=True, **_OPTIONS)(zap)
+    return compiled
+
+
+zap = _make_zap(version_of(bulk_zap, pte, rules, flags, frames))

@@ -123,15 +123,16 @@ class KernelPtes:
         """The PTEs of [start, end) went away; with threads about, one may have come back."""
         self._touch(mm)
         threaded = len(self._threads.get(mm, ())) > 1
-        for address, _ in self.populated(mm, start, end):
-            self._set(mm, address, THREADS_ZAP if threaded else NONE)
+        state = THREADS_ZAP if threaded else NONE
+        if mm in self._tables and self._tables[mm].replace(start, end, state) and threaded:
+            self.doubtful[mm] = None
 
     def unmap(self, mm: int, start: int, end: int) -> None:
         """Nothing of [start, end) is mapped any more."""
         self._touch(mm)
         self._extents_of(mm).cut(start, end)
-        for address, _ in self.populated(mm, start, end):
-            self._set(mm, address, NONE)
+        if mm in self._tables:
+            self._tables[mm].replace(start, end, NONE)
 
     def extent(self, event: ev.Extent) -> None:
         """The kernel holds the range as one VMA now."""

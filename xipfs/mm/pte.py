@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from xipfs.mm.table_pool import PTRS_PER_TABLE, TablePool
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -32,6 +35,7 @@ PTE_PFN_SHIFT: Final = 12
 #: Bits that mprotect leaves alone (rule P10); the rest comes from the VMA's new protection.
 PTE_CHG_MASK: Final = ~(PTE_WRITE | PTE_PRESENT)
 
+Places = npt.NDArray[np.int64]
 PTRS_PER_PTE: Final = PTRS_PER_TABLE
 _TABLE_SHIFT: Final = 9
 _SLOT_MASK: Final = PTRS_PER_PTE - 1
@@ -141,11 +145,30 @@ class PageTables:
             base = key << LEAF_SHIFT
             first = max(start - base, 0) >> PAGE_SHIFT
             last = min(end - base, PTRS_PER_PTE << PAGE_SHIFT) >> PAGE_SHIFT
-            for slot in range(first, last):
+            for slot in (
+                np.flatnonzero(self.pool.array[leaf + first : leaf + last]) + first
+            ).tolist():
                 # The pool may have grown since the last turn, so its entries are asked for again.
                 pte = self.pool.entries[leaf + slot]
                 if pte:
                     yield base + (slot << PAGE_SHIFT), pte
+
+    def places(self, start: int, end: int) -> tuple[Places, Places]:
+        """Return the non-empty entries of [start, end): places in the pool's array, addresses."""
+        keys = self._keys(start, end)
+        numbers = np.array(keys, np.int64)
+        leaves = np.array([self._leaf(key) for key in keys], np.int64)
+        tables = self.pool.array.reshape(-1, PTRS_PER_PTE)[leaves // PTRS_PER_PTE]
+        rows, slots = np.nonzero(tables)
+        addresses = (numbers[rows] << LEAF_SHIFT) + (slots << PAGE_SHIFT)
+        inside = (addresses >= start) & (addresses < end)
+        return (leaves[rows] + slots)[inside], addresses[inside]
+
+    def replace(self, start: int, end: int, pte: int) -> int:
+        """Store ``pte`` in every non-empty entry of [start, end); return how many there were."""
+        places, _ = self.places(start, end)
+        self.pool.array[places] = pte
+        return len(places)
 
     def _leaf(self, key: int) -> int:
         middle = self.middles.get(key >> _TABLE_SHIFT)

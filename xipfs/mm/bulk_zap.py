@@ -1,0 +1,86 @@
+"""Many PTEs taken away at once: raw ones, and those of file pages that somebody else still holds.
+
+What else there is (private copies, swap entries, a page's last reference, PTEs that no rule
+explains) is left where it is, for ``zap_page_range``. The loop is for numba and runs without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from xipfs.memory.frames import PG_ANON, PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED, PG_SWAPCACHE
+from xipfs.mm import rules
+from xipfs.mm.machine import MM_FILEPAGES
+from xipfs.mm.pte import PTE_DIRTY, PTE_PFN_SHIFT, PTE_PRESENT, PTE_YOUNG
+from xipfs.mm.vma import Vma
+
+_NOT_PLAIN: Final = PG_ANON | PG_SWAPBACKED | PG_SWAPCACHE
+
+Counts = npt.NDArray[np.int64]
+Run = Callable[
+    [Counts, Counts, npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint8], int, int],
+    tuple[int, int],
+]
+
+
+def run(
+    places: Counts,
+    entries: Counts,
+    refcount: npt.NDArray[np.int32],
+    mapcount: npt.NDArray[np.int32],
+    page_flags: npt.NDArray[np.uint8],
+    vm_flags: int,
+    zero_pfn: int,
+) -> tuple[int, int]:
+    """Clear the entries at ``places`` as ``zap_pte`` does; return how many raw and file PTEs."""
+    raw = files = 0
+    for place in places:
+        pte = entries[place]
+        if pte & PTE_PRESENT == 0:
+            continue
+        pfn = pte >> PTE_PFN_SHIFT
+        valid = pfn < len(refcount)
+        kind = rules.pte_kind_special(pte, vm_flags, valid, pfn == zero_pfn)
+        if kind == rules.RAW:
+            raw += 1
+        elif kind == rules.NORMAL and refcount[pfn] > 1 and page_flags[pfn] & _NOT_PLAIN == 0:
+            flags = page_flags[pfn]
+            if pte & PTE_DIRTY:
+                flags |= PG_DIRTY
+            if pte & PTE_YOUNG:
+                flags |= PG_REFERENCED
+            page_flags[pfn] = flags
+            mapcount[pfn] -= 1
+            refcount[pfn] -= 1
+            files += 1
+        else:
+            continue
+        entries[place] = 0
+    return raw, files
+
+
+def zap_plain(vma: Vma, start: int, end: int, loop: Run) -> None:
+    """Clear through ``loop`` what it can of [start, end), which lies within ``vma``."""
+    mm = vma.mm
+    machine = mm.machine
+    if not machine.pte_special:
+        return  # an era that looks at the pfn: zap_page_range knows how
+    places, _ = mm.tables.places(start, end)
+    memory = machine.memory
+    raw, files = loop(
+        places,
+        machine.table_pool.array,
+        memory.refcount,
+        memory.mapcount,
+        memory.page_flags,
+        vma.flags,
+        machine.zero_pfn,
+    )
+    mm.raw_ptes -= raw
+    machine.nr_special_ptes -= raw
+    mm.rss[MM_FILEPAGES] -= files
+    machine.nr_normal_ptes -= files

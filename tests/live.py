@@ -92,18 +92,16 @@ class LiveMount:
         assert pid is not None, "nobody serves the mount"
         self.pid: int = pid
         self._pidfd = os.pidfd_open(pid)
+        # Opened now: the number may come to mean a later mount, the open file does not.
+        abort_file = f"/sys/fs/fuse/connections/{self.mount.minor}/abort"
+        self._abort_fd = os.open(abort_file, os.O_WRONLY | os.O_CLOEXEC)
         self._watchdog = subprocess.Popen(
-            # Opened first: the number may come to mean a later mount, the open file does not.
-            ["sh", "-c", f"exec 3> {self._abort_file}; sleep {WATCHDOG_S}; echo 1 >&3"],
+            ["sh", "-c", f"sleep {WATCHDOG_S}; echo 1"],
+            stdout=self._abort_fd,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-
-    @property
-    def _abort_file(self) -> Path:
-        return Path(f"/sys/fs/fuse/connections/{self.mount.minor}/abort")
 
     def __truediv__(self, name: str) -> Path:
         return self.directory / name
@@ -168,7 +166,7 @@ class LiveMount:
     def abort(self) -> None:
         """Fail every request that waits for the daemon."""
         with contextlib.suppress(OSError):
-            self._abort_file.write_text("1")
+            os.write(self._abort_fd, b"1")
 
     def _force(self) -> None:
         """End a mount that does not end by itself."""
@@ -192,6 +190,7 @@ class LiveMount:
             cleans_up = not self.killed
             self._force()
             os.close(self._pidfd)
+            os.close(self._abort_fd)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._watchdog.pid, signal.SIGKILL)
             self._watchdog.wait()

@@ -137,8 +137,8 @@ class Moving:
                     result.refuse(errno.EAGAIN, [index])
                     return
                 if cache.is_dirty(held):
+                    # As in _demote, the fence before the transaction's mark is enough.
                     cache.write_home(np.array([held]))
-                    self._core.medium.fence()
             self._commit_single(inode, index, body)
             if held is not None:
                 cache.drop_one(held)

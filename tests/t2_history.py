@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from xipfs.accounting.charges import Charge, PteKind
 from xipfs.fs.types import PageKind
+from xipfs.migrate.books import Table
 from xipfs.migrate.history import ChunkEvent, Histogram, History
+from xipfs.migrate.page_moves import PageMoves
+from xipfs.migrate.policy import Move
+from xipfs.stats.series import Series
 
 SECOND = 1_000_000_000
 
@@ -23,7 +29,86 @@ def test_the_ring_is_bounded_and_counts_what_it_lost() -> None:
     assert history.since(5000) == ([], 0, 5000)
     events, lost, _ = history.since(4998)
     assert ([each.time_ns for each in events], lost) == ([4998, 4999], 0)
-    assert history.describe()["moved_by_reason"] == {"manual": 5000}
+
+
+def promotion(index: int, policy: str, reason: str, pid: int) -> Move:
+    return Move(2, index, PageKind.PAGECACHE, reason, policy, pid)
+
+
+def test_moves_are_counted_by_cause_file_and_process() -> None:
+    history = History()
+    history.begin([promotion(5, "tpp", "2 faults", 70), promotion(6, "tpp", "2 faults", 71)])
+    history.moved(2, [5, 9], PageKind.PAGECACHE, 1 * SECOND)
+    history.refused(2, [6], PageKind.PAGECACHE)
+    event = ChunkEvent(1, 2, 5, 5, "pagecache", "2 faults", moved=1)
+    history.record(event)
+    history.end()
+    history.moved(2, [5], PageKind.XIP, 2 * SECOND)
+    charge = Charge(3 * SECOND, 72, 2, 9, PteKind.PAGECACHE, False, False, 0)
+    history.charged([charge, charge])
+    assert event.policy == "tpp"
+    none = {
+        "promoted": 0,
+        "demoted": 0,
+        "moved_bytes": 0,
+        "failed": 0,
+        "refaults": 0,
+        "pingpong": 0,
+    }
+    one = {"promoted": 1, "moved_bytes": 4096}
+    told = history.describe()
+    by_cause = {(row["policy"], row["reason"], row["to"]): row for row in told["by_cause"]}
+    assert by_cause == {
+        key: dict[str, Any](zip(("policy", "reason", "to"), key, strict=True)) | none | counts
+        for key, counts in {
+            ("tpp", "2 faults", "pagecache"): one | {"failed": 1},
+            (None, "manual", "pagecache"): one | {"refaults": 1},
+            (None, "manual", "xip"): {"demoted": 1, "moved_bytes": 4096, "pingpong": 1},
+        }.items()
+    }
+    file = {"promoted": 2, "demoted": 1, "moved_bytes": 3 * 4096, "failed": 1, "refaults": 1}
+    assert told["by_file"] == [{"ino": 2, **file, "pingpong": 1}]
+    assert {row["pid"]: row for row in told["by_process"]} == {
+        70: {"pid": 70} | none | one,
+        71: {"pid": 71} | none | {"failed": 1},
+        72: {"pid": 72} | none | {"refaults": 1},
+    }
+    page = {"ino": 2, "promoted": 0, "demoted": 0, "failed": 0, "refaults": 0, "pingpong": 0}
+    assert history.pages.most_moved(2) == [
+        page | {"index": 5, "promoted": 1, "demoted": 1, "pingpong": 1},
+        page | {"index": 6, "failed": 1},
+    ]
+    assert len(history.pages.most_moved(9)) == 3
+
+
+def test_a_table_sums_up_what_it_does_not_keep_apart() -> None:
+    table: Table[int] = Table(lines_max=2)
+    for key in (1, 2, 1, 3):
+        table.line(key).demoted += 1
+    rows = [(row["ino"], row["demoted"]) for row in table.describe(("ino",))]
+    assert rows == [(1, 2), (3, 1), (None, 1)], "2 was unchanged for longest"
+
+
+def test_pages_are_forgotten_by_blocks() -> None:
+    pages = PageMoves(SECOND, blocks_max=2)
+    for number in range(3):
+        assert pages.moved(2, [number * 256, number * 256 + 255], PageKind.XIP, 1, 7) == 0
+    assert pages.forgotten == 2
+    assert pages.moved(2, [0, 256], PageKind.PAGECACHE, 2, 7) == 1, "page 0 is forgotten"
+    assert [pages.faulted(2, page, 3) for page in (0, 256, 256, 512)] == [7, 7, None, None]
+
+
+def test_a_series_keeps_the_largest_and_grows_coarser() -> None:
+    series = Series(start_ns=0)
+    for ms, value in ((0, 5), (500, 2), (3000, 1), (3999, 4), (4000, 0)):
+        series.add(ms * SECOND // 1000, value)
+    assert series.describe() == {"start_ns": 0, "interval_ns": SECOND, "max": [5, 2, 2, 4, 4]}
+    series.add(240 * SECOND, 9)
+    told = series.describe()
+    assert (told["interval_ns"], len(told["max"])) == (2 * SECOND, 121)
+    assert (told["max"][:4], told["max"][-2:]) == ([5, 4, 4, 0], [0, 9])
+    series.add(10**6 * SECOND, 1)
+    assert len(series.describe()["max"]) <= 240
 
 
 def test_a_page_moved_back_within_ten_seconds_is_ping_pong() -> None:

@@ -38,7 +38,7 @@ def test_it_is_found_by_name_and_listed_nowhere(mnt: LiveMount) -> None:
     (mnt / "visible").touch()
     assert ".xipfs" not in os.listdir(mnt.directory)
     assert "visible" in os.listdir(mnt.directory)
-    assert sorted(os.listdir(mnt / ".xipfs")) == ["control", "stats.json"]
+    assert sorted(os.listdir(mnt / ".xipfs")) == ["control", "metrics", "stats.json"]
 
 
 def test_permissions_are_the_owners_alone(mnt: LiveMount) -> None:
@@ -120,7 +120,7 @@ def test_the_image_cannot_use_the_name(mnt: LiveMount) -> None:
         with pytest.raises(OSError) as refused:  # noqa: PT011
             change()
         assert refused.value.errno in (errno.EPERM, errno.EEXIST, errno.EACCES, errno.EISDIR)
-    assert sorted(os.listdir(control)) == ["control", "stats.json"]
+    assert sorted(os.listdir(control)) == ["control", "metrics", "stats.json"]
     (mnt / "sub").mkdir()
     (mnt / "sub" / ".xipfs").write_bytes(b"only the root's is taken")
     assert (mnt / "sub" / ".xipfs").read_bytes() == b"only the root's is taken"

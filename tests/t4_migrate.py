@@ -325,7 +325,12 @@ def test_events_and_statistics_of_moves(live: Mounts) -> None:
     assert {"invalidate", "drain", "move"} <= set(events[0]["durations_ns"])
     figures = mount.stats()["migration"]
     assert (figures["pingpong"], figures["chunks"]) == (5, 2)
-    assert figures["moved_by_reason"] == {"manual": 10}
+    line = {"policy": None, "reason": "manual", "failed": 0, "refaults": 0}
+    assert figures["by_cause"] == [
+        line
+        | {"to": "pagecache", "promoted": 5, "demoted": 0, "moved_bytes": 5 * PAGE, "pingpong": 0},
+        line | {"to": "xip", "promoted": 0, "demoted": 5, "moved_bytes": 5 * PAGE, "pingpong": 5},
+    ]
     assert figures["step_ns"]["move"]["count"] == 2
     follower = subprocess.Popen(
         [sys.executable, "-m", "xipfs", "events", mount.directory, "--follow"],

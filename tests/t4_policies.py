@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from conftest import needs
 from live import PAGE, LiveMount, Mounts, wait_until, xipfs
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import parser
 
 pytestmark = [needs("root", "fuse")]
 
@@ -57,6 +62,65 @@ def test_a_policy_changes_on_a_live_mount(live: Mounts, tmp_path: Path) -> None:
     mount.vmstat()
     assert mount.letters("e") == "X" * 11
     assert mount.cat_stats()["migration"]["would_move"][0]["reason"] == "first touch"
+
+
+def test_events_and_statistics_name_policy_reason_and_process(live: Mounts) -> None:
+    mount = live.mount()
+    (mount / "file").write_bytes(bytes(11 * PAGE))
+    mount = live.remount(mount, *REQUESTS, "policy=fifo", "medium=pcm")
+    ino = os.stat(mount / "file").st_ino
+    read(mount, "file")
+    wait_until("fifo promotes", lambda: "X" not in mount.letters("file"))
+    lines = xipfs("events", mount.directory, "--json").stdout.splitlines()
+    events = [json.loads(line) for line in lines]
+    assert {(event["policy"], event["reason"]) for event in events} == {("fifo", "first fault")}
+    assert sum(event["moved"] for event in events) == 11
+    shown = xipfs("events", mount.directory).stdout.splitlines()
+    assert " to pagecache (fifo: first fault): " in shown[0]
+    mount.migrate("file", "xip", "0-3")
+    stats = json.loads(xipfs("stat", mount.directory, "--json", "--moved", "2").stdout)
+    migration = stats["migration"]
+    by_cause = {(row["policy"], row["reason"]): row for row in migration["by_cause"]}
+    assert by_cause["fifo", "first fault"]["promoted"] == 11
+    assert by_cause[None, "manual"]["demoted"] == by_cause[None, "manual"]["pingpong"] == 4
+    (file,) = migration["by_file"]
+    assert (file["ino"], file["moved_bytes"]) == (ino, 15 * PAGE)
+    (process,) = migration["by_process"]
+    assert (process["pid"], process["promoted"]) == (os.getpid(), 11)
+    assert process["comm"]
+    assert [(page["ino"], page["index"]) for page in stats["moved"]] == [(ino, 0), (ino, 1)]
+    assert max(stats["ram_pages_used"]["max"]) == 11
+    text = xipfs("stat", mount.directory, "--moved", "1").stdout
+    assert f"\n{ino:>10} {0:>10}{1:9}{1:9}{0:9}{0:9}{1:9}\n" in text + "\n"
+    assert "fifo         pagecache       11        0" in text
+    check_metrics(mount, stats)
+
+
+def check_metrics(mount: LiveMount, stats: dict[str, Any]) -> None:
+    """Read .xipfs/metrics with the parser of prometheus-client; compare it with a snapshot."""
+    text = (mount / ".xipfs" / "metrics").read_text()
+    assert xipfs("stat", mount.directory, "--openmetrics").stdout[-6:] == "# EOF\n"
+    parse: Callable[[str], Iterable[Metric]] = parser.text_string_to_metric_families
+    families = {family.name: family for family in parse(text)}
+    values = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+    assert values["xipfs_pgpromote_success_total",] == 11
+    assert values["xipfs_nr_xip_pages",] == stats["vmstat"]["nr_xip_pages"]
+    cause = ("fifo", "first fault", "pagecache")
+    assert values["xipfs_migration_by_cause_promoted_total", *sorted(cause)] == 11
+    ino = str(os.stat(mount / "file").st_ino)
+    assert values["xipfs_migration_by_file_demoted_total", ino] == 4
+    assert values["xipfs_migration_by_process_promoted_total", str(os.getpid())] == 11
+    assert values["xipfs_modelled_nvram_read_bytes_total", "pcm"] == 11 * PAGE
+    steps = families["xipfs_migration_step_ns"]
+    assert steps.type == "histogram"
+    moved = {sample.name: sample for sample in steps.samples if sample.labels["step"] == "move"}
+    figures = stats["migration"]["step_ns"]["move"]
+    assert moved["xipfs_migration_step_ns_count"].value == figures["count"]
+    assert moved["xipfs_migration_step_ns_sum"].value == figures["sum_ns"]
 
 
 def test_a_wrong_policy_leaves_the_old_one(live: Mounts) -> None:

@@ -39,9 +39,14 @@ def _open(mount: Mount, name: str, flags: int) -> int:
 
 def ask(mount: Mount, name: str) -> Json:
     """Return the answer in the control file ``name``, fresh: ``stats.json`` or a question."""
-    with open(_open(mount, name, os.O_RDONLY), "rb") as file:
-        answer: Json = json.load(file)
+    answer: Json = json.loads(ask_text(mount, name))
     return answer
+
+
+def ask_text(mount: Mount, name: str) -> str:
+    """Return the control file ``name`` as it is."""
+    with open(_open(mount, name, os.O_RDONLY), "rb") as file:
+        return file.read().decode()
 
 
 def request(mount: Mount, op: str, **arguments: Any) -> Iterator[Json]:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from xipfs.cli.client import Json, ask
+from xipfs.cli.client import Json, ask, ask_text
 from xipfs.errors import UsageError
 from xipfs.fuse.mounts import mount_of
 from xipfs.units import format_size
@@ -34,6 +34,15 @@ HOT_COLUMNS: Final = {
 }
 
 
+MOVED_COLUMNS: Final = {
+    "promote": "promoted",
+    "demote": "demoted",
+    "failed": "failed",
+    "refault": "refaults",
+    "back": "pingpong",
+}
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
     parser.add_argument("directory", type=Path, metavar="DIR", help="anything on the mount")
@@ -45,19 +54,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--hottest", type=int, metavar="N", help="also list the N pages that faulted most"
     )
     parser.add_argument(
+        "--moved", type=int, metavar="N", help="also list the N pages that migrated most"
+    )
+    parser.add_argument(
+        "--openmetrics", action="store_true", help="OpenMetrics text, as in .xipfs/metrics"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object (a line each if repeated)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the statistics."""
-    if args.hottest is not None and (args.hottest < 1 or args.interval is not None):
-        raise UsageError("--hottest N", expected="N above 0, and no INTERVAL")
+    for option, count in (("--hottest", args.hottest), ("--moved", args.moved)):
+        if count is not None and (count < 1 or args.interval is not None):
+            raise UsageError(f"{option} N", expected="N above 0, and no INTERVAL")
     if args.interval is None:
-        name = "stats.json" if args.hottest is None else f"hottest.{args.hottest}.json"
-        stats = ask(mount_of(args.directory), name)
-        print(json.dumps(stats, indent=2) if args.json else as_text(stats))
-        return 0
+        return _once(args)
+    if args.openmetrics:
+        raise UsageError("--openmetrics with INTERVAL", expected="one of them")
     if args.interval <= 0 or (args.count is not None and args.count < 1):
         raise UsageError("INTERVAL and COUNT", expected="numbers above 0")
     rounds = itertools.count() if args.count is None else range(args.count)
@@ -75,6 +90,35 @@ def run(args: argparse.Namespace) -> int:
             print(_row(stats["vmstat"], before), flush=True)
             before = stats["vmstat"]
     return 0
+
+
+def _once(args: argparse.Namespace) -> int:
+    mount = mount_of(args.directory)
+    if args.openmetrics:
+        print(ask_text(mount, "metrics"), end="")
+        return 0
+    stats = ask(mount, "stats.json" if args.hottest is None else f"hottest.{args.hottest}.json")
+    if args.moved is not None:
+        stats["moved"] = ask(mount, f"moved.{args.moved}.json")["moved"]
+    print(json.dumps(stats, indent=2) if args.json else as_text(stats))
+    return 0
+
+
+def _migration_lines(migration: Json) -> list[str]:
+    """Return what moved by cause; nothing if nothing did."""
+    rows = migration["by_cause"]
+    if not rows:
+        return []
+    lines = ["", f"{'policy':12} {'to':>9}{'pages':>9}{'failed':>9}{'refault':>9}{'back':>9}  why"]
+    for row in rows:
+        policy = "-" if row["policy"] is None else Path(row["policy"]).name
+        counts = (row["promoted"] + row["demoted"], row["failed"], row["refaults"], row["pingpong"])
+        lines.append(
+            f"{policy[:12]:12} {row['to'] or '':>9}"
+            + "".join(f"{count:9d}" for count in counts)
+            + f"  {row['reason']}"
+        )
+    return lines
 
 
 def _row(vmstat: Json, before: Json | None) -> str:
@@ -125,12 +169,18 @@ def as_text(stats: Json) -> str:
     for name in ("ram_bytes", "nvram_bytes", "memmap_bytes", "memmap_saved_bytes"):
         lines.append(f"{name:22}{memory[name]:14}  ({format_size(memory[name])})")
     lines += _cost_lines(stats["cost"])
+    lines += _migration_lines(stats["migration"])
     processes = [process for process in stats["processes"] if process["pgfault"]]
     if processes:
         lines += ["", f"{'pid':>8} {'command':16}" + "".join(f"{h:>9}" for h, _ in COLUMNS[:6])]
         for process in processes:
             counts = "".join(f"{process[name]:9d}" for _, name in COLUMNS[:6])
             lines.append(f"{process['pid']:>8} {process['comm'][:16]:16}{counts}")
+    if "moved" in stats:
+        lines += ["", f"{'inode':>10} {'page':>10}" + "".join(f"{h:>9}" for h in MOVED_COLUMNS)]
+        for page in stats["moved"]:
+            counts = "".join(f"{page[name]:9d}" for name in MOVED_COLUMNS.values())
+            lines.append(f"{page['ino']:>10} {page['index']:>10}{counts}")
     if "hottest" in stats:
         lines += ["", f"{'inode':>10} {'page':>10}" + "".join(f"{h:>9}" for h in HOT_COLUMNS)]
         for page in stats["hottest"]:

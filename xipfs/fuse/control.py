@@ -3,7 +3,8 @@
 ``.xipfs`` is found by name in the root and listed nowhere. Its files are opened with direct I/O, so
 the kernel caches nothing of them:
 
-- ``stats.json``: one consistent snapshot, taken when the file is opened.
+- ``stats.json``: one consistent snapshot, taken when the file is opened; ``metrics``: the same
+  as OpenMetrics text.
 - ``pages.INO.json``, ``hottest.N.json``: questions with a number in their name, answered the same
   way (and so on a read-only mount too).
 - ``control``, for what changes something: write one JSON object ``{"op": NAME, ...}``, then read
@@ -32,6 +33,7 @@ import pyfuse3
 import trio
 
 from xipfs.errors import FsError, UsageError, XipfsError
+from xipfs.stats.openmetrics import openmetrics
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ CONTROL_NAME: Final = b".xipfs"
 DIR_INO: Final = 1 << 62
 STATS_INO: Final = DIR_INO + 1
 COMMAND_INO: Final = DIR_INO + 2
-_FILES: Final = {b"stats.json": STATS_INO, b"control": COMMAND_INO}
+METRICS_INO: Final = DIR_INO + 3
+_FILES: Final = {b"stats.json": STATS_INO, b"control": COMMAND_INO, b"metrics": METRICS_INO}
 #: A question's inode number is this, its place in the list of questions, and its number.
 _QUESTION_SHIFT: Final = 52
 _QUESTION_RE: Final = re.compile(rb"([a-z]+)\.([1-9][0-9]{0,14})\.json")
@@ -221,6 +224,8 @@ class ControlTree:
         """Open a control file; ``stats.json`` takes its snapshot here."""
         if ino == STATS_INO:
             return _snapshot_of(await self._snapshot())
+        if ino == METRICS_INO:
+            return Snapshot(openmetrics(await self._snapshot()).encode())
         if ino == COMMAND_INO:
             return Conversation(self._commands, self._nursery)
         place = (ino ^ DIR_INO) >> _QUESTION_SHIFT

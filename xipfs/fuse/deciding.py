@@ -12,6 +12,7 @@ import trio
 from xipfs.accounting.charges import Charge
 from xipfs.fs.filesystem import Filesystem
 from xipfs.memory.profiles import Profile
+from xipfs.migrate.history import History
 from xipfs.migrate.policy import Move
 from xipfs.migrate.steering import Steering
 from xipfs.options import MountOptions
@@ -62,16 +63,20 @@ class Deciding(Steering):
         self._plan += moves
         self._planned.set()
 
-    async def carry_out(self, move_all: Callable[[list[Move]], Awaitable[object]]) -> None:
+    async def carry_out(
+        self, move_all: Callable[[list[Move]], Awaitable[object]], history: History
+    ) -> None:
         """Carry out plans for ever; what is planned meanwhile moves together, at the next turn."""
         while True:
             await self._planned.wait()
             self._planned = trio.Event()
             moves, self._plan = self._plan, []
+            history.begin(moves)
             try:
                 await move_all(moves)
             except Exception:
                 log.exception("a plan of %d moves of %s failed", len(moves), self._decider.name)
+            history.end()
             now_ns = time.monotonic_ns()
             if refused := self.carried_out(moves, now_ns):
                 pages = [[move.ino, move.index, move.to.value] for move in refused]

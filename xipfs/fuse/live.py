@@ -7,11 +7,9 @@ own: it may wait for a process's mmap lock, held by a fault that waits for our R
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from typing import Final
 
 import trio
@@ -19,8 +17,8 @@ import trio
 from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.causes import EVICT
 from xipfs.accounting.charges import Charge, ChargeBatch
-from xipfs.errors import FsError, ObserverError, UsageError
-from xipfs.fs.types import PageKind
+from xipfs.errors import FsError
+from xipfs.fuse.commands import Commands
 from xipfs.fuse.control import Command, Json, Question
 from xipfs.fuse.deciding import Deciding
 from xipfs.fuse.hints import HintScanner
@@ -30,15 +28,16 @@ from xipfs.fuse.notify import Notifier, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, start_observing
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.fuse.verifying import Verifier
-from xipfs.fuse.views import file_pages, live_snapshot, would_migrate
+from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.fuse.worker import Worker
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
-from xipfs.migrate.engine import Engine, Job, Tally, runs
+from xipfs.migrate.engine import Engine, runs
 from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.heat import Heat
+from xipfs.stats.series import Series
 from xipfs.trace.events import Event
 from xipfs.trace.fault_batch import FaultBatch, steps
 from xipfs.trace.grammar import SETTLE_NS
@@ -53,9 +52,6 @@ IDLE_INTERVAL_S: Final = 0.080
 _SETTLE_S: Final = SETTLE_NS / 1e9 + 0.001
 #: Events accounted in one piece, some 10 ms of work; between pieces requests are served.
 _BATCH_EVENTS: Final = 1000
-#: A follower of events hears at least this often, if only that there are none.
-_EVENTS_INTERVAL_S: Final = 0.1
-KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
 
 
 class Live:
@@ -83,6 +79,7 @@ class Live:
         self.recorder = Recorder(fs, self.accountant, self.fault_log)
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
+        self.ram_series = Series(time.time_ns())
         self.deciding = Deciding(fs, options, self.profile)
         self.deciding.note = self.recorder.note
         self.recorder.policy = self.deciding.chosen
@@ -129,7 +126,9 @@ class Live:
         elif self.options.hint_pages_per_s:
             log.info("hint= needs observe=tracefs: no page is taken away")
         if not self.fs.read_only:
-            nursery.start_soon(self.deciding.carry_out, self.migrator.move_all)
+            nursery.start_soon(
+                self.deciding.carry_out, self.migrator.move_all, self.migrator.history
+            )
 
     # Hooks of the request handlers
 
@@ -242,6 +241,7 @@ class Live:
         interval_s = DRAIN_INTERVAL_S
         while True:
             drained = await self.drain()
+            self.ram_series.add(time.time_ns(), self.fs.nr_resident_pages)
             self.fault_log.rest(trio.current_time())
             self.recorder.rest(trio.current_time())
             interval_s = DRAIN_INTERVAL_S if drained else min(interval_s * 2, IDLE_INTERVAL_S)
@@ -282,6 +282,7 @@ class Live:
         """Return what ``.xipfs/NAME.NUMBER.json`` answers."""
         return {
             "hottest": self._hottest,
+            "moved": self._moved,
             "pages": self._pages,
             "faults": self._faults,
             "items": self._items,
@@ -291,16 +292,15 @@ class Live:
 
     def commands(self) -> Mapping[str, Command]:
         """Return the requests of the control file."""
-        return {
-            "migrate": self._migrate,
-            "events": self._events,
-            "follow": self._follow,
-            "policy": self._choose_policy,
-        }
+        return Commands(self).by_name()
 
     async def _hottest(self, count: int) -> Json:
         stats = await self.snapshot()
         return stats | {"hottest": self.heat.hottest(count)}
+
+    async def _moved(self, count: int) -> Json:
+        stats = await self.snapshot()
+        return stats | {"moved": self.migrator.history.pages.most_moved(count)}
 
     async def _faults(self, cursor: int) -> Json:
         await self.drain_settled()
@@ -319,80 +319,6 @@ class Live:
             return {"unavailable": f"its observer is {self.observer.figures().mode}"}
         return await self.verifier.verify(None if pid == 1 else pid)
 
-    async def _follow(self, request: Json) -> AsyncGenerator[Json, None]:
-        """Begin the figures of a command, before its process does anything of its own."""
-        pid = int(request["pid"])
-        if not isinstance(self.observer, TracefsObserver):
-            figures = self.observer.figures()
-            raise ObserverError(
-                f"faults are not seen on this mount (observer {figures.mode}: {figures.reason})",
-                remedy="mount as root with -o observe=tracefs; xipfs doctor says what is missing",
-            )
-        await trio.to_thread.run_sync(self.observer.add_pids, (pid,))
-        # What it did before is nobody's: charge it before the figures begin.
-        await self.drain_settled()
-        self.observer.follow(pid)
-        self.accountant.runs.follow(pid)
-        yield {"result": {}}
-
     async def _run(self, root: int) -> Json:
         await self.drain_settled()
         return self.accountant.runs.describe(root) or {"unknown": root}
-
-    async def _events(self, request: Json) -> AsyncGenerator[Json, None]:
-        """Tell of past migrations, and with ``follow`` of those that come, for ever."""
-        next_event = 0
-        while True:
-            events, lost, next_event = self.migrator.history.since(next_event)
-            yield {"lost": lost}
-            for event in events:
-                yield {"event": vars(event)}
-            if not request.get("follow"):
-                return
-            await trio.sleep(_EVENTS_INTERVAL_S)
-
-    async def _choose_policy(self, request: Json) -> AsyncGenerator[Json, None]:
-        """Change the policy; what faulted until now is still the old one's."""
-        await self.drain_settled()
-        self.deciding.choose(request["policy"], request["values"], dry=bool(request["dry"]))
-        yield {"result": self.deciding.describe()}
-
-    async def _migrate(self, request: Json) -> AsyncGenerator[Json, None]:
-        """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such)."""
-        to = KINDS.get(request["to"])
-        if to is None:
-            raise UsageError(f"kind {request['to']!r}", expected=" or ".join(KINDS))
-        if self.fs.read_only and not request.get("dry_run"):
-            raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
-        files = request.get("files", [request])
-        batch = [(int(file["ino"]), self._runs_to_move(file)) for file in files]
-        if request.get("dry_run"):
-            await self.drain_settled()
-            yield {"result": would_migrate(self, batch, to)}
-            return
-        jobs = [Job(ino, run, to, "manual") for ino, to_move in batch for run in to_move]
-        total = sum(len(job.pages) for job in jobs)
-        done, sums = 0, {ino: Tally() for ino, _ in batch}
-        async with aclosing(self.migrator.migrate(jobs)) as chunks:
-            async for job, pages, tally in chunks:
-                done += pages
-                sums[job.ino] += tally
-                if done < total:
-                    yield {"progress": {"pages_done": done, "pages_total": total}}
-        result = vars(sum(sums.values(), Tally()))
-        if "files" in request:
-            result = result | {"files": [{"ino": ino, **vars(each)} for ino, each in sums.items()]}
-        yield {"result": result}
-
-    def _runs_to_move(self, wanted: Json) -> list[range]:
-        """Return the runs of wanted pages that are no holes: a sparse file costs what it holds."""
-        ino = int(wanted["ino"])
-        end = pages_of(self.fs.getattr(ino).size_bytes)
-        ranges = [range(int(a), int(a) + int(n)) for a, n in wanted.get("ranges", [[0, end]])]
-        for pages in ranges:
-            if pages.start < 0 or pages.stop > end:
-                raise UsageError(
-                    f"pages {pages.start}-{pages.stop - 1} reach outside the file",
-                    expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
-                )
-        return self.migrator.runs_of(ino, ranges)

@@ -181,6 +181,7 @@ class Migrator:
                 raise
             # The last name and the last handle of the file went while it was being moved.
             tally = Tally(failed={"gone": len(window.chunk)})
+            self.history.refused(window.ino, window.chunk, to)
         finally:
             self._windows.remove(windows.pop(0))
         for reason, count in tally.failed.items():
@@ -203,6 +204,8 @@ class Migrator:
             await self._invalidate(window.ino, window.wanted)
             window.took("invalidate_again", start_ns)
         failed = {REASONS[code]: len(pages) for code, pages in refused.items()}
+        for pages in refused.values():
+            self.history.refused(window.ino, pages, to)
         return Tally(window.event.moved, window.already, failed)
 
     def _move(self, window: _Window, to: PageKind) -> dict[int, list[int]]:

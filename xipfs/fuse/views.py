@@ -45,6 +45,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "audit": asdict(live.verifier.audited),
         },
         "memory": snapshot.memory(live.fs),
+        "ram_pages_used": live.ram_series.describe(),
         "writeback": vars(live.writeback.statistics()),
         "cost": cost(live.fs, live.profile),
         "migration": {
@@ -52,6 +53,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "fail_reasons": engine.fail_reasons,
             "kernel_invalidations": live.notifier.invalidations,
             **live.migrator.history.describe(),
+            "by_process": _named(live),
         },
         "mount": {
             "image": str(live.fs.image_path),
@@ -63,6 +65,13 @@ def live_snapshot(live: Live) -> dict[str, Any]:
         },
         "processes": snapshot.processes(live.accountant),
     }
+
+
+def _named(live: Live) -> list[dict[str, Any]]:
+    """Return the processes that moved pages or faulted on moved ones, by name where it is known."""
+    names = {line.pid: line.comm for line in live.accountant.ledger.lines()}
+    rows = live.migrator.history.describe()["by_process"]
+    return [{"pid": row["pid"], "comm": names.get(row["pid"], ""), **row} for row in rows]
 
 
 def would_migrate(live: Live, files: list[tuple[int, list[range]]], to: PageKind) -> dict[str, Any]:

@@ -95,7 +95,11 @@ class Decider:
             return []
         used = max(ram_pages_used + self._frames_to_come, 0)
         plan = self._policy.plan(signal, Seen(used, self._ram_pages))
-        return [move for move in plan if self._let_through(move, signal.time_ns)]
+        return [
+            dataclasses.replace(move, policy=self.name, pid=signal.pid)
+            for move in plan
+            if self._let_through(move, signal)
+        ]
 
     def victims(self, count: int, ram_pages_used: int) -> list[Page]:
         """Return up to ``count`` pages in RAM that the policy would rather lose than others.
@@ -111,7 +115,8 @@ class Decider:
         """Return whether the move was let through and nothing was heard of it since."""
         return self._under_way.get((move.ino, move.index)) is move.to
 
-    def _let_through(self, move: Move, time_ns: int) -> bool:
+    def _let_through(self, move: Move, signal: Signal) -> bool:
+        time_ns = signal.time_ns
         self._asked += 1
         page = (move.ino, move.index)
         moved_ns = self._moved_ns.get(page) if self._stay_ns else None

@@ -1,23 +1,30 @@
 """What migrations did: an event a chunk in a bounded ring, times of each step, what followed.
 
 A *refault* is the first charged fault of a page after its move; a *ping-pong* is a page moved back
-within ``PINGPONG_NS``. Both need the pages' last moves; the newest ``PAGES_MAX`` are remembered, so
-the two counts are lower bounds once more pages than that moved.
+within ``PINGPONG_NS``. Both need the pages' last moves, which ``page_moves`` keeps of a bounded
+number of pages, so the two counts are lower bounds once more pages than that moved.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xipfs.accounting.charges import Charge
-from xipfs.accounting.page_runs import PageRuns
 from xipfs.fs.types import PageKind
+from xipfs.migrate.books import MoveCounts, Table
+from xipfs.migrate.page_moves import PageMoves
+from xipfs.migrate.policy import Move, Page
 
 EVENTS_MAX: Final = 4096
-PAGES_MAX: Final = 1 << 18
+#: Files and processes in a snapshot: those that moved most.
+LINES_SHOWN: Final = 50
+#: The reason of what no policy asked for.
+MANUAL: Final = "manual"
+#: Causes that refaults are counted by.
+CAUSES_MAX: Final = 1024
 PINGPONG_NS: Final = 10_000_000_000
 #: The steps of the protocol whose duration is told (fuse/migration.py), in their order.
 STEPS: Final = ("invalidate", "drain", "move", "invalidate_again")
@@ -53,7 +60,10 @@ class Histogram:
 
 @dataclass
 class ChunkEvent:
-    """One chunk of a migration; ``durations_ns`` by step, each the sum over all passes."""
+    """One chunk of a migration; ``durations_ns`` by step, each the sum over all passes.
+
+    ``policy`` is the one that planned it, None if somebody asked for it by hand.
+    """
 
     time_ns: int
     ino: int
@@ -61,6 +71,7 @@ class ChunkEvent:
     last: int
     to: str
     reason: str
+    policy: str | None = None
     moved: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     moved_bytes: int = 0
@@ -69,13 +80,9 @@ class ChunkEvent:
     durations_ns: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(eq=False, slots=True)
-class _Move:
-    """A move of pages of one file, and which of them faulted since."""
-
-    to: PageKind
-    time_ns: int
-    refaulted: set[int] = field(default_factory=set)
+_Cause = tuple[str | None, str, str]
+"""Policy (None: by hand), reason and new kind."""
+_BY_HAND: Final = (None, MANUAL, 0)
 
 
 class History:
@@ -84,41 +91,96 @@ class History:
     def __init__(self) -> None:
         self._steps = {step: Histogram() for step in STEPS}
         self._events: deque[ChunkEvent] = deque(maxlen=EVENTS_MAX)
-        self._moves: PageRuns[_Move] = PageRuns(PAGES_MAX)
-        self._reasons: dict[str, int] = {}
+        self._planned: dict[Page, Move] = {}
+        self.pages = PageMoves(PINGPONG_NS)
+        self.causes: Table[_Cause] = Table()
+        self._cause_numbers: dict[_Cause, int] = {}
+        self._causes: list[_Cause] = [(None, "(others)", "")]
+        self.files: Table[int] = Table()
+        self.processes: Table[int] = Table()
         #: Told each group of pages that moved: inode, indexes, new kind, time.
-        self.on_moved: Callable[[int, list[int], PageKind, int], None] | None = None
+        self.on_moved: Callable[[int, Sequence[int], PageKind, int], None] | None = None
         self.recorded = 0
         self.refaults = 0
         self.pingpong = 0
 
-    def moved(self, ino: int, pages: list[int], to: PageKind, now_ns: int) -> None:
-        """Remember pages that have moved just now; all of one call share one record."""
+    # A policy's plan is known here while it is carried out, so that each page finds its cause.
+
+    def begin(self, moves: list[Move]) -> None:
+        """Hear of a plan that is going to be carried out."""
+        self._planned = {(move.ino, move.index): move for move in moves}
+
+    def end(self) -> None:
+        """Hear that the plan was carried out."""
+        self._planned = {}
+
+    def _by_cause(
+        self, ino: int, pages: Sequence[int], to: PageKind
+    ) -> Iterator[tuple[_Cause, MoveCounts | None, Sequence[int]]]:
+        """Yield ``pages`` by cause and process: the cause, the process's line, its pages."""
+        if not self._planned:
+            yield (None, MANUAL, to.value), None, pages
+            return
+        groups: dict[tuple[str | None, str, int], list[int]] = {}
+        for index in pages:
+            move = self._planned.get((ino, index))
+            planned = move is not None and move.to is to
+            key = (move.policy, move.reason, move.pid) if move and planned else _BY_HAND
+            groups.setdefault(key, []).append(index)
+        for (policy, reason, pid), group in groups.items():
+            process = self.processes.line(pid) if pid else None
+            yield (policy, reason, to.value), process, group
+
+    def moved(self, ino: int, pages: Sequence[int], to: PageKind, now_ns: int) -> None:
+        """Remember pages that have moved just now."""
         if not pages:
             return
-        for before, count in self._moves.count(ino, pages):
-            if before.to is not to and now_ns - before.time_ns <= PINGPONG_NS:
-                self.pingpong += count
-        self._moves.tell(ino, pages, _Move(to, now_ns))
+        for cause, process, group in self._by_cause(ino, pages, to):
+            pingpong = self.pages.moved(ino, group, to, now_ns, self._number_of(cause))
+            self.pingpong += pingpong
+            for line in (self.files.line(ino), self.causes.line(cause), process):
+                if line is not None:
+                    line.add(to, len(group))
+                    line.pingpong += pingpong
         if self.on_moved is not None:
             self.on_moved(ino, pages, to, now_ns)
 
+    def _number_of(self, cause: _Cause) -> int:
+        """Return the cause's number; 0 stands for all causes that come too late."""
+        if cause not in self._cause_numbers:
+            if len(self._causes) == CAUSES_MAX:
+                return 0
+            self._cause_numbers[cause] = len(self._causes)
+            self._causes.append(cause)
+        return self._cause_numbers[cause]
+
+    def refused(self, ino: int, pages: Sequence[int], to: PageKind) -> None:
+        """Remember pages that were given up."""
+        self.pages.failed(ino, pages)
+        for cause, process, group in self._by_cause(ino, pages, to):
+            for line in (self.files.line(ino), self.causes.line(cause), process):
+                if line is not None:
+                    line.failed += len(group)
+
     def charged(self, charges: Iterable[Charge]) -> None:
         """Look for faults of pages that have moved before."""
-        if not self._moves:
+        if not len(self.pages):
             return
         for charge in charges:
-            move = self._moves.get(charge.ino, charge.page)
-            if move is None or charge.time_ns <= move.time_ns or charge.page in move.refaulted:
-                continue
-            move.refaulted.add(charge.page)
-            self.refaults += 1
+            number = self.pages.faulted(charge.ino, charge.page, charge.time_ns)
+            if number is not None:
+                self.refaults += 1
+                self.files.line(charge.ino).refaults += 1
+                self.processes.line(charge.pid).refaults += 1
+                self.causes.line(self._causes[number]).refaults += 1
 
     def record(self, event: ChunkEvent) -> None:
         """Add the event of a chunk that is over."""
+        planned = self._planned.get((event.ino, event.first))
+        if planned is not None and planned.reason in event.reason:
+            event.policy = planned.policy
         for step, duration_ns in event.durations_ns.items():
             self._steps[step].add(duration_ns)
-        self._reasons[event.reason] = self._reasons.get(event.reason, 0) + event.moved
         self._events.append(event)
         self.recorded += 1
 
@@ -134,7 +196,9 @@ class History:
             "refaults": self.refaults,
             "pingpong": self.pingpong,
             "pingpong_window_ns": PINGPONG_NS,
-            "moved_by_reason": dict(self._reasons),
+            "by_cause": self.causes.describe(("policy", "reason", "to")),
+            "by_file": self.files.describe(("ino",))[:LINES_SHOWN],
+            "by_process": self.processes.describe(("pid",))[:LINES_SHOWN],
             "chunks": self.recorded,
             "step_ns": {step: each.describe() for step, each in self._steps.items()},
         }

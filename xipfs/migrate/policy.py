@@ -81,12 +81,17 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One page that a policy wants moved, and why."""
+    """One page that a policy wants moved, and why.
+
+    The decider adds which policy that was, and the process whose touch earned it (0: none).
+    """
 
     ino: int
     index: int
     to: PageKind
     reason: str
+    policy: str = ""
+    pid: int = 0
 
 
 class Policy(Protocol):

@@ -77,7 +77,13 @@ def is_mounted(directory: Path) -> bool:
 class LiveMount:
     """One mount of ``image`` at ``directory``; ``close`` ends it whatever state it is in."""
 
-    def __init__(self, image: Path, directory: Path, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        image: Path,
+        directory: Path,
+        options: Sequence[str] = (),
+        watchdog_s: float = WATCHDOG_S,
+    ) -> None:
         self.image = image
         self.directory = directory
         self.log = directory.with_name(directory.name + ".log")
@@ -96,7 +102,7 @@ class LiveMount:
         abort_file = f"/sys/fs/fuse/connections/{self.mount.minor}/abort"
         self._abort_fd = os.open(abort_file, os.O_WRONLY | os.O_CLOEXEC)
         self._watchdog = subprocess.Popen(
-            ["sh", "-c", f"sleep {WATCHDOG_S}; echo 1"],
+            ["sh", "-c", f"sleep {watchdog_s}; echo 1"],
             stdout=self._abort_fd,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
@@ -219,8 +225,9 @@ class LiveMount:
 class Mounts:
     """Makes images and mounts below one directory and ends them all."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, watchdog_s: float = WATCHDOG_S) -> None:
         self.directory = directory
+        self._watchdog_s = watchdog_s
         self._made: list[LiveMount] = []
         self._serial = 0
 
@@ -236,7 +243,7 @@ class Mounts:
             options = (*options, "observe=off")
         self._serial += 1
         directory = self.directory / f"mnt{self._serial}"
-        made = LiveMount(image or self.image(), directory, options)
+        made = LiveMount(image or self.image(), directory, options, self._watchdog_s)
         self._made.append(made)
         return made
 
@@ -258,9 +265,9 @@ class Mounts:
 
 
 @contextlib.contextmanager
-def mounts_below(directory: Path) -> Iterator[Mounts]:
-    """Yield a maker of mounts and end them all."""
-    made = Mounts(directory)
+def mounts_below(directory: Path, watchdog_s: float = WATCHDOG_S) -> Iterator[Mounts]:
+    """Yield a maker of mounts and end them all; each is aborted after ``watchdog_s``."""
+    made = Mounts(directory, watchdog_s)
     try:
         yield made
     finally:

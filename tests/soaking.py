@@ -1,9 +1,10 @@
 """The soak: four processes change and check shared files while random ranges of them migrate.
 
-Used by ``tools/soak`` for minutes and by ``t4_soak.py`` for seconds. Every wait is bounded: when
+Used by ``tools/soak`` for minutes and by ``t4_soak.py`` for one. Every wait is bounded: when
 nothing has moved for ``STUCK_S`` the kernel stacks of all concerned are told, the connection is
-aborted and the soak fails. At the end the kernel's page tables are compared (with tracefs), and
-the image is mounted anew and holds exactly what its writers knew last.
+aborted and the soak fails. After each leg of at most ``LEG_S`` all stand still and the kernel's
+page tables are compared (with tracefs). At the end the image is mounted anew and holds exactly
+what its writers knew last.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from soak_worker import (
 
 from xipfs.cli.client import RequestError, request
 
+Progress = Callable[[float, "Outcome"], None]
 STUCK_S = 30.0
+LEG_S = 60.0
 
 
 @dataclass
@@ -49,15 +52,18 @@ class Outcome:
     pages_moved: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     vmstat: dict[str, int] = field(default_factory=dict)
-    verified: bool = False
+    #: Times that page tables were compared, and pages compared in all of them.
+    verified: int = 0
+    pages_compared: int = 0
 
 
-def _work(number: int, directory: Path, seed: int, seconds: float, pipe: Connection) -> None:
+def _work(number: int, directory: Path, seed: int, pipe: Connection) -> None:
     worker = Worker(number, directory, seed)
     try:
-        worker.run(time.monotonic() + seconds)
-        pipe.send(("done", worker.operations))
-        pipe.recv()  # the mappings stay until the page tables were compared
+        while seconds := pipe.recv():
+            worker.run(time.monotonic() + seconds)
+            pipe.send(("done", worker.operations))
+        # The mappings were there while the page tables were compared.
         worker.check_all()
         pipe.send(("last", worker.known, worker.tail))
     except SoakError as error:
@@ -65,9 +71,16 @@ def _work(number: int, directory: Path, seed: int, seconds: float, pipe: Connect
 
 
 def _migrate(pipe: Connection, mount: LiveMount, inos: list[int], seed: int) -> None:
-    """Move random ranges of random files until told to stop."""
+    """Move random ranges of random files, but between "rest" and "go on", until "stop"."""
     chance = random.Random(~seed)
-    while not pipe.poll():
+    while True:
+        if pipe.poll():
+            word = pipe.recv()
+            if word == "rest":
+                pipe.send({"resting": True})
+                word = pipe.recv()
+            if word == "stop":
+                return
         ino = chance.choice(inos)
         first = chance.randrange(SHARED_PAGES)
         count = chance.randint(1, SHARED_PAGES + TAIL_PAGES - first)
@@ -90,7 +103,7 @@ def _migrate(pipe: Connection, mount: LiveMount, inos: list[int], seed: int) -> 
 class Soak:
     """One soak on a mount."""
 
-    def __init__(self, mount: LiveMount, seed: int, seconds: float) -> None:
+    def __init__(self, mount: LiveMount, seed: int) -> None:
         self.mount = mount
         self.outcome = Outcome()
         context = multiprocessing.get_context("fork")
@@ -104,17 +117,32 @@ class Soak:
         mover = context.Process(target=_migrate, args=(theirs, mount, inos, seed), daemon=True)
         for number in range(WORKERS):
             ours, pipe = context.Pipe()
-            args = (number, mount.directory, seed, seconds, pipe)
+            args = (number, mount.directory, seed, pipe)
             self.processes.append(context.Process(target=_work, args=args, daemon=False))
             self.pipes.append(ours)
         self.processes.append(mover)
         for process in self.processes:
             process.start()
 
-    def run(self, seconds: float, progress: Callable[[float, int], None]) -> None:
-        """Wait for the workers; fail on the first error, and when nothing moves any more."""
+    def run(self, seconds: float, progress: Progress) -> None:
+        """Go leg by leg; fail on the first error, and when nothing moves any more."""
+        done_s = 0.0
+        while done_s < seconds:
+            leg_s = min(LEG_S, seconds - done_s)
+            for pipe in self.pipes:
+                pipe.send(leg_s)
+            self._leg(done_s, progress)
+            done_s += leg_s
+            self._rest()
+            self.verify()
+            self.migrator.send("go on" if done_s < seconds else "stop")
+        self.processes[-1].join(STUCK_S)
+
+    def _leg(self, before_s: float, progress: Progress) -> None:
+        """Wait until every worker is done with the leg."""
         start = moved_at = time.monotonic()
         done: set[int] = set()
+        self.outcome.operations.clear()
         while len(done) < WORKERS:
             for number, pipe in enumerate(self.pipes):
                 if number not in done and pipe.poll(0.02):
@@ -124,24 +152,37 @@ class Soak:
             while self.migrator.poll():
                 self._count(self.migrator.recv())
                 moved_at = time.monotonic()
-            progress(min(time.monotonic() - start, seconds), self.outcome.migrations)
+            progress(before_s + time.monotonic() - start, self.outcome)
             if time.monotonic() - moved_at > STUCK_S:
                 self.give_up()
-        self.migrator.send("stop")
-        self.processes[-1].join(STUCK_S)
+
+    def _rest(self) -> None:
+        """Have the migrator stand still."""
+        self.migrator.send("rest")
+        while True:
+            if not self.migrator.poll(STUCK_S):
+                self.give_up()
+            result = self.migrator.recv()
+            if "resting" in result:
+                return
+            self._count(result)
+
+    def verify(self) -> None:
+        """Compare the page tables of all workers, if they are known exactly."""
+        if self.mount.cat_stats()["observer"]["mode"] != "tracefs":
+            return
+        done = xipfs("verify", "--json", self.mount.directory, check=False, timeout=60)
+        if done.returncode != 0:
+            raise SoakError(f"page tables differ:\n{done.stdout}{done.stderr}")
+        self.outcome.verified += 1
+        self.outcome.pages_compared += json.loads(done.stdout)["pages_compared"]
 
     def finish(self) -> list[tuple[list[Any], bytes]]:
-        """Compare page tables, end the workers; return what each knew last and its tail."""
-        stats = self.mount.cat_stats()
-        self.outcome.vmstat = stats["vmstat"]
-        if stats["observer"]["mode"] == "tracefs":
-            done = xipfs("verify", self.mount.directory, check=False, timeout=60)
-            if done.returncode != 0:
-                raise SoakError(f"page tables differ:\n{done.stdout}{done.stderr}")
-            self.outcome.verified = True
+        """End the workers; return what each knew last and its tail."""
+        self.outcome.vmstat = self.mount.cat_stats()["vmstat"]
         last = []
         for pipe in self.pipes:
-            pipe.send("end")
+            pipe.send(0)
             if not pipe.poll(STUCK_S):
                 self.give_up()
             last.append(self._message(pipe, "last")[1:])
@@ -194,12 +235,12 @@ def run(
     seconds: float,
     seed: int,
     options: list[str],
-    progress: Callable[[float, int], None],
+    progress: Progress,
 ) -> Outcome:
     """Soak for ``seconds``; raise SoakError if a word was lost, torn or stale, or all stood."""
-    with mounts_below(scratch) as mounts:
+    with mounts_below(scratch, watchdog_s=2 * seconds + 10 * STUCK_S) as mounts:
         mount = mounts.mount(None, *options)
-        soak = Soak(mount, seed, seconds)
+        soak = Soak(mount, seed)
         try:
             soak.run(seconds, progress)
             last = soak.finish()

@@ -218,10 +218,6 @@ class NameOperations(pyfuse3.Operations):
                 return self.control.getattr(inode)
             raise FsError(errno.EPERM)
         if fields.update_size:
-            # Unlike ftruncate(2), truncate(2) to the size that a file has moves no time.
-            alone = fh is None and not (fields.update_mode or fields.update_mtime)
-            if alone and self.fs.getattr(inode).size_bytes == attr.st_size:
-                return entry_of(self.fs.getattr(inode))
             await self.hooks.before_change(inode, attr.st_size)
         return entry_of(
             self.fs.setattr(

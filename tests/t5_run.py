@@ -62,6 +62,32 @@ int main(int count, char **words)
 """
 
 
+#: Loads argv[1] and prints how many faults reading 200 pages of its constants makes.
+OPENER = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <sys/resource.h>
+int main(int count, char **words)
+{
+	struct rusage before, after;
+	volatile char sink;
+	void *library = dlopen(words[1], RTLD_NOW);
+	if (!library)
+		return fprintf(stderr, "%s\n", dlerror()), 1;
+	const char *big = dlsym(library, "big");
+	printf("");
+	getrusage(RUSAGE_SELF, &before);
+	getrusage(RUSAGE_SELF, &before);
+	for (int page = 50; page < 250; page++)
+		sink = big[page * 4096];
+	getrusage(RUSAGE_SELF, &after);
+	printf("%ld\n", after.ru_minflt - before.ru_minflt);
+	return 0;
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def mounted(shared: Mounts) -> LiveMount:
     image = shared.image()
@@ -203,6 +229,29 @@ def test_closing_every_descriptor_does_not_end_it(mounted: LiveMount, tmp_path: 
     told = exactly(mounted, program, mounted / "warm", "raw")
     own, around = pages(told)
     assert (own + around, told["inexact"]) == (31, NONE | {"past_library": around})
+
+
+def test_what_dlopen_loads_is_registered(mounted: LiveMount, tmp_path: Path) -> None:
+    """1 MiB of constants, far from what the loader touches; found by path and by the caller's."""
+    (tmp_path / "lib").mkdir()
+    source = "__attribute__((aligned(4096))) const char big[1 << 20] = {1}; int here = 1;"
+    build(tmp_path / "lib", source, "-shared", "-fPIC")
+    library = mounted / "libbig.so"
+    library.write_bytes((tmp_path / "lib" / "program").read_bytes())
+    library.read_bytes()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    by_path = build(tmp_path / "a", OPENER, "-ldl")
+    by_name = build(tmp_path / "b", OPENER, "-ldl", f"-Wl,-rpath,{mounted.directory}")
+    told = exactly(mounted, by_path, library)
+    # The loader's own touches are few windows of 16; of the 200 pages read here all are faults.
+    assert told["stdout"] == "200\n"
+    assert told["pages_own_fault"] >= 200
+    assert told["pages_around"] == told["inexact"]["past_library"] <= 32
+    told = exactly(mounted, by_name, "libbig.so")
+    assert told["stdout"] in ("13\n", "14\n"), "fault-around maps 16 pages with each"
+    assert told["pages_around"] == told["inexact"]["past_library"] >= 180
+    library.unlink()
 
 
 def test_others_on_the_mount_are_not_counted(mounted: LiveMount, touch: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from conftest import needs
 from live import COMMAND, ENVIRONMENT, INSTANCES, Mounts, is_mounted, xipfs
 
+from xipfs.cli import doctor
 from xipfs.cli.doctor import as_text, clean, examine
 from xipfs.trace import session, uffd
 from xipfs.trace.session import mount_tracefs
@@ -107,6 +108,19 @@ def test_too_old_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["pyfuse3"].get == "pip install --upgrade 'xipfs[mount]'"
     assert (found["trio"].there, found["numba"].there) == (True, True)
     assert (found["pyarrow"].there, found["pyarrow"].found) == (False, "not installed")
+
+
+def test_a_kernel_that_is_locked_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """tracefs is there and refuses everything: not the event is missing, but the permission."""
+    monkeypatch.setattr(doctor, "_LOCKDOWN", tmp_path / "lockdown")
+    (tmp_path / "lockdown").write_text("none integrity [confidentiality]\n")
+    (tmp_path / "instances").mkdir()
+    found = {need.name: need for need in examine(tmp_path)}
+    lockdown = found["lockdown below confidentiality"]
+    assert (lockdown.there, lockdown.found) == (False, "none integrity [confidentiality]")
+    for need in (lockdown, found["tracefs"]):
+        assert need.lost == "faults are estimated from READ requests"
+        assert need.get == "boot with lockdown=integrity or without"
 
 
 def test_what_exact_mode_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_a_mount_that_cannot_tell_and_a_trace_that_exists(live: Mounts, tmp_path
         2,
         f"xipfs run: {tmp_path}/trace exists; --force overwrites it\n",
     )
+    lost = tmp_path / "nowhere" / "report"
+    words = ("--mount", seen.directory, "--report", lost, "--", "touch", marker)
+    assert said(*words) == (
+        2,
+        f"xipfs run: {lost} cannot be written: No such file or directory\n",
+    )
     assert not marker.exists(), "the program ran, though nothing could be said of it"
     assert choose_mount(["cat", str(mount.directory / "file"), str(mount.directory)]) == mount.mount
     with pytest.raises(UsageError, match=r"^which mount\? .* are mounted"):
@@ -106,8 +112,8 @@ def test_the_report_for_people() -> None:
         "1 of 2 address spaces registered; 44 pages inexact:",
         "       1 before the library ran: exec and the loader",
         "      30 shared mappings of read-only descriptors",
-        "       0 mapped past the library: dlopen, MAP_LOCKED, raw system calls",
-        "      13 programs without the library: static, set-uid",
+        "       0 past the library: in dlopen, MAP_LOCKED, raw system calls",
+        "      13 programs without the library: static, set-uid, clone(2)",
         "          13 busybox",
         "1 address spaces of it live on, uncounted from here",
         "5 events lost: the figures are too low",

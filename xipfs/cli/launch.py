@@ -95,7 +95,10 @@ def _become(gate: int, answer: int, command: list[str], environment: Mapping[str
     try:
         if os.read(gate, 1):
             for number in (signal.SIGINT, signal.SIGTERM, *_IGNORED_BY_PYTHON):
-                signal.signal(number, signal.SIG_DFL)
+                # What our own parent had us ignore (a shell's background), the program ignores too.
+                inherited = signal.getsignal(number) is signal.SIG_IGN
+                if number in _IGNORED_BY_PYTHON or not inherited:
+                    signal.signal(number, signal.SIG_DFL)
             os.execvpe(command[0], command, environment)
     except OSError as error:
         os.write(answer, str(error.errno).encode())

@@ -16,8 +16,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from xipfs.cli import preloading
 from xipfs.cli.client import Json, ask, request
@@ -31,8 +32,8 @@ SCHEMA: Final = 1
 REASONS: Final = {
     "before_library": "before the library ran: exec and the loader",
     "shared_read_only": "shared mappings of read-only descriptors",
-    "past_library": "mapped past the library: dlopen, MAP_LOCKED, raw system calls",
-    "without_library": "programs without the library: static, set-uid",
+    "past_library": "past the library: in dlopen, MAP_LOCKED, raw system calls",
+    "without_library": "programs without the library: static, set-uid, clone(2)",
 }
 
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     mount = mount_at(args.mount) if args.mount is not None else choose_mount(args.command)
     environment = exact_environment(mount, os.environ) if args.exact else None
     before = ask(mount, "stats.json")
-    with Launched(args.command, environment) as launched:
+    with _report_file(args.report) as report, Launched(args.command, environment) as launched:
         list(request(mount, "follow", pid=launched.pid))
         told: Json = {
             "schema": SCHEMA,
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             # The program has run: its status is what the caller goes by.
             print(f"xipfs run: no report: {failure}", file=sys.stderr)
         else:
-            _write(args.report, json.dumps(told, indent=2) if args.json else as_text(told))
+            print(json.dumps(told, indent=2) if args.json else as_text(told), file=report)
         return launched.exit_status
 
 
@@ -175,12 +176,13 @@ def exact_environment(mount: Mount, environment: os._Environ[str]) -> dict[str, 
     }
 
 
-def _write(path: Path | None, text: str) -> None:
+def _report_file(path: Path | None) -> AbstractContextManager[TextIO]:
+    """Open what the report goes to, before the program runs; it has a command line: ours alone."""
     if path is None:
-        print(text, file=sys.stderr)
-        return
+        return nullcontext(sys.stderr)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
-        path.write_text(text + "\n")
+        return open(os.open(path, flags, 0o600), "w")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -49,10 +49,9 @@ class Commands:
                 f"faults are not seen on this mount (observer {figures.mode}: {figures.reason})",
                 remedy="mount as root with -o observe=tracefs; xipfs doctor says what is missing",
             )
-        await trio.to_thread.run_sync(self._live.observer.add_pids, (pid,))
         # What it did before is nobody's: charge it before the figures begin.
         await self._live.drain_settled()
-        self._live.observer.follow(pid)
+        await trio.to_thread.run_sync(self._live.observer.follow, pid)
         self._live.accountant.runs.follow(pid)
         yield {"result": {}}
 

@@ -62,7 +62,7 @@ class LiveObserver(Protocol):
         ...
 
     def follow(self, pid: int) -> None:
-        """Let ``root_of`` name ``pid`` for itself and its descendants; add_pids has covered it."""
+        """Let ``root_of`` name ``pid`` for itself and its descendants. May block."""
         ...
 
     def root_of(self, pid: int) -> int | None:
@@ -115,8 +115,9 @@ class TracefsObserver:
         return "" if self._observer is None else self._observer.comm(pid)
 
     def follow(self, pid: int) -> None:
-        """Follow a command."""
+        """Follow a command; unlike an open, that must fail where it cannot be seen."""
         assert self._observer is not None
+        self._observer.add_pids((pid,))
         self._observer.follow(pid)
 
     def root_of(self, pid: int) -> int | None:

@@ -11,7 +11,8 @@
  * Then an madvise that no kernel knows tells the tracing daemon so, in order with the faults.
  *
  * Not registered, because the kernel refuses or nobody tells us: shared mappings of descriptors that
- * are open for reading only, system calls made without the C library, what dlopen maps.
+ * are open for reading only, system calls made without the C library. What dlopen maps is registered
+ * when it has been relocated and its constructors have run, as with what the program was linked to.
  *
  * The registration ends with its descriptor. So the calls that close descriptors pass it by.
  */
@@ -20,6 +21,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <link.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -60,6 +62,7 @@ static int uffd = -1;
 
 static void *(*next_mmap)(void *, size_t, int, int, int, off_t);
 static void *(*next_mremap)(void *, size_t, size_t, int, ...);
+static void *(*next_dlopen)(const char *, int);
 static int (*next_close)(int);
 static int (*next_dup2)(int, int);
 static int (*next_dup3)(int, int, int);
@@ -258,6 +261,40 @@ void *mremap(void *old, size_t old_length, size_t length, int flags, ...)
 	register_present((unsigned long)old, (unsigned long)old + old_length);
 	errno = saved;
 	return base;
+}
+
+/*
+ * dlopen searches by the path that its caller was linked with, and takes us for the caller. So only
+ * calls that search nowhere, or whose caller has no path of its own, come through here; the others
+ * are passed on by a jump, as the compiler makes of a call in last place.
+ */
+static int searches_by_caller(const char *file, void *caller)
+{
+	Dl_info info;
+	struct link_map *map = NULL;
+
+	if (!file || (strchr(file, '/') && !strchr(file, '$')))
+		return 0;
+	if (!dladdr1(caller, &info, (void **)&map, RTLD_DL_LINKMAP) || !map)
+		return 1;
+	for (ElfW(Dyn) *entry = map->l_ld; entry && entry->d_tag != DT_NULL; entry++)
+		if (entry->d_tag == DT_RPATH || entry->d_tag == DT_RUNPATH)
+			return 1;
+	return strchr(file, '$') != NULL;
+}
+
+void *dlopen(const char *file, int mode)
+{
+	next_dlopen = find(next_dlopen, "dlopen");
+	if (uffd < 0 || searches_by_caller(file, __builtin_return_address(0)))
+		return next_dlopen(file, mode);
+	void *handle = next_dlopen(file, mode);
+	int saved = errno;
+
+	if (handle && !(mode & RTLD_NOLOAD))
+		register_present(0, ULONG_MAX);
+	errno = saved;
+	return handle;
 }
 
 int close(int descriptor)

@@ -129,6 +129,8 @@ def test_the_first_fault_after_a_move_is_its_refault() -> None:
         Charge(time_ns, 77, 2, page, PteKind.PAGECACHE, False, False, 0)
         for time_ns, page in ((900, 5), (1100, 6), (1200, 5), (1300, 5))
     ]
+    history.charged([charges[2]._replace(hint=True)])
+    assert history.refaults == 0, "a hint fault counts in pgfault_hint only"
     history.charged(charges)
     assert history.refaults == 1
 

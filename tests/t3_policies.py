@@ -22,7 +22,7 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.deciding import Deciding
 from xipfs.migrate.decider import Decider, done, merged
-from xipfs.migrate.parts import Remembered, Residents, Watermarks
+from xipfs.migrate.parts import REMEMBERED_PAGES, Remembered, Residents, Watermarks
 from xipfs.migrate.policy import (
     EVICTED,
     FAULT,
@@ -208,13 +208,18 @@ def test_what_is_remembered_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("name", ["threshold", "tpp", "write-hot", "clock"])
-def test_a_policy_s_memory_does_not_grow_with_the_pages_that_fault(name: str) -> None:
+def test_a_policy_s_memory_does_not_grow_with_the_pages_that_fault(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert REMEMBERED_PAGES == 1 << 16
+    monkeypatch.setattr(Remembered.__init__, "__defaults__", (256,))
     values: list[tuple[str, Value]] = [("promote", 2)] if name == "threshold" else []
     decider = made(name, *values, ram_pages=16)
-    for page in range(1 << 16):
+    for page in range(1000):
         hear(decider, touch(page, page, write=True))
+        hear(decider, done(page * MS, REFUSED, Move(INO, page, PageKind.PAGECACHE, "")))
     before = objects_in(decider)
-    for page in range(1 << 16, (1 << 16) + 5000):
+    for page in range(1000, 5000):
         hear(decider, touch(page, page, write=True))
         hear(decider, done(page * MS, REFUSED, Move(INO, page, PageKind.PAGECACHE, "")))
     assert objects_in(decider) <= before + 100

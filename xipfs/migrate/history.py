@@ -163,10 +163,12 @@ class History:
                     line.failed += len(group)
 
     def charged(self, charges: Iterable[Charge]) -> None:
-        """Look for faults of pages that have moved before."""
+        """Look for faults of pages that have moved before; hint faults are no program's own."""
         if not len(self.pages):
             return
         for charge in charges:
+            if charge.hint:
+                continue
             number = self.pages.faulted(charge.ino, charge.page, charge.time_ns)
             if number is not None:
                 self.refaults += 1

@@ -2,91 +2,67 @@
 
 A pending transaction is laid over the medium in memory and its result is judged, as a mount would
 see it. Damage never ends the walk: what cannot be read is a finding and is left out, and a block
-is entered once only, so that maps that run in a circle end too. One byte a block and one record an
-inode are kept in memory.
+is entered once only, so that maps that run in a circle end too. Memory: one byte a block, 51 bytes
+an inode number (`Records`), the names of one directory at a time, and the findings themselves.
 """
 
 from __future__ import annotations
 
-import hashlib
 import stat
-import zlib
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
 
 from xipfs.errors import ImageError
 from xipfs.image import layout
+from xipfs.image.check_maps import Finding, MapCheck, Pages
 from xipfs.image.counters import Counters
-from xipfs.image.filemap import seal
 from xipfs.image.journal import Journal
 from xipfs.image.record import Inode, unpack_inode
+from xipfs.image.records import DAMAGED, Records, is_plain, plain_table
+from xipfs.image.sound import leaf_place, read_leaf
 from xipfs.image.superblock import decode, load
 from xipfs.memory.region import Medium
 
 #: What a finding's name says; README.md has the same table.
 FINDINGS: Final = {
     "superblock": "a copy of the superblock is damaged or differs from the other",
-    "mount-flag": "the mount flag is neither of its two words",
+    "mount-flag": "the mount flag is none of its words, or a repair was interrupted",
     "journal": "the journal's pending transaction is damaged",
     "counters": "the counters fail their checksum, or do not match what they count",
-    "inode": "an inode fails its checksum, or has a field out of range",
+    "reserved": "bytes that must be zero are not",
+    "inode": "an inode fails its checksum, or has a field that its type cannot have",
     "map": "a map entry fails its check, leaves the data area, or its node is empty",
     "shared-block": "a block has two owners",
     "bitmap": "a block is in use but marked free, or marked in use by nobody",
     "list": "the list of free inodes or of orphans is broken",
     "directory": "a leaf is damaged or misplaced, or a name is wrong or names nothing",
-    "links": "a link count, a parent or the way from the root is wrong",
-    "symlink": "a symbolic link's target is missing or has an impossible length",
+    "links": "a link count or a directory's parent is wrong",
+    "unreachable": "an inode in use has no way from the root",
+    "symlink": "a symbolic link's target is missing, of an impossible length or holds a zero",
     "xattrs": "a block of extended attributes is damaged",
 }
 _BLOCK: Final = layout.BLOCK_SIZE
 _STATE: Final = layout.STATE_BLOCK * _BLOCK
+_STATE_USED: Final = layout.TABLE_INODE_OFFSET + layout.INODE_SIZE
+
+Progress = Callable[[int, int], None]
+"""Called with the inodes judged and their number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing wrong: its name (of FINDINGS), where in the image, of which inode, and what."""
-
-    name: str
-    offset: int
-    ino: int | None
-    what: str
-
-
-def check(medium: Medium, name: str) -> list[Finding]:
+def check(medium: Medium, name: str, progress: Progress | None = None) -> list[Finding]:
     """Return all that is wrong with the image; raise ImageError if it has no superblock."""
-    return _Check(medium, name).run()
+    return _Check(medium, name, progress).run()
 
 
-class _Check:
+class _Check(MapCheck):
     """The walk over one image."""
 
-    def __init__(self, medium: Medium, name: str) -> None:
-        self.medium = medium
-        self.findings: list[Finding] = []
-        self.superblock = load(medium, name)
-        self.used = np.zeros(self.superblock.block_count, np.bool_)
-        self.pages: Counter[bool] = Counter()
-        self.inodes: dict[int, Inode] = {}
-        self.places = {layout.TABLE_INO: _STATE + layout.TABLE_INODE_OFFSET}
-        self.damaged: set[int] = set()
-        self.links: Counter[int] = Counter()
-        self.children: dict[int, list[tuple[int, int]]] = {}
-        self.overlay: dict[int, bytearray] = {}
-
-    def found(self, name: str, offset: int, what: str, ino: int | None = None) -> None:
-        """Note a finding; offset 0 with an inode stands for that inode's record."""
-        if offset == 0 and ino is not None:
-            offset = self.places.get(ino, 0)
-        self.findings.append(Finding(name, offset, ino, what))
-
-    def block(self, number: int) -> bytearray:
-        shown = self.overlay.get(number)
-        return bytearray(self.medium.load(number * _BLOCK, _BLOCK)) if shown is None else shown
+    def __init__(self, medium: Medium, name: str, progress: Progress | None) -> None:
+        super().__init__(medium, load(medium, name))
+        self.progress = progress
+        self.nr_pages = [0, 0]
 
     def run(self) -> list[Finding]:
         self.check_head()
@@ -96,10 +72,11 @@ class _Check:
             counters = Counters.load(state)
         except ImageError as error:
             self.found("counters", _STATE + layout.COUNTERS_OFFSET, error.what)
-        self.read_table(state, counters)
-        for inode in self.inodes.values():
-            self.check_inode(inode)
-        self.check_names()
+        if any(state[8 : layout.COUNTERS_OFFSET]) or any(state[_STATE_USED:]):
+            self.found("reserved", _STATE, "bytes of the state block that no field uses")
+        table = self.read_table(state, counters)
+        self.check_inodes(table)
+        self.check_links()
         if counters is not None:
             self.check_lists(counters)
             self.check_counters(counters)
@@ -109,13 +86,20 @@ class _Check:
     def check_head(self) -> None:
         """Judge both superblocks, the mount flag and the journal; lay its records over."""
         for number in (layout.SUPERBLOCK_A, self.superblock.data_end):
+            raw = bytes(self.block(number))
             try:
-                if decode(bytes(self.block(number))) != self.superblock:
+                if decode(raw) != self.superblock:
                     self.found("superblock", number * _BLOCK, "differs from the other copy")
+                elif any(raw[layout.SUPERBLOCK.size :]) or any(
+                    raw[layout.SUPERBLOCK.size - 64 + raw[113] : layout.SUPERBLOCK.size]
+                ):
+                    self.found("reserved", number * _BLOCK, "superblock: bytes behind its fields")
             except ImageError as error:
                 self.found("superblock", number * _BLOCK, str(error))
         flag = int.from_bytes(self.block(layout.STATE_BLOCK)[:8], "little")
-        if flag not in (layout.STATE_CLEAN, layout.STATE_MOUNTED):
+        if flag == layout.STATE_REPAIR:
+            self.found("mount-flag", _STATE, "a repair was interrupted")
+        elif flag not in (layout.STATE_CLEAN, layout.STATE_MOUNTED):
             self.found("mount-flag", _STATE, f"{flag:#x}")
         try:
             records = Journal(self.medium, self.superblock).pending()
@@ -127,128 +111,109 @@ class _Check:
             shown = self.overlay.setdefault(number, bytearray(self.block(number)))
             shown[start : start + len(data)] = data
 
-    def read_table(self, state: bytearray, counters: Counters | None) -> None:
+    def read_table(
+        self, state: bytearray | memoryview, counters: Counters | None
+    ) -> list[tuple[int, int]]:
+        """Read all inode records; return (page, block) of the table."""
+        at = layout.TABLE_INODE_OFFSET
         try:
-            table = unpack_inode(
-                layout.TABLE_INO, state, layout.STATE_BLOCK, layout.TABLE_INODE_OFFSET
-            )
+            table = unpack_inode(layout.TABLE_INO, state, layout.STATE_BLOCK, at)
         except ImageError as error:
-            self.found("inode", _STATE + layout.TABLE_INODE_OFFSET, error.what, 0)
-            return
-        limit = (1 << 63) if counters is None else counters.inode_limit
-        seen = 0
-        for page, number, _pagecache in self.walk(table):
-            raw = self.block(number)
-            seen += 1
+            self.found("inode", _STATE + at, error.what, 0)
+            return []
+        if table != plain_table(table):
+            self.found("inode", _STATE + at, "the table's inode has fields it cannot have", 0)
+        pages = [
+            (int(page), int(block))
+            for part in self.walk(table)
+            for page, block in zip(part.numbers, part.blocks, strict=True)
+        ]
+        limit = (pages[-1][0] + 1 if pages else 0) * layout.INODES_PER_BLOCK
+        if counters is not None:
+            wanted = -(-counters.inode_limit // layout.INODES_PER_BLOCK)
+            if len(pages) != wanted or table.size_bytes != wanted * _BLOCK:
+                what = f"the inode table has {len(pages)} pages and {table.size_bytes} bytes for"
+                what += f" inode numbers below {counters.inode_limit}"
+                self.found("map", _STATE + at, what, 0)
+            limit = min(limit, counters.inode_limit)
+        self.records = Records(limit)
+        for page, block in pages:
+            self.read_records(page, block, zero_is_free=counters is None)
+        return pages
+
+    def read_records(self, page: int, block: int, *, zero_is_free: bool) -> None:
+        raw = self.block(block)
+        for slot in range(layout.INODES_PER_BLOCK):
+            ino, at = page * layout.INODES_PER_BLOCK + slot, slot * layout.INODE_SIZE
+            used = 0 < ino < self.records.limit
+            if not used or (zero_is_free and not any(raw[at : at + layout.INODE_SIZE])):
+                if any(raw[at : at + layout.INODE_SIZE]) and not used:
+                    self.found("reserved", block * _BLOCK + at, f"inode {ino} was never used")
+                continue
+            try:
+                self.records.note(unpack_inode(ino, raw, block, at))
+            except ImageError as error:
+                self.records.note_damaged(ino, block * _BLOCK + at)
+                self.found("inode", block * _BLOCK + at, error.what, ino)
+
+    def check_inodes(self, table: list[tuple[int, int]]) -> None:
+        records = self.records
+        for page, block in table:
+            if self.progress is not None:
+                self.progress(page * layout.INODES_PER_BLOCK, records.limit)
+            first = page * layout.INODES_PER_BLOCK
             for slot in range(layout.INODES_PER_BLOCK):
-                ino, at = page * layout.INODES_PER_BLOCK + slot, slot * layout.INODE_SIZE
-                record = raw[at : at + layout.INODE_SIZE]
-                if ino == 0 or ino >= limit or (counters is None and not any(record)):
-                    continue
-                self.places[ino] = number * _BLOCK + at
-                try:
-                    self.inodes[ino] = unpack_inode(ino, raw, number, at)
-                except ImageError as error:
-                    self.damaged.add(ino)
-                    self.found("inode", number * _BLOCK + at, error.what, ino)
-        if counters is not None and seen != -(-limit // layout.INODES_PER_BLOCK):
-            what = f"the inode table has {seen} pages for inode numbers below {limit}"
-            self.found("map", _STATE + layout.TABLE_INODE_OFFSET, what, 0)
-
-    def own(self, number: int, ino: int, offset: int) -> bool:
-        """Whether the block is in the data area and had no owner; it has one now."""
-        if not self.superblock.data_start <= number < self.superblock.data_end:
-            self.found("map", offset, f"block {number} is outside the data area", ino)
-            return False
-        if self.used[number]:
-            self.found("shared-block", number * _BLOCK, f"block {number} is owned twice", ino)
-            return False
-        self.used[number] = True
-        return True
-
-    def entry(self, ino: int, level: int, position: int, word: int, offset: int) -> int | None:
-        """Return the block of a sound entry that nobody else owns."""
-        body = word & layout.ENTRY_BODY_MASK
-        home = (body & layout.ENTRY_HOME_MASK) >> layout.ENTRY_HOME_SHIFT
-        wanted = layout.HOME_RAW if level in (0, 7) else layout.HOME_NODE
-        if seal(ino, level, position, body) != word or home != wanted or body >> 44:
-            self.found("map", offset, f"entry of level {level}, position {position}", ino)
-            return None
-        number = body & layout.ENTRY_BLOCK_MASK
-        return number if self.own(number, ino, offset) else None
-
-    def walk(self, inode: Inode) -> Iterator[tuple[int, int, bool]]:
-        """Own all of the map; yield each page's number, block and kind."""
-        owned = 0
-        todo = [(inode.root, inode.height, 0, 0)]
-        while todo:
-            word, level, position, offset = todo.pop()
-            if word == 0:
-                continue
-            number = self.entry(inode.ino, level, position, word, offset)
-            if number is None:
-                continue
-            owned += 1
-            if level == 0:
-                yield position, number, bool(word & layout.ENTRY_PAGECACHE)
-                continue
-            words = np.frombuffer(self.block(number), "<u8")
-            slots = np.flatnonzero(words)
-            if not slots.size:
-                self.found("map", number * _BLOCK, "an empty node", inode.ino)
-            todo += [
-                (int(words[s]), level - 1, position * layout.FANOUT + s, number * _BLOCK + s * 8)
-                for s in reversed(slots.tolist())
-            ]
-        if inode.xattr_block:
-            number = self.entry(inode.ino, 7, 0, inode.xattr_block, 0)
-            if number is not None:
-                owned += 1
-                self.check_xattrs(inode.ino, number)
-        if owned != inode.blocks:
-            what = f"{inode.blocks} blocks in the inode, {owned} in its map"
-            self.found("inode", 0, what, inode.ino)
-
-    def check_xattrs(self, ino: int, number: int) -> None:
-        raw = self.block(number)
-        crc, count, used, owner = layout.XATTR_HEADER.unpack_from(raw)
-        at, sound = layout.XATTR_HEADER.size, used <= _BLOCK and owner == ino
-        sound = sound and zlib.crc32(raw[4:used]) == crc
-        while sound and count and at + layout.XATTR_RECORD.size <= used:
-            name, value = layout.XATTR_RECORD.unpack_from(raw, at)
-            at += layout.XATTR_RECORD.size + name + value
-            count -= 1
-        if not sound or count or at != used:
-            self.found("xattrs", number * _BLOCK, "the block is damaged", ino)
+                ino, at = first + slot, slot * layout.INODE_SIZE
+                known = 0 < ino < records.limit and records.places[ino]
+                if known and records.kinds[ino] != DAMAGED:
+                    self.check_inode(unpack_inode(ino, self.block(block), block, at))
 
     def check_inode(self, inode: Inode) -> None:
+        if not is_plain(inode):
+            self.found("inode", 0, "a field that an inode of its type cannot have", inode.ino)
         if inode.mode == 0:
             return
         pages = self.walk(inode)
         if stat.S_ISDIR(inode.mode):
-            self.check_directory(inode, list(pages))
-            return
-        regular, link = stat.S_ISREG(inode.mode), stat.S_ISLNK(inode.mode)
-        count = 0
-        for page, number, pagecache in pages:
-            count += 1
-            if regular:
-                self.pages[pagecache] += 1
-                if page * _BLOCK >= inode.size_bytes and not inode.orphan:
-                    self.found("map", number * _BLOCK, f"page {page} is behind the end", inode.ino)
-        if link and (count != 1 or not 1 <= inode.size_bytes <= layout.SYMLINK_MAX):
-            self.found("symlink", 0, f"{count} pages, {inode.size_bytes} bytes", inode.ino)
+            self.check_directory(inode, pages)
+        elif stat.S_ISREG(inode.mode):
+            end = -(-inode.size_bytes // _BLOCK)
+            for part in pages:
+                cached = int(np.count_nonzero(part.pagecache))
+                self.nr_pages[1] += cached
+                self.nr_pages[0] += part.numbers.size - cached
+                behind = np.flatnonzero(part.numbers >= end)
+                if behind.size and not inode.orphan:
+                    at, page = int(part.blocks[behind[0]]), int(part.numbers[behind[0]])
+                    self.found("map", at * _BLOCK, f"page {page} is behind the end", inode.ino)
+        else:
+            self.check_special(inode, pages)
 
-    def check_directory(self, inode: Inode, pages: list[tuple[int, int, bool]]) -> None:
+    def check_special(self, inode: Inode, pages: Iterator[Pages]) -> None:
+        """Judge a symbolic link, or what must not have pages at all."""
+        blocks = [int(block) for part in pages for block in part.blocks]
+        if stat.S_ISLNK(inode.mode):
+            size = inode.size_bytes
+            if len(blocks) != 1 or inode.height or not 1 <= size <= layout.SYMLINK_MAX:
+                self.found("symlink", 0, f"{len(blocks)} pages, {size} bytes", inode.ino)
+                return
+            raw = bytes(self.block(blocks[0]))
+            if b"\0" in raw[:size] or any(raw[size:]):
+                what = "a zero within the target, or bytes behind it"
+                self.found("symlink", blocks[0] * _BLOCK, what, inode.ino)
+        elif blocks:
+            self.found("inode", 0, "pages of an inode that cannot have any", inode.ino)
+
+    def check_directory(self, inode: Inode, pages: Iterator[Pages]) -> None:
         names: set[bytes] = set()
-        self.children[inode.ino] = []
         spans = []
-        for page, number, _pagecache in pages:
-            depth = (page + 1).bit_length() - 1
-            width = layout.HASH_BITS - depth
-            spans.append(((page + 1 - (1 << depth)) << width, 1 << width))
-            if not self.check_leaf(inode, page, number, names):
-                self.found("directory", number * _BLOCK, f"leaf {page} is damaged", inode.ino)
+        for part in pages:
+            for page, block in zip(part.numbers.tolist(), part.blocks.tolist(), strict=True):
+                depth, prefix = leaf_place(page)
+                width = max(layout.HASH_BITS - depth, 0)
+                spans.append((prefix << width, 1 << width))
+                if not self.check_leaf(inode.ino, page, block, names):
+                    self.found("directory", block * _BLOCK, f"leaf {page} is damaged", inode.ino)
         reached = 0
         for start, size in sorted(spans):
             if start != reached:
@@ -256,89 +221,76 @@ class _Check:
             reached = start + size
         if spans and reached != 1 << layout.HASH_BITS:
             self.found("directory", 0, "leaves end early", inode.ino)
-        if inode.entries != len(names):
+        if inode.entries != len(names) or (spans and not names):
             what = f"{inode.entries} entries in the inode, {len(names)} names"
             self.found("directory", 0, what, inode.ino)
 
-    def check_leaf(self, inode: Inode, page: int, number: int, names: set[bytes]) -> bool:
-        """Collect the leaf's names; return whether all of it is as it must be."""
-        raw = self.block(number)
-        crc, count, used, owner, place, zero = layout.LEAF_HEADER.unpack_from(raw)
-        if not layout.LEAF_HEADER.size <= used <= _BLOCK or zlib.crc32(raw[4:used]) != crc:
-            return False
-        depth = (page + 1).bit_length() - 1
-        prefix = page + 1 - (1 << depth)
-        sound = (owner, place, zero) == (inode.ino, page, 0) and depth <= 35
-        at = layout.LEAF_HEADER.size
-        while sound and at + layout.LEAF_RECORD.size <= used:
-            hash_, ino, kind, length = layout.LEAF_RECORD.unpack_from(raw, at)
-            start = at + layout.LEAF_RECORD.size
-            name = bytes(raw[start : start + length])
-            key = self.superblock.hash_key
-            digest = hashlib.blake2b(name, digest_size=8, key=key).digest()
-            sound = hash_ == int.from_bytes(digest, "little") % ((1 << 62) - 1) + 1
-            sound = sound and hash_ >> (layout.HASH_BITS - depth) == prefix and length > 0
-            sound = sound and name not in names and name not in (b".", b"..")
-            sound = sound and b"/" not in name and b"\0" not in name
-            names.add(name)
-            self.children[inode.ino].append((ino, kind))
-            at = start + length + -(start + length) % 8
-            count -= 1
-        return sound and count == 0 and at == used
+    def check_leaf(self, ino: int, page: int, block: int, names: set[bytes]) -> bool:
+        """Count the leaf's names as links; return whether all of it is as it must be."""
+        records = self.records
+        found = read_leaf(self.superblock, self.block(block), ino, page)
+        for name in found or ():
+            if name.name in names:
+                return False
+            names.add(name.name)
+            known = name.ino < records.limit
+            kind = int(records.kinds[name.ino]) if known else 0
+            if known and kind == DAMAGED:
+                continue
+            if not known or kind == 0 or kind != name.kind or name.ino == layout.ROOT_INO:
+                what = f"a name of inode {name.ino}, type {name.kind}"
+                self.found("directory", block * _BLOCK, what, ino)
+            else:
+                records.link(ino, name.ino)
+        return found is not None
 
-    def check_names(self) -> None:
-        """Judge what names point to, link counts, parents and the way from the root."""
-        self.links[layout.ROOT_INO] += 2
-        for parent, children in self.children.items():
-            for ino, kind in children:
-                target = self.inodes.get(ino)
-                self.links[ino] += 1
-                if target is None or target.mode == 0 or target.mode >> 12 != kind:
-                    if ino not in self.damaged:
-                        self.found("directory", 0, f"a name of inode {ino}, type {kind}", parent)
-                elif stat.S_ISDIR(target.mode):
-                    self.links[parent] += 1
-                    self.links[ino] += 1
-                    if target.parent != parent:
-                        self.found("links", 0, f"parent {target.parent}, named in {parent}", ino)
-        reached, todo = {layout.ROOT_INO}, [layout.ROOT_INO]
-        while todo:
-            below = {ino for ino, _kind in self.children.get(todo.pop(), ())} - reached
-            reached |= below
-            todo += below
-        for ino, inode in self.inodes.items():
-            if inode.mode and inode.nlink != self.links[ino]:
-                self.found("links", 0, f"link count {inode.nlink}, not {self.links[ino]}", ino)
-            elif inode.mode and ino not in reached and not inode.orphan:
-                self.found("links", 0, "not reached from the root", ino)
-        root = self.inodes.get(layout.ROOT_INO)
-        if root is None or not stat.S_ISDIR(root.mode):
-            self.found("inode", 0, "the root is no directory", layout.ROOT_INO)
+    def check_links(self) -> None:
+        """Judge link counts, parents and the way from the root."""
+        records = self.records
+        root = layout.ROOT_INO
+        if records.limit <= root or records.kinds[root] != stat.S_IFDIR >> 12:
+            self.found("inode", 0, "the root is no directory", root)
+        else:
+            records.links[root] += 2
+            records.named_in[root] = root
+        for ino in records.in_use():
+            counted, stored = int(records.links[ino]), int(records.nlinks[ino])
+            if stored != counted:
+                self.found("links", 0, f"link count {stored}, not {counted}", ino)
+            if counted == 0 and not records.orphans[ino]:
+                self.found("unreachable", 0, "no directory names it", ino)
+            if records.kinds[ino] == stat.S_IFDIR >> 12 and counted:
+                named, parent = int(records.named_in[ino]), int(records.parents[ino])
+                if named != parent:
+                    self.found("links", 0, f"parent {parent}, named in {named}", ino)
+        for ino in records.astray():
+            self.found("unreachable", 0, "the directories above it run in a circle", ino)
 
     def check_lists(self, counters: Counters) -> None:
-        free = {ino for ino, inode in self.inodes.items() if inode.mode == 0}
-        orphans = {ino for ino, inode in self.inodes.items() if inode.mode and inode.orphan}
-        lists = (("free", counters.free_ino, free), ("orphan", counters.orphan_ino, orphans))
-        for title, ino, members in lists:
-            previous, left = 0, set(members)
-            while ino in left:
-                left.remove(ino)
-                inode = self.inodes[ino]
-                if title == "orphan" and inode.previous_ino != previous:
+        records = self.records
+        for title, head, members in (
+            ("free", counters.free_ino, records.free()),
+            ("orphan", counters.orphan_ino, records.orphaned()),
+        ):
+            on, previous, ino = 0, 0, head
+            while 0 < ino < records.limit and members[ino]:
+                members[ino] = False
+                on += 1
+                if title == "orphan" and records.previous[ino] != previous:
                     self.found("list", 0, f"orphan list: previous is not {previous}", ino)
-                previous, ino = ino, inode.next_ino
+                previous, ino = ino, int(records.following[ino])
+            left = int(np.count_nonzero(members))
             if ino or left:
-                what = f"{title} list: ends at inode {ino} with {len(left)} inodes not on it"
+                what = f"{title} list: ends at inode {ino} with {left} inodes not on it"
                 self.found("list", _STATE + layout.COUNTERS_OFFSET, what)
 
     def check_counters(self, counters: Counters) -> None:
         area = self.superblock.data_end - self.superblock.data_start
-        in_use = sum(1 for inode in self.inodes.values() if inode.mode)
         for title, stored, counted in (
             ("free blocks", counters.free_blocks, area - int(np.count_nonzero(self.used))),
-            ("XIP pages", counters.nr_xip_pages, self.pages[False]),
-            ("pagecache pages", counters.nr_pagecache_pages, self.pages[True]),
-            ("inodes in use", counters.inodes_used, in_use),
+            ("XIP pages", counters.nr_xip_pages, self.nr_pages[0]),
+            ("pagecache pages", counters.nr_pagecache_pages, self.nr_pages[1]),
+            ("inodes in use", counters.inodes_used, self.records.nr_in_use()),
         ):
             if stored != counted:
                 what = f"{title}: {stored} stored, {counted} counted"

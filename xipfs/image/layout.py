@@ -49,6 +49,7 @@ SUPERBLOCK: Final = struct.Struct("<8sIIIIQQQQQQ16s16sqBB64s")
 MOUNT_FLAG_OFFSET: Final = 0
 STATE_CLEAN: Final = 0x6E61656C43504958  # "XIPClean" as bytes
 STATE_MOUNTED: Final = 0x746E754D50495858  # "XXIPMunt" as bytes
+STATE_REPAIR: Final = 0x7269617065525858  # "XXRepair" as bytes: fsck is at work, or was cut
 #: State block, line 1: crc32 of the rest, zero, free blocks, high-water mark of inode numbers,
 #: first free inode, first orphan, file pages of kind XIP, of kind pagecache, inodes in use.
 COUNTERS_OFFSET: Final = 64

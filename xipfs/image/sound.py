@@ -1,0 +1,178 @@
+"""What makes one structure sound, for fsck: each judged alone, from its bytes and its place.
+
+Reading an image in use stops at the first damage; judging it goes on. So these functions say what
+is right and what can be saved, and raise nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xipfs.image import layout
+from xipfs.image.filemap import Entries, seal, seal_pages
+from xipfs.image.metadata import Block
+from xipfs.image.superblock import Superblock
+from xipfs.image.xattrs import NAMESPACES
+
+#: Levels whose entries point to bytes and not to a node: pages, and the attributes' block.
+PAGE_LEVEL: Final = 0
+XATTR_LEVEL: Final = 7
+_RECORD: Final = layout.LEAF_RECORD.size
+
+
+class Name(NamedTuple):
+    """A record of a directory: ``kind`` is the file type (DT_*)."""
+
+    name: bytes
+    ino: int
+    kind: int
+    hash_: int
+
+    def pack(self) -> bytes:
+        """Return the record, padded to 8 bytes."""
+        record = layout.LEAF_RECORD.pack(self.hash_, self.ino, self.kind, len(self.name))
+        record += self.name
+        return record + bytes(-len(record) % 8)
+
+
+def entry_block(
+    superblock: Superblock, ino: int, level: int, position: int, word: int
+) -> int | None:
+    """Return the block that a sound entry points to, None for any other."""
+    body = word & layout.ENTRY_BODY_MASK
+    block = body & layout.ENTRY_BLOCK_MASK
+    home = layout.HOME_RAW if level in (PAGE_LEVEL, XATTR_LEVEL) else layout.HOME_NODE
+    kind_allowed = level == PAGE_LEVEL or not body & layout.ENTRY_PAGECACHE
+    sound = seal(ino, level, position, body) == word and body >> layout.ENTRY_HOME_SHIFT == home
+    if sound and kind_allowed and superblock.data_start <= block < superblock.data_end:
+        return block
+    return None
+
+
+def sound_pages(
+    superblock: Superblock, ino: int, first: int, words: Entries
+) -> npt.NDArray[np.bool_]:
+    """Tell for each page's entry, from page ``first`` on, whether it is there and sound."""
+    bodies = words & np.uint64(layout.ENTRY_BODY_MASK)
+    blocks = bodies & np.uint64(layout.ENTRY_BLOCK_MASK)
+    sound: npt.NDArray[np.bool_] = (words != 0) & (seal_pages(ino, first, bodies) == words)
+    sound &= bodies >> np.uint64(layout.ENTRY_HOME_SHIFT) == layout.HOME_RAW
+    sound &= (blocks >= superblock.data_start) & (blocks < superblock.data_end)
+    return sound
+
+
+def name_hash(superblock: Superblock, name: bytes) -> int:
+    """Return a name's place in its directory."""
+    digest = hashlib.blake2b(name, digest_size=8, key=superblock.hash_key).digest()
+    return int.from_bytes(digest, "little") % ((1 << layout.HASH_BITS) - 1) + 1
+
+
+def possible_name(name: bytes) -> bool:
+    """Whether a program could have made that name."""
+    return (
+        0 < len(name) <= layout.NAME_MAX
+        and name not in (b".", b"..")
+        and b"/" not in name
+        and b"\0" not in name
+    )
+
+
+def leaf_place(page: int) -> tuple[int, int]:
+    """Return the depth and the prefix of the leaf at that page of a directory's map."""
+    depth = (page + 1).bit_length() - 1
+    return depth, page + 1 - (1 << depth)
+
+
+def is_leaf_of(raw: Block, ino: int, page: int) -> bool:
+    """Whether a block says that it is this leaf, whatever its checksum says."""
+    _crc, _count, _used, owner, place, _zero = layout.LEAF_HEADER.unpack_from(raw)
+    return (owner, place) == (ino, page)
+
+
+def read_leaf(superblock: Superblock, raw: Block, ino: int, page: int) -> list[Name] | None:
+    """Return the records of a leaf that is right in every bit, None of any other."""
+    crc, count, used, owner, place, zero = layout.LEAF_HEADER.unpack_from(raw)
+    depth, prefix = leaf_place(page)
+    if (
+        (owner, place, zero) != (ino, page, 0)
+        or depth > layout.MAX_DIRECTORY_DEPTH
+        or not layout.LEAF_HEADER.size <= used <= layout.BLOCK_SIZE
+        or zlib.crc32(raw[4:used]) != crc
+    ):
+        return None
+    names: list[Name] = []
+    at = layout.LEAF_HEADER.size
+    while at + _RECORD <= used:
+        name = _name_at(superblock, raw, at)
+        if name is None or name.hash_ >> (layout.HASH_BITS - depth) != prefix:
+            return None
+        names.append(name)
+        end = at + _RECORD + len(name.name)
+        at = end + -end % 8
+        if any(raw[end:at]):
+            return None
+    return names if at == used and len(names) == count else None
+
+
+def saved_names(superblock: Superblock, raw: Block) -> Iterator[Name]:
+    """Yield what can be recognised in a damaged leaf: records whose hash is their name's."""
+    at = layout.LEAF_HEADER.size
+    while at + _RECORD < layout.BLOCK_SIZE:
+        name = _name_at(superblock, raw, at)
+        if name is None:
+            at += 8
+            continue
+        yield name
+        at += _RECORD + len(name.name)
+        at += -at % 8
+
+
+def _name_at(superblock: Superblock, raw: Block, at: int) -> Name | None:
+    hash_, ino, kind, length = layout.LEAF_RECORD.unpack_from(raw, at)
+    start = at + _RECORD
+    name = bytes(raw[start : start + length])
+    if len(name) != length or not possible_name(name) or name_hash(superblock, name) != hash_:
+        return None
+    return Name(name, ino, kind, hash_)
+
+
+def is_xattrs_of(raw: Block, ino: int) -> bool:
+    """Whether a block says that it holds this inode's attributes."""
+    return bool(layout.XATTR_HEADER.unpack_from(raw)[3] == ino)
+
+
+def read_xattrs(raw: Block, ino: int) -> tuple[dict[bytes, bytes], bool]:
+    """Return the attributes that can be recognised, and whether the block is right."""
+    crc, count, used, owner = layout.XATTR_HEADER.unpack_from(raw)
+    at = layout.XATTR_HEADER.size
+    sound = owner == ino and at < used <= layout.BLOCK_SIZE and zlib.crc32(raw[4:used]) == crc
+    end = used if sound else layout.BLOCK_SIZE
+    found: dict[bytes, bytes] = {}
+    while at + layout.XATTR_RECORD.size <= end and len(found) < count:
+        name_size, value_size = layout.XATTR_RECORD.unpack_from(raw, at)
+        start = at + layout.XATTR_RECORD.size
+        name = bytes(raw[start : start + name_size])
+        at = start + name_size + value_size
+        if not name.startswith(NAMESPACES) or name in NAMESPACES or b"\0" in name or at > end:
+            sound = False
+            break
+        sound = sound and name not in found
+        found.setdefault(name, bytes(raw[start + name_size : at]))
+    return found, sound and len(found) == count and at == used
+
+
+def pack_xattrs(ino: int, attributes: dict[bytes, bytes]) -> bytes:
+    """Return the used bytes of a block that holds these attributes."""
+    body = b"".join(
+        layout.XATTR_RECORD.pack(len(name), len(value)) + name + value
+        for name, value in attributes.items()
+    )
+    used = layout.XATTR_HEADER.size + len(body)
+    rest = layout.XATTR_HEADER.pack(0, len(attributes), used, ino)[4:] + body
+    return zlib.crc32(rest).to_bytes(4, "little") + rest

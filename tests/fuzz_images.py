@@ -23,7 +23,9 @@ from xipfs.image.superblock import geometry
 
 BLOCK = 4096
 MARK = 0x5AFE
-BLOCKS = 128
+BLOCKS = 96
+#: Eighteen of these fill a leaf.
+LONG_NAME = b"a name of some length %03d " + b"x" * 180
 TAG = struct.Struct("<HHI")
 WORD = (1 << 64) - 1
 
@@ -64,7 +66,7 @@ def _fill(fs: Filesystem, *, names: int) -> None:
     deeper = fs.mkdir(below, b"deeper", 0o700, 5, 6).ino
     _file(fs, deeper, b"deep", [0, 1])
     for number in range(names):
-        fs.mknod(below, b"a name of some length %03d" % number, 0o100600, 0, 0, 0)
+        fs.mknod(below, LONG_NAME % number, 0o100600, 0, 0, 0)
     fs.symlink(1, b"link", b"directory/deeper", 0, 0)
     fs.mknod(1, b"fifo", 0o010644, 0, 0, 0)
     fs.mknod(1, b"device", 0o020600, 0x0103, 0, 0)
@@ -111,7 +113,7 @@ def _build(pagecache: bool, names: int, ending: str) -> bytes:
 
 #: Names of the images that are mutated.
 TEMPLATES = {
-    "xip": (False, 60, "clean"),
+    "xip": (False, 40, "clean"),
     "pagecache": (True, 5, "clean"),
     "orphans": (False, 5, "orphans"),
     "pending": (False, 5, "pending"),

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from fuzz_images import BLOCK, MARK, TAG, TEMPLATES, Field, Places, template
+from fuzz_images import BLOCK, LONG_NAME, MARK, TAG, TEMPLATES, Field, Places, template
 
 from xipfs.clock import ManualClock
 from xipfs.errors import FsError, ImageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.image.check import FINDINGS, check
+from xipfs.image.repair import repair
 from xipfs.memory.region import Buffer, RegionStatistics
 from xipfs.memory.wear import Wear
 
@@ -325,6 +326,8 @@ def _judge(case: Case, outcome: Outcome) -> None:
         if finding.name not in FINDINGS or not 0 <= finding.offset < max(len(case.image), 1):
             raise FuzzError(f"fsck's finding names no place: {finding}")
         outcome.findings[finding.name] += 1
+    if findings is not None:
+        mend(case, bool(findings), outcome)
     writables = (False, True) if len(case.image) >= BLOCK else ()
     for writable in writables:
         title = "read-write" if writable else "read-only"
@@ -344,6 +347,64 @@ def _judge(case: Case, outcome: Outcome) -> None:
         outcome.endings[
             "served another file's block, forged" if foreign else f"{title} served"
         ] += 1
+
+
+def mend(case: Case, damaged: bool, outcome: Outcome) -> None:
+    """Repair: nothing may be left to find, and nothing lost that could be read before."""
+    try:
+        before = contents(mount(Memory(case.image, writable=False)))
+    except ImageError:
+        before = {}
+    medium = Memory(case.image, writable=True)
+    done = repair(medium, "image")
+    if bool(done) != damaged:
+        raise FuzzError(f"{'nothing' if damaged else 'something'} was repaired: {done}")
+    left = check(medium, "image")
+    if left:
+        raise FuzzError(f"fsck finds after a repair: {left[:3]}")
+    after = contents(mount(Memory(medium.content, writable=False)))
+    for ino, read in before.items():
+        for what, value in read.items():
+            kept = after.get(ino, {}).get(what)
+            if what == "target" and kept is not None:
+                # A wrong size cuts a target short, or shows zeros behind it.
+                value = value.split(b"\0")[0]
+                kept = kept[: len(value)]
+            if kept != value:
+                raise FuzzError(f"the repair lost {what} of inode {ino}")
+    outcome.endings["repaired" if damaged else "nothing to repair"] += 1
+
+
+def contents(fs: Filesystem) -> dict[int, dict[str, bytes]]:
+    """Return by inode what can be read without an error: pages, target, attributes."""
+    found: dict[int, dict[str, bytes]] = {}
+    seen, todo = {1}, [1]
+    while todo:
+        ino = todo.pop()
+        read = found.setdefault(ino, {})
+        with _errors():
+            attr = fs.getattr(ino)
+            if stat.S_ISDIR(attr.mode):
+                todo += _names(fs, ino, seen)
+            elif stat.S_ISREG(attr.mode):
+                read |= _pages(fs, ino)
+            elif stat.S_ISLNK(attr.mode):
+                read["target"] = fs.readlink(ino)
+        with _errors():
+            names = fs.listxattr(ino)
+            read |= {f"attribute {name!r}": fs.getxattr(ino, name) for name in names}
+    return found
+
+
+def _pages(fs: Filesystem, ino: int) -> dict[str, bytes]:
+    read: dict[str, bytes] = {}
+    with _errors():
+        for run in fs.runs(ino):
+            if run.kind is not PageKind.HOLE:
+                for page in range(run.first, run.first + run.count):
+                    with _errors():
+                        read[f"page {page}"] = bytes(fs.read(ino, page * BLOCK, BLOCK))
+    return read
 
 
 def mount(medium: Memory) -> Filesystem:
@@ -477,8 +538,8 @@ def change(fs: Filesystem) -> None:
         fs.rename(1, b"empty", below, b"empty")
     with _errors():
         below = fs.lookup(1, b"directory").ino
-        for number in range(60):
-            fs.unlink(below, b"a name of some length %03d" % number)
+        for number in range(40):
+            fs.unlink(below, LONG_NAME % number)
     with _errors():
         fs.rmdir(1, b"empty")
     with _errors():

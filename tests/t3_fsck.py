@@ -73,8 +73,18 @@ def test_damage_is_found_by_name(
 
 def test_an_image_in_use_is_refused(image: Path) -> None:
     lock = ImageLock(image, exclusive=True)
-    assert main(["fsck", "-n", str(image)]) == 8
+    assert main(["fsck", "-y", str(image)]) == 8
+    assert main(["fsck", "-p", str(image)]) == 8
     lock.release()
+
+
+def test_an_image_in_use_is_judged_with_a_warning(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = ImageLock(image, exclusive=True)
+    assert main(["fsck", "-n", str(image)]) == 0
+    lock.release()
+    assert "warning: image" in capsys.readouterr().err
 
 
 def table_block(image: Path) -> int:

@@ -82,6 +82,11 @@ class Volume:
     def _mount_flag(self, name: str) -> int:
         offset = (layout.STATE_BLOCK << layout.BLOCK_SHIFT) + layout.MOUNT_FLAG_OFFSET
         flag = int.from_bytes(self.medium.load(offset, 8), "little")
+        if flag == layout.STATE_REPAIR:
+            raise ImageError(
+                f"{name}: a repair was interrupted (the flag at offset {offset} says)",
+                remedy="run fsck.xipfs again",
+            )
         if flag not in (layout.STATE_CLEAN, layout.STATE_MOUNTED):
             raise ImageError(
                 f"{name}: the mount flag at offset {offset} is damaged", remedy="run fsck.xipfs"

@@ -1,0 +1,355 @@
+"""fsck's repairs: each finding by its name, what -p, -y and -n do, cuts in the midst of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fuzz_images import BLOCK, Places, template
+from fuzzing import Memory, contents, make_case
+from fuzzing import mount as open_image
+from media import PowerCut, RecordingMedium
+
+from xipfs.cli import main
+from xipfs.cli.fsck import fsck_main
+from xipfs.errors import ImageError
+from xipfs.image.check import FINDINGS, check
+from xipfs.image.repair import SAFE, repair
+
+ROOT = 1
+Damage = Callable[[bytearray, Places], None]
+
+
+def put(name: str, value: int, *, at: int = 0, fits: bool = True) -> Damage:
+    """Return what sets the image's field number ``at`` of that name; with a fitting checksum."""
+
+    def damage(image: bytearray, places: Places) -> None:
+        field = places.by_structure[name][at]
+        image[field.offset : field.offset + field.size] = value.to_bytes(field.size, "little")
+        for fix in field.fixes if fits else ():
+            fix(image)
+
+    return damage
+
+
+def raw(offset: int, data: bytes) -> Damage:
+    def damage(image: bytearray, _places: Places) -> None:
+        image[offset : offset + len(data)] = data
+
+    return damage
+
+
+def point_to_another_file(image: bytearray, places: Places) -> None:
+    """Let page 3 of a file with nodes lie in the block of a file of one page, sealed."""
+    nodes = [field for field in places.by_structure["node1.entry"] if field.entry]
+    target = next(field for field in nodes if field.entry and field.entry[2] == 600)
+    block = sorted(places.pages)[0]
+    old = int.from_bytes(image[target.offset : target.offset + 8], "little")
+    new = old >> 40 << 40 | block
+    image[target.offset : target.offset + 8] = new.to_bytes(8, "little")
+    target.fixes[0](image)
+
+
+def shorten_link(image: bytearray, places: Places) -> None:
+    """Let the symbolic link have no byte."""
+    for mode, size in zip(
+        places.by_structure["special inode.mode"],
+        places.by_structure["special inode.size"],
+        strict=True,
+    ):
+        if image[mode.offset + 1] >> 4 == 10:
+            image[size.offset : size.offset + 8] = bytes(8)
+            size.fixes[0](image)
+
+
+#: By finding: damages that must be found under that name (maybe under others too).
+DAMAGES: dict[str, list[Damage]] = {
+    "superblock": [
+        put("superblock.blocks", 7, fits=False),
+        put("superblock.crc", 7, at=1, fits=False),
+    ],
+    "mount-flag": [put("state.flag", 5), raw(BLOCK, b"XXRepair")],
+    "journal": [put("journal.mark", 0x77)],
+    "counters": [
+        put("counters.free_blocks", 3),
+        put("counters.inodes_used", 3, fits=False),
+    ],
+    "reserved": [raw(BLOCK + 40, b"!"), raw(2 * BLOCK - 1, b"!")],
+    "inode": [
+        put("file.mtime", 77, fits=False),
+        put("file.mode", 0, fits=False),
+        put("file.parent", 7),
+        put("free inode.nlink", 7),
+        put("table.mode", 0o100644),
+        put("directory.height", 9, fits=False),
+    ],
+    "map": [
+        put("node1.entry", 77, at=1),
+        put("node1.entry", 0x0600_0000_0000 | 20, at=3, fits=False),
+        put("file.root", 0x0200_0000_0005),
+        put("file.size", 0),
+        put("counters.inode_limit", 1 << 40),
+    ],
+    "shared-block": [point_to_another_file],
+    "bitmap": [put("bitmap.byte", 0xFF, at=6), put("bitmap.byte", 0, at=3)],
+    "list": [put("counters.free_ino", 0), put("counters.orphan_ino", 2)],
+    "directory": [
+        put("leaf.crc", 1, fits=False),
+        put("leaf.owner", 77, fits=False),
+        put("name.ino", 9999),
+        put("name.hash", 5),
+        put("name.type", 4),
+        put("directory.entries", 3),
+    ],
+    "links": [put("file.nlink", 9), put("directory.parent", 9, at=1)],
+    "unreachable": [put("name.ino", 3), put("directory.root", 0)],
+    "symlink": [shorten_link],
+    "xattrs": [put("xattrs.crc", 1, fits=False), put("xattr.name", 0x2F)],
+}
+
+
+def damaged(damage: Damage, name: str = "xip") -> bytes:
+    image, places = template(name)
+    mutant = bytearray(image)
+    damage(mutant, places)
+    assert mutant != image
+    return bytes(mutant)
+
+
+CASES = [(name, at) for name in FINDINGS for at in range(len(DAMAGES[name]))]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "image"
+
+
+def fsck(path: Path, *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, set[str]]:
+    """Run it; return its code and the names of the findings."""
+    capsys.readouterr()
+    code = main(["fsck", *words, "--json", str(path)])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["exit_code"] == code
+    return code, {finding["name"] for finding in answer["findings"]}
+
+
+@pytest.mark.parametrize(("name", "at"), CASES)
+def test_each_finding_is_found_and_repaired(
+    name: str, at: int, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = damaged(DAMAGES[name][at])
+    path.write_bytes(image)
+    code, found = fsck(path, "-n", capsys=capsys)
+    assert code == 4
+    assert name in found
+    assert path.read_bytes() == image
+    code, _found = fsck(path, "-p", "-f", capsys=capsys)
+    assert code == (1 if found <= SAFE else 4)
+    if code == 4:
+        assert path.read_bytes() == image
+        assert fsck(path, "-y", capsys=capsys)[0] == 1
+    assert fsck(path, "-n", capsys=capsys) == (0, set())
+    assert path.read_bytes()[BLOCK : BLOCK + 8] == b"XIPClean"
+
+
+@pytest.mark.parametrize(("name", "at"), CASES)
+def test_nothing_that_could_be_read_is_lost(name: str, at: int) -> None:
+    image = damaged(DAMAGES[name][at])
+    try:
+        before = contents(open_image(Memory(image, writable=False)))
+    except ImageError:
+        before = {}
+    medium = Memory(image, writable=True)
+    repair(medium, "image")
+    after = contents(open_image(Memory(medium.content, writable=False)))
+    lost = {
+        (ino, what)
+        for ino, read in before.items()
+        for what, value in read.items()
+        if after.get(ino, {}).get(what) != value
+    }
+    assert lost == ({(19, "target")} if name == "symlink" and lost else set())
+
+
+def test_what_nobody_names_is_found_in_lost_and_found() -> None:
+    """The root loses all its names: every file and directory in it comes back by its number."""
+    image = damaged(put("leaf.owner", 77, fits=False))
+    places = template("xip")[1]
+    leaf = next(f for f in places.by_structure["leaf.owner"]).offset // BLOCK
+    mutant = bytearray(image)
+    mutant[leaf * BLOCK : (leaf + 1) * BLOCK] = bytes(BLOCK)
+    before = contents(open_image(Memory(template("xip")[0], writable=False)))
+    medium = Memory(mutant, writable=True)
+    repair(medium, "image")
+    assert check(medium, "image") == []
+    fs = open_image(Memory(medium.content, writable=False))
+    place = fs.lookup(ROOT, b"lost+found")
+    assert place.mode == 0o040700
+    names = {name for name, _attr, _cookie in fs.readdir(place.ino, 0)}
+    assert b"#2" in names
+    after = contents(fs)
+    assert {ino: after[ino] for ino in before} == before
+
+
+def test_lost_pages_of_the_inode_table_are_found_again() -> None:
+    """The table's root leads nowhere: all inodes come back, under their names."""
+    image, places = template("xip")
+    before = contents(open_image(Memory(image, writable=False)))
+    mutant = bytearray(image)
+    root = places.by_structure["table.root"][0].offset
+    mutant[root : root + 8] = bytes(8)
+    medium = Memory(mutant, writable=True)
+    repair(medium, "image")
+    assert check(medium, "image") == []
+    fs = open_image(Memory(medium.content, writable=False))
+    assert contents(fs) == before
+    assert {name for name, _attr, _cookie in fs.readdir(ROOT, 0)} >= {b"tall", b"first again"}
+
+
+def test_a_hole_names_the_file_and_its_pages(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Page 600 of inode 4, alone, and its second node with pages 512 to 1023."""
+    image, places = template("xip")
+    entries = [f for f in places.by_structure["node1.entry"] if f.entry == (4, 0, 600)]
+    mutant = bytearray(image)
+    mutant[entries[0].offset] ^= 1
+    path.write_bytes(mutant)
+    assert main(["fsck", "-y", str(path)]) == 1
+    out = capsys.readouterr().out
+    offset = entries[0].offset
+    assert f"map at offset {offset} inode 4: entry of level 0, position 600: page 600\n" in out
+    assert f"repaired: map at offset {offset} inode 4: page 600 is a hole now\n" in out
+
+
+def test_a_full_image_keeps_what_cannot_be_parted(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = bytearray(damaged(point_to_another_file))
+    fs = open_image(medium := Memory(template("xip")[0], writable=True))
+    filler = fs.mknod(ROOT, b"filler", 0o100644, 0, 0, 0).ino
+    while fs.statfs().blocks_free > 3:
+        fs.write(filler, fs.getattr(filler).size_bytes, bytes(BLOCK))
+    while fs.statfs().blocks_free:
+        fs.write(fs.mknod(ROOT, b"f%d" % fs.statfs().blocks_free, 0o100644, 0, 0, 0).ino, 0, b"x")
+    fs.close()
+    image[:] = medium.content
+    point_to_another_file(image, template("xip")[1])
+    fs = open_image(Memory(image, writable=False))
+    assert fs.statfs().blocks_free == 0
+    path.write_bytes(image)
+    code, found = fsck(path, "-y", capsys=capsys)
+    assert found >= {"shared-block"}
+    assert code in (1, 5)
+
+
+# Cuts
+
+
+def fences_of(image: bytes) -> int:
+    medium = RecordingMedium(image)
+    repair(medium, "image")
+    return medium.fences
+
+
+@pytest.mark.parametrize("name", ["map", "shared-block", "directory", "unreachable", "inode"])
+def test_a_repair_that_is_cut_is_done_again(name: str) -> None:
+    """At every fence, with none, all and some of what was pending arrived."""
+    image = damaged(DAMAGES[name][0])
+    before = contents(open_image(Memory(image, writable=False)))
+    for cut_at in range(1, fences_of(image) + 1):
+        medium = RecordingMedium(image, cut_at=cut_at)
+        with pytest.raises(PowerCut):
+            repair(medium, "image")
+        for chance, share in ((None, 0.0), (None, 1), (random.Random(cut_at), 0.5)):
+            again = Memory(medium.after_cut(chance, share), writable=True)
+            if check(again, "image"):
+                repair(again, "image")
+            assert check(again, "image") == [], (cut_at, share)
+            after = contents(open_image(Memory(again.content, writable=False)))
+            for ino, read in before.items():
+                assert after[ino].items() >= read.items(), (cut_at, share, ino)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_cuts_in_repairs_of_random_damage(part: int) -> None:
+    seed = random.randrange(1 << 30)
+    for number in range(20):
+        case = make_case(seed, number + 20 * part)
+        again = f"seed {seed}, number {number + 20 * part}: {case.what}"
+        try:
+            if not check(Memory(case.image, writable=False), "image"):
+                continue
+        except ImageError:
+            continue
+        cut_at = random.Random(f"{seed} {number}").randrange(1, fences_of(case.image) + 1)
+        medium = RecordingMedium(case.image, cut_at=cut_at)
+        with pytest.raises(PowerCut):
+            repair(medium, "image")
+        left = Memory(medium.after_cut(random.Random(number)), writable=True)
+        if check(left, "image"):
+            repair(left, "image")
+        assert check(left, "image") == [], again
+
+
+def test_an_interrupted_repair_is_not_mounted() -> None:
+    image = damaged(raw(BLOCK, b"XXRepair"))
+    with pytest.raises(ImageError, match=r"a repair was interrupted .*offset 4096"):
+        open_image(Memory(image, writable=True))
+
+
+# The command
+
+
+def test_flags_that_exclude_each_other_are_a_usage_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(template("xip")[0])
+    for words in (["-n", "-y"], ["-p", "-n"], ["-y", "-p"], [], ["--such"]):
+        monkeypatch.setattr("sys.argv", ["fsck.xipfs", *words, str(path)])
+        assert fsck_main() == 16, words
+
+
+def test_preen_believes_the_clean_flag_unless_forced(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path.write_bytes(damaged(put("counters.free_blocks", 3)))
+    assert fsck(path, "-p", capsys=capsys) == (0, set())
+    assert fsck(path, "-p", "-f", capsys=capsys) == (1, {"counters"})
+    path.write_bytes(damaged(put("counters.free_blocks", 3), "orphans"))
+    assert fsck(path, "-a", capsys=capsys) == (1, {"counters"})
+
+
+def test_a_person_is_asked(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = damaged(put("counters.free_blocks", 3))
+    path.write_bytes(image)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _question: "no")
+    assert main(["fsck", str(path)]) == 4
+    assert path.read_bytes() == image
+    monkeypatch.setattr("builtins.input", lambda _question: "y")
+    assert main(["fsck", str(path)]) == 1
+    assert check(Memory(path.read_bytes(), writable=False), "image") == []
+
+
+def test_an_interrupt_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    path.write_bytes(damaged(put("counters.free_blocks", 3)))
+    monkeypatch.setattr("xipfs.cli.fsck.check", interrupted)
+    assert main(["fsck", "-y", str(path)]) == 32
+
+
+def test_a_pending_transaction_is_no_finding(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path.write_bytes(template("pending")[0])
+    for words in (["-n"], ["-p"], ["-y"]):
+        assert fsck(path, *words, capsys=capsys) == (0, set())
+        assert path.read_bytes() == template("pending")[0]

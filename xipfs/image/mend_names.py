@@ -1,0 +1,170 @@
+"""Repairing directories: the names that can be recognised, in new leaves, put in place at once.
+
+A name's hash, keyed by the image, tells it from anything else; so names are found in leaves whose
+header or checksum is wrong. A directory with anything wrong is built again beside what it has, and
+its inode, one record, decides between the two.
+"""
+
+from __future__ import annotations
+
+import stat
+import zlib
+from collections.abc import Iterable
+from typing import Final
+
+from xipfs.image import layout
+from xipfs.image.mending import FREE, STRUCTURE, Mending, NoRoomError
+from xipfs.image.record import Inode, unpack_inode
+from xipfs.image.records import DAMAGED
+from xipfs.image.sound import (
+    Name,
+    is_leaf_of,
+    leaf_place,
+    read_leaf,
+    saved_names,
+)
+
+_BLOCK: Final = layout.BLOCK_SIZE
+_HEADER: Final = layout.LEAF_HEADER.size
+_DIRECTORY: Final = stat.S_IFDIR >> 12
+
+
+class NameMending(Mending):
+    """Repairs one directory after another; all inodes are read before."""
+
+    lost_names: dict[int, list[Name]]
+
+    def mend_directory(self, inode: Inode) -> None:
+        """Keep every name that can be recognised and means something; count the links."""
+        names: dict[bytes, Name] = {}
+        spans: list[tuple[int, int]] = []
+        sound = True
+        for page, number in self.pages(inode):
+            depth, prefix = leaf_place(page)
+            width = max(layout.HASH_BITS - depth, 0)
+            spans.append((prefix << width, width))
+            found = read_leaf(self.superblock, self.block(number), inode.ino, page)
+            if found is None:
+                sound = False
+                found = self.saved(inode.ino, page, number)
+            for name in found:
+                kept = self.meaning(inode.ino, name, names)
+                sound = sound and kept == name
+                if kept is not None:
+                    names[kept.name] = kept
+        sound = sound and _whole(spans) and (bool(names) or not spans)
+        if not sound or inode.entries > len(names):
+            for name in self.lost_names.get(inode.ino, ()):
+                if name.name not in names and (kept := self.meaning(inode.ino, name, names)):
+                    names[kept.name] = kept
+                    sound = False
+                    what = f"found the name {_shown(name.name)} again"
+                    self.did("directory", inode.record_offset, what, inode.ino)
+        if not sound:
+            self.rebuild(inode, names.values())
+        elif inode.entries != len(names):
+            inode.entries = len(names)
+            self.put(inode)
+            self.did("directory", inode.record_offset, f"{len(names)} entries", inode.ino)
+        for kept in names.values():
+            self.records.link(inode.ino, kept.ino)
+
+    def saved(self, ino: int, page: int, number: int) -> list[Name]:
+        """Return the names of a leaf that is not right, unless it is another directory's."""
+        raw = self.block(number)
+        if not is_leaf_of(raw, ino, page):
+            _crc, _count, _used, owner, place, _zero = layout.LEAF_HEADER.unpack_from(raw)
+            if read_leaf(self.superblock, raw, owner, place) is not None:
+                return []
+        return list(saved_names(self.superblock, raw))
+
+    def meaning(self, ino: int, name: Name, names: dict[bytes, Name]) -> Name | None:
+        """Return the name as it must be; None if it is taken or what it names is not there."""
+        records = self.records
+        if name.name in names or not layout.ROOT_INO < name.ino < records.limit:
+            what = f"removed the name {_shown(name.name)}, which was for inode {name.ino}"
+            self.did("directory", records.place_of(ino), what, ino)
+            return None
+        kind = int(records.kinds[name.ino])
+        second = kind == _DIRECTORY and records.named_in[name.ino]
+        if kind in (0, DAMAGED) or second or name.ino == ino:
+            what = f"removed the name {_shown(name.name)} of inode {name.ino}"
+            self.did("directory", records.place_of(ino), what, ino)
+            return None
+        if kind == _DIRECTORY:
+            records.named_in[name.ino] = ino
+        return name._replace(kind=kind)
+
+    def rebuild(self, inode: Inode, names: Iterable[Name]) -> None:
+        """Write the directory's leaves and map anew, then let its inode point there."""
+        old = [number for _level, _position, number in self.tree(inode)]
+        leaves: dict[int, bytes] = {}
+        kept = sorted(names, key=lambda name: name.hash_)
+        if kept:
+            _place(inode.ino, 0, 0, kept, leaves)
+        blocks: dict[int, int] = {}
+        try:
+            for page, content in leaves.items():
+                blocks[page] = self.take(content, STRUCTURE)
+            root, height, nodes = self.build_map(inode.ino, blocks)
+        except NoRoomError:
+            self.untake(list(blocks.values()))
+            return
+        inode.root, inode.height, inode.entries = root, height, len(kept)
+        inode.blocks = len(blocks) + len(nodes) + bool(inode.xattr_block)
+        self.put(inode)
+        for number in old:
+            self.used[number] = FREE
+        what = f"built anew with {len(kept)} names"
+        self.did("directory", inode.record_offset, what, inode.ino)
+
+    def break_circles(self) -> None:
+        """Take one name out of each circle of directories; what it named is connected later."""
+        for ino in self.records.astray():
+            parent = int(self.records.named_in[ino])
+            inode = self.inode_of(parent)
+            names = [
+                name
+                for page, number in self.pages(inode)
+                for name in read_leaf(self.superblock, self.block(number), parent, page) or ()
+                if name.ino != ino
+            ]
+            self.rebuild(inode, names)
+            self.records.links[ino] -= 2
+            self.records.links[parent] -= 1
+            self.records.named_in[ino] = 0
+            self.did("unreachable", 0, "taken out of a circle of directories", ino)
+
+    def inode_of(self, ino: int) -> Inode:
+        """Return a mended inode."""
+        number, at = divmod(self.records.place_of(ino), _BLOCK)
+        return unpack_inode(ino, self.block(number), number, at)
+
+
+def _whole(spans: list[tuple[int, int]]) -> bool:
+    """Whether leaves (first hash, width in bits) cover all hashes once."""
+    reached = 0
+    for start, width in sorted(spans):
+        if start != reached:
+            return False
+        reached = start + (1 << width)
+    return not spans or reached == 1 << layout.HASH_BITS
+
+
+def _place(ino: int, depth: int, prefix: int, names: list[Name], leaves: dict[int, bytes]) -> None:
+    """Put names, sorted by hash, into the leaf of this place or into the two below it."""
+    body = b"".join(name.pack() for name in names)
+    if len(body) <= _BLOCK - _HEADER:
+        page = (1 << depth) + prefix - 1
+        header = layout.LEAF_HEADER.pack(0, len(names), _HEADER + len(body), ino, page, 0)[4:]
+        crc = zlib.crc32(body, zlib.crc32(header))
+        leaves[page] = crc.to_bytes(4, "little") + header + body
+        return
+    middle = (prefix << 1 | 1) << layout.HASH_BITS - depth - 1
+    low = [name for name in names if name.hash_ < middle]
+    _place(ino, depth + 1, prefix << 1, low, leaves)
+    _place(ino, depth + 1, prefix << 1 | 1, names[len(low) :], leaves)
+
+
+def _shown(name: bytes) -> str:
+    return repr(name.decode(errors="replace"))

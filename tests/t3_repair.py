@@ -105,7 +105,7 @@ DAMAGES: dict[str, list[Damage]] = {
         put("directory.entries", 3),
     ],
     "links": [put("file.nlink", 9), put("directory.parent", 9, at=1)],
-    "unreachable": [put("name.ino", 3, at=2), put("directory.root", 0)],
+    "unreachable": [put("name.ino", 3, at=3), put("directory.root", 0)],
     "symlink": [shorten_link],
     "xattrs": [put("xattrs.crc", 1, fits=False), put("xattr.name", 0x2F)],
 }

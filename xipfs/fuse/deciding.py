@@ -10,10 +10,12 @@ from typing import Any
 import trio
 
 from xipfs.accounting.charges import Charge
+from xipfs.errors import UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.memory.profiles import Profile
 from xipfs.migrate.history import History
 from xipfs.migrate.policy import Move
+from xipfs.migrate.registry import REPLAY_ONLY
 from xipfs.migrate.steering import Steering
 from xipfs.options import MountOptions
 
@@ -24,6 +26,13 @@ def _no_recording(_item: str, **_values: Any) -> None:
     """Take no note."""
 
 
+def _check_needs_no_future(policy: str) -> None:
+    if policy in REPLAY_ONLY:
+        raise UsageError(
+            f"policy {policy} needs to know the future", remedy="use it with `xipfs replay`"
+        )
+
+
 class Deciding(Steering):
     """The policy of one mount, and what it has planned; used from the trio thread.
 
@@ -31,6 +40,7 @@ class Deciding(Steering):
     """
 
     def __init__(self, fs: Filesystem, options: MountOptions, profile: Profile | None) -> None:
+        _check_needs_no_future(options.policy)
         super().__init__(
             fs,
             options.policy,
@@ -46,6 +56,7 @@ class Deciding(Steering):
 
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
         """Go on with another policy."""
+        _check_needs_no_future(name)
         super().choose(name, values, dry=dry)
         self.note("policy", **self.chosen())
 

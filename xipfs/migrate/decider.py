@@ -101,6 +101,12 @@ class Decider:
             if self._let_through(move, signal)
         ]
 
+    def foresee(self, touches: Iterable[tuple[int, Page]]) -> None:
+        """Tell a policy that asks for it all touches to come, as (time in ns, page)."""
+        learn = getattr(self._policy, "foresee", None)
+        if learn is not None:
+            learn(touches)
+
     def victims(self, count: int, ram_pages_used: int) -> list[Page]:
         """Return up to ``count`` pages in RAM that the policy would rather lose than others.
 

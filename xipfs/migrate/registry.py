@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from xipfs.errors import UsageError
 from xipfs.migrate.decider import COMMON, Decider
+from xipfs.migrate.policies.belady import Belady
 from xipfs.migrate.policies.clock import Clock
 from xipfs.migrate.policies.fifo import Fifo
 from xipfs.migrate.policies.off import Off
@@ -33,6 +34,9 @@ BUILT_IN: Final[dict[str, Any]] = {
     "profile": Profile,
 }
 
+#: Policies that know the future, which only a replay does.
+REPLAY_ONLY: Final[dict[str, Any]] = {"belady": Belady}
+
 Value = int | str
 """A parameter's value: most are whole numbers."""
 
@@ -40,15 +44,14 @@ Value = int | str
 def policies() -> dict[str, str]:
     """Return the names of the policies that need no file, each with where it comes from."""
     found = {entry.name: entry.value for entry in entry_points(group="xipfs.policies")}
-    return dict.fromkeys(BUILT_IN, "built in") | {
-        name: value for name, value in sorted(found.items()) if name not in BUILT_IN
-    }
+    shipped = dict.fromkeys(BUILT_IN, "built in") | dict.fromkeys(REPLAY_ONLY, "replays only")
+    return shipped | {name: value for name, value in sorted(found.items()) if name not in shipped}
 
 
 def find_policy(name: str) -> Any:
     """Return the policy class of ``name``: a listed one, or the path of a Python file."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    if name in BUILT_IN or name in REPLAY_ONLY:
+        return (BUILT_IN | REPLAY_ONLY)[name]
     try:
         if name.endswith(".py"):
             found = runpy.run_path(name).get("POLICY")

@@ -75,6 +75,10 @@ class Steering:
         self._dry = DryRun(self._decider, ram_pages) if dry else None
         self._failure = ""
 
+    def foresee(self, touches: Iterable[tuple[int, Page]]) -> None:
+        """Tell a policy that asks for it all touches to come, as (time in ns, page)."""
+        self._decider.foresee(touches)
+
     def page_io(
         self, now_ns: int, pid: int, ino: int, first: int, last: int, *, write: bool
     ) -> None:

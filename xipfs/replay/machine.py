@@ -35,7 +35,7 @@ from xipfs.migrate.steering import Steering
 from xipfs.mm.pte import pte_permits
 from xipfs.mm.rules import Rules
 from xipfs.replay.image import ReplayedFilesystem
-from xipfs.replay.trace import Recorded
+from xipfs.replay.trace import Page, Recorded, touched
 from xipfs.stats.trace_items import event_of, values_of
 from xipfs.trace import events as ev
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
@@ -45,7 +45,6 @@ DELAY_NS: Final = 5_000_000
 _ZEROS: Final = bytes(1 << 20)
 
 Row = Mapping[str, Any]
-Page = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,9 @@ class Replay:
             self.fs.clock.advance(row["time_ns"] - self.now_ns)
         if self._due and self._due[0][0] <= self.now_ns:
             self._carry_out()
+        touch = touched(row)
+        if touch is not None:
+            self._count_touch(*touch)
         handle = self._handlers.get(row["item"])
         if handle is not None:
             handle(row)
@@ -183,9 +185,6 @@ class Replay:
         assert isinstance(event, ev.Fault), row
         if row["comm"]:
             self._comms[event.pid] = row["comm"]
-        if event.verdict != ev.MAJOR:
-            # Of a major fault its READ has told already.
-            self._touched(event.ino, event.index, event.index)
         if row["cause"] and not self.as_recorded:
             if self._passes(event):
                 self.counts.faults_left_out += 1
@@ -203,8 +202,8 @@ class Replay:
             return False
         return pte_permits(mm.tables.get(fault.address & PAGE_MASK), fault.write)
 
-    def _touched(self, ino: int, first: int, last: int) -> None:
-        for index in range(first, last + 1):
+    def _count_touch(self, ino: int, pages: range) -> None:
+        for index in pages:
             self.counts.touches += 1
             self.counts.touches_in_ram += self.fs.resident_pfn(ino, index) is not None
 
@@ -215,7 +214,6 @@ class Replay:
 
     def _read(self, row: Row) -> None:
         offset, size, first, last = self._request(row)
-        self._touched(row["ino"], first, last)
         if row["cause"] and not self.as_recorded:
             return
         try:
@@ -228,8 +226,6 @@ class Replay:
     def _write(self, row: Row) -> None:
         offset, size, first, last = self._request(row)
         origin = WriteOrigin.WRITEBACK if row["cause"] else WriteOrigin.PROGRAM
-        if not row["cause"]:
-            self._touched(row["ino"], first, last)
         try:
             for at in range(0, size, len(_ZEROS)):
                 part = memoryview(_ZEROS)[: size - at]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from xipfs import __version__
+from xipfs.migrate.registry import REPLAY_ONLY
 from xipfs.replay.machine import Choice, Replay
-from xipfs.replay.trace import Progress, recorded, rows_of
+from xipfs.replay.trace import Progress, recorded, rows_of, touches_of
 from xipfs.stats import snapshot
 from xipfs.stats.cost import cost
 from xipfs.stats.trace_file import TraceReader
@@ -17,6 +18,8 @@ def replay_file(path: Path, choice: Choice, progress: Progress | None = None) ->
     """Replay the trace at ``path``; raise TraceError for a file that is none, cut or old."""
     with TraceReader(path) as trace:
         replay = Replay(recorded(trace, path), choice)
+        if replay.policy in REPLAY_ONLY:
+            replay.steering.foresee(touches_of(trace))
         for row in rows_of(trace, progress):
             replay.apply(row)
     replay.finish()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ class Outcome:
 
 def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Outcome:
     """Run the stream through the policy."""
+    decider.foresee((access.time_ns, (_INO, access.page)) for access in accesses)
     run = DryRun(decider, ram_frames)
     for access in accesses:
         run.hear(Signal(access.time_ns, FAULT, 1, _INO, access.page, PteKind.XIP, access.write), 0)
@@ -57,24 +58,34 @@ def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Out
 
 
 def optimum(accesses: Sequence[Access], ram_frames: int) -> int:
-    """Return the most hits that any policy can have: what is used latest is given up."""
-    never = len(accesses)
+    """Return the most hits that any policy can have."""
+    return most_hits([access.page for access in accesses], ram_frames)
+
+
+def most_hits(pages: Sequence[Hashable], ram_frames: int, resident: Iterable[Hashable] = ()) -> int:
+    """Return how many of the touches of ``pages`` can find theirs in RAM: what is used latest goes.
+
+    ``resident`` are in RAM at the start.
+    """
+    never = len(pages)
     next_use = [never] * never
-    seen: dict[int, int] = {}
+    seen: dict[Hashable, int] = {}
     for place in range(never - 1, -1, -1):
-        next_use[place] = seen.get(accesses[place].page, never)
-        seen[accesses[place].page] = place
-    resident: dict[int, int] = {}
-    latest: list[tuple[int, int]] = []
+        next_use[place] = seen.get(pages[place], never)
+        seen[pages[place]] = place
+    kept = {page: seen.get(page, never) for page in resident}
+    # The place breaks ties: pages need not have an order.
+    latest = [(-use, -number, page) for number, (page, use) in enumerate(kept.items(), 1)]
+    heapq.heapify(latest)
     hits = 0
-    for place, access in enumerate(accesses):
-        hits += access.page in resident
-        resident[access.page] = next_use[place]
-        heapq.heappush(latest, (-next_use[place], access.page))
-        while len(resident) > ram_frames:
-            use, page = heapq.heappop(latest)
-            if resident.get(page) == -use:
-                del resident[page]
+    for place, page in enumerate(pages):
+        hits += page in kept
+        kept[page] = next_use[place]
+        heapq.heappush(latest, (-next_use[place], place, page))
+        while len(kept) > ram_frames:
+            use, _, page = heapq.heappop(latest)
+            if kept.get(page) == -use:
+                del kept[page]
     return hits
 
 

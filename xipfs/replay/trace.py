@@ -9,9 +9,14 @@ from typing import Any, Final
 
 from xipfs.stats.trace_file import TraceError, TraceReader
 from xipfs.stats.trace_items import values_of
+from xipfs.trace.events import MAJOR
+from xipfs.units import PAGE_SHIFT
 
 #: Rows between two calls of a progress function.
 PROGRESS_ROWS: Final = 20_000
+
+Page = tuple[int, int]
+"""Inode number and page index."""
 
 Progress = Callable[[int, int], None]
 """Told (rows done, rows in all)."""
@@ -94,3 +99,29 @@ def rows_of(trace: TraceReader, progress: Progress | None = None) -> Iterator[di
                 progress(done, trace.rows)
     if progress is not None:
         progress(trace.rows, trace.rows)
+
+
+def touched(row: Mapping[str, Any]) -> tuple[int, range] | None:
+    """Return the inode and pages of an access that the row shows, None if it shows none.
+
+    A fault for which the kernel read its page is told by that READ already; a WRITE that xipfs
+    caused is the kernel's.
+    """
+    if row["item"] == "fault":
+        if row["verdict"] == MAJOR:
+            return None
+        return row["ino"], range(row["page"], row["page"] + 1)
+    if row["item"] == "read" or (row["item"] == "write" and not row["cause"]):
+        told = values_of(row)
+        last = (told["offset"] + told["size"] - 1) >> PAGE_SHIFT
+        return row["ino"], range(told["offset"] >> PAGE_SHIFT, last + 1)
+    return None
+
+
+def touches_of(trace: TraceReader) -> Iterator[tuple[int, Page]]:
+    """Yield every touch that the trace shows, as (time in ns, page)."""
+    for row in rows_of(trace):
+        found = touched(row)
+        if found is not None:
+            for index in found[1]:
+                yield row["time_ns"], (found[0], index)

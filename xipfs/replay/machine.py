@@ -280,8 +280,11 @@ class Replay:
         }
         before = len(self.moves)
         by_hand = told["by"] == "manual"
+        plan = [self._plan.get((told["ino"], index)) for index in pages]
+        self.history.begin([move for move in plan if move is not None and not by_hand])
         for part in [pages] if by_hand else self._planned_parts(told["ino"], pages, to):
             self._move_pages(told["ino"], part, to, told["reason"], refused)
+        self.history.end()
         wanted = [
             (told["ino"], index, told["to"])
             for first, count in told["moved"]
@@ -337,6 +340,7 @@ class Replay:
         due = []
         while self._due and self._due[0][0] <= self.now_ns:
             due.append(self._due.popleft()[1])
+        self.history.begin(due)
         for ino, pages, to, why in jobs_of(due):
             if not self.fs.knows(ino):
                 self.engine.give_up("gone", len(pages))
@@ -345,6 +349,7 @@ class Replay:
             for reason, count in failed.items():
                 self.engine.give_up(reason, count)
             self._take_away([(ino, index) for index in moved], MOVE)
+        self.history.end()
         self.steering.carried_out(due, self.now_ns)
 
     # What a mount's invalidations do to the kernel's column

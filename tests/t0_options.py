@@ -11,6 +11,7 @@ from xipfs.options import HELP, MountOptions, parse_options
 def test_the_defaults() -> None:
     assert parse_options([]) == MountOptions(
         ro=False,
+        sync=False,
         ram_bytes=67108864,
         struct_page_bytes=64,
         medium=None,
@@ -28,6 +29,7 @@ def test_the_defaults() -> None:
 def test_every_option_at_once_in_one_word_or_in_many() -> None:
     expected = MountOptions(
         ro=True,
+        sync=True,
         ram_bytes=1 << 20,
         struct_page_bytes=56,
         medium="pcm",
@@ -40,6 +42,7 @@ def test_every_option_at_once_in_one_word_or_in_many() -> None:
     )
     words = [
         "ro",
+        "sync",
         "ram=1M",
         "struct_page=56",
         "medium=pcm",
@@ -108,6 +111,7 @@ def test_every_option_has_a_line_of_help() -> None:
     assert names == {
         "ro",
         "rw",
+        "sync",
         "ram",
         "struct_page",
         "medium",
@@ -124,6 +128,7 @@ def test_every_option_has_a_line_of_help() -> None:
 def test_they_are_told_as_json_ready_values() -> None:
     assert parse_options(["ram=64K,policy=threshold,promote=2"]).describe() == {
         "ro": False,
+        "sync": False,
         "ram_bytes": 65536,
         "struct_page_bytes": 64,
         "medium": None,

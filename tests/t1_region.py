@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,44 @@ def test_every_store_flush_and_fence_is_counted(file: Path) -> None:
     assert region.statistics() == RegionStatistics(
         stores=2, stored_bytes=16, flushed_lines=3, fences=1
     )
+    region.close()
+
+
+class RecordedMap(mmap.mmap):
+    """A mapping that notes what of it was brought to the disk."""
+
+    synced: list[tuple[int, int]] = []  # noqa: RUF012
+
+    def flush(self, offset: int = 0, size: int = -1) -> None:
+        self.synced.append((offset, size))
+        super().flush(*(() if size < 0 else (offset, size)))
+
+
+def test_a_region_that_syncs_brings_to_disk_what_each_fence_orders(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr(RecordedMap, "synced", synced)
+    monkeypatch.setattr("xipfs.memory.region.mmap.mmap", RecordedMap)
+    region = Region(file, writable=True, sync_fences=True)
+    assert synced == [(0, -1)], "what came before, whole"
+    synced.clear()
+    region.store(5000, b"new")
+    region.fence()
+    assert synced == [], "nothing was flushed"
+    region.flush(5000, 3)
+    region.fence()
+    assert synced == [(4096, 907)], "from the page's start to the last byte"
+    region.flush(100, 8)
+    region.flush(4096, 64)
+    region.fence()
+    region.fence()
+    assert synced == [(4096, 907), (0, 4160)], "one call a fence that orders anything"
+    region.close()
+    region = Region(file, writable=True)
+    region.flush(0, 8)
+    region.fence()
+    assert len(synced) == 2, "without the option only sync() goes to the disk"
     region.close()
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import needs
 from live import (
@@ -409,3 +410,38 @@ def test_a_directory_with_spaces_commas_and_backslashes(live: Mounts) -> None:
         (mount / "file").write_bytes(b"odd")
         assert mount.stats()["mount"]["mountpoint"] == str(odd / "m n,t")
         mount.umount()
+
+
+def dirty_pages(image: Path) -> int:
+    """Count the image's pages that the host has not brought to its disk yet."""
+    with image.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        bytes_ = np.frombuffer(view, np.uint8)
+        first = bytes_.ctypes.data // PAGE
+        count = bytes_.size // PAGE
+        assert int(bytes_[::PAGE].sum()) >= 0  # every page is mapped now
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            entries = np.frombuffer(os.pread(pagemap.fileno(), count * 8, first * 8), np.uint64)
+        dirty = 0
+        with open("/proc/kpageflags", "rb", buffering=0) as flags:
+            for pfn in (entries & np.uint64((1 << 55) - 1)).tolist():
+                dirty += os.pread(flags.fileno(), 8, pfn * 8)[0] >> 4 & 1
+        del bytes_
+    return dirty
+
+
+def test_with_sync_the_host_s_disk_has_what_a_call_made_durable(live: Mounts) -> None:
+    image = live.image(size_bytes=1 << 20)
+    kind = subprocess.run(["stat", "-f", "-c", "%T", image], capture_output=True, text=True)
+    if kind.stdout.strip() == "tmpfs":
+        pytest.skip("a tmpfs has no disk")
+    mount = live.mount(image, "sync")
+    mount.directory.joinpath("made").mkdir()
+    os.rename(mount.directory / "made", mount.directory / "renamed")
+    assert dirty_pages(image) == 0
+    mount = live.remount(mount)
+    mount.directory.joinpath("renamed").rmdir()
+    assert dirty_pages(image) > 0, "without the option they wait"
+    fd = os.open(mount.directory, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    assert dirty_pages(image) == 0

@@ -44,6 +44,7 @@ def serve(
         ram_bytes=options.ram_bytes,
         struct_page_bytes=options.struct_page_bytes,
         read_only=options.ro,
+        sync_fences=options.sync,
         clock=SystemClock(),
     )
     try:

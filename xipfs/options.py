@@ -22,6 +22,7 @@ OBSERVE_MODES: Final[tuple[Observe, ...]] = ("auto", "tracefs", "requests", "off
 HELP: Final[dict[str, str]] = {
     "ro": "mount read-only; nothing is written to the image",
     "rw": "mount read-write (default)",
+    "sync": "wait for the host's disk whenever something becomes durable, not at fsync only",
     "ram=SIZE": "page-cache RAM of the modelled machine (default 64M)",
     "struct_page=N": "bytes of one struct page: 32, 56 or 64 (default 64)",
     "medium=NAME|FILE:TABLE": "estimate costs on nor, pcm, optane, dram, cxl (default none)",
@@ -40,6 +41,7 @@ class MountOptions:
     """The parsed options of one mount; sizes in bytes, read-ahead in KiB (None: by observer)."""
 
     ro: bool = False
+    sync: bool = False
     ram_bytes: int = 64 << 20
     struct_page_bytes: int = 64
     medium: str | None = None
@@ -73,11 +75,13 @@ def parse_options(words: Iterable[str]) -> MountOptions:
 
 
 def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
-    if name in ("ro", "rw", "allow_other", "dry"):
+    if name in ("ro", "rw", "sync", "allow_other", "dry"):
         if value is not None:
             raise UsageError(f"mount option {name!r} takes no value, got {value!r}")
         if name == "allow_other":
             return replace(options, allow_other=True)
+        if name == "sync":
+            return replace(options, sync=True)
         if name == "dry":
             return replace(options, dry=True)
         return replace(options, ro=name == "ro")

@@ -78,17 +78,19 @@ class Filesystem:
         ram_bytes: int,
         struct_page_bytes: int = 64,
         read_only: bool = False,
+        sync_fences: bool = False,
         clock: Clock,
     ) -> Self:
         """Lock and open the image file.
 
         An image that was not closed cleanly is recovered first: its pending transaction is
-        finished and its orphans are freed (read-only: only shown so; nothing is written).
+        finished and its orphans are freed (read-only: only shown so; nothing is written). With
+        ``sync_fences`` every fence waits for the host's disk, not only fsync and close.
         Raise ImageBusyError if another process has it, ImageError if it is not usable.
         """
         lock = ImageLock(image_path, exclusive=not read_only)
         try:
-            region = Region(image_path, writable=not read_only)
+            region = Region(image_path, writable=not read_only, sync_fences=sync_fences)
             return cls(
                 region,
                 image_path=image_path,

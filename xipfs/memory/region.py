@@ -5,8 +5,9 @@ and a fence came after the flush. Everything that must survive a power cut is th
 through the five calls of ``Medium``, and the code above states its order with fences, not with
 luck. ``Region`` is the medium of a live mount: the image file mapped shared, so that a read can be
 answered with a view of the file's own pages. On a host file flush and fence order the stores and
-count them; the host's disk is reached by ``sync``. Another medium with the same calls can hold
-back unflushed lines and cut the power between any two fences.
+count them; the host's disk is reached by ``sync``, or by every fence of a region opened so.
+Another medium with the same calls can hold back unflushed lines and cut the power between any two
+fences.
 
 A load hands out read-only views. Writable views never leave this module, so none can be kept
 across a fence.
@@ -97,9 +98,11 @@ class Region:
     """An image file of whole pages as a ``Medium``.
 
     Opened read-only the file is mapped read-only: a stray store raises, and nothing is written.
+    With ``sync_fences`` a fence brings what was flushed to the host's disk before it returns, so a
+    crash of the host leaves what a power cut of the medium may leave.
     """
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
+    def __init__(self, path: Path, *, writable: bool, sync_fences: bool = False) -> None:
         try:
             descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
@@ -119,11 +122,16 @@ class Region:
         finally:
             os.close(descriptor)
         self._writable: Final = writable
+        self._sync_fences: Final = sync_fences
+        #: First and last byte of what was flushed since the last fence; only with sync_fences.
+        self._unsynced: tuple[int, int] | None = None
         self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mmap, np.uint8)
         self._words = self._bytes.view(np.uint64)
         self._view = memoryview(self._mmap)
         self._readable = self._view.toreadonly()
         self._wear = Wear()
+        if sync_fences:
+            self._mmap.flush()  # what was stored through another mapping and not synced
         self._stores = self._stored_bytes = self._flushed_lines = self._fences = 0
 
     @property
@@ -164,10 +172,20 @@ class Region:
     def flush(self, offset: int, size: int) -> None:
         """Count the lines of the range; a mapped file needs no more."""
         self._flushed_lines += self._wear.flushed(offset, size)
+        if self._sync_fences and size:
+            first, last = self._unsynced or (offset, offset)
+            self._unsynced = min(first, offset), max(last, offset + size - 1)
 
     def fence(self) -> None:
         """Count the fence; stores to a mapped file reach other readers in program order."""
         self._fences += 1
+        if self._unsynced is not None:
+            assert self._mmap is not None, "the region is closed"
+            first, last = self._unsynced
+            start = first - first % PAGE_SIZE
+            # One call, over what lies between too: what was not flushed may always arrive.
+            self._mmap.flush(start, last + 1 - start)
+            self._unsynced = None
 
     def sync(self) -> None:
         """Write the mapped file to the host's disk and wait for it (msync)."""

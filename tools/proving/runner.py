@@ -9,6 +9,7 @@ import random
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,23 @@ class Outcome:
 class Runner:
     """Runs programs over the files ``names`` of a mount.
 
-    The mount gets a copy of ``touch`` too, which programs exec.
+    The mount gets a copy of ``touch`` too, which programs exec. ``environment`` is the programs'.
     """
 
     def __init__(
-        self, directory: Path, touch: Path, names: list[str], outcome: Outcome | None = None
+        self,
+        directory: Path,
+        touch: Path,
+        names: list[str],
+        outcome: Outcome | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._directory = directory
         self._touch = touch
         self._files = [directory / name for name in names]
         self._binary = directory / "tool"
         shutil.copy(touch, self._binary)
+        self._environment = environment
         self.outcome = outcome or Outcome()
 
     def run(self, seed: int) -> None:
@@ -63,6 +70,7 @@ class Runner:
         how = f"{how}: {shlex.join(program.words)}"
         process = subprocess.Popen(
             [self._touch, *program.words],
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

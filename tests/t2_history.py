@@ -81,6 +81,18 @@ def test_moves_are_counted_by_cause_file_and_process() -> None:
     assert len(history.pages.most_moved(9)) == 3
 
 
+def test_what_a_dry_policy_would_move_is_told_and_counts_nowhere() -> None:
+    history = History()
+    history.would(9, [promotion(7, "fifo", "why", 70), promotion(6, "fifo", "why", 70)])
+    history.would(9, [promotion(9, "fifo", "why", 70)])
+    events, _, _ = history.since(0)
+    told = [(each.first, each.last, each.would_move, each.moved, each.policy) for each in events]
+    assert told == [(6, 7, 2, 0, "fifo"), (9, 9, 1, 0, "fifo")]
+    assert all(event.dry for event in events)
+    figures = history.describe()
+    assert (figures["chunks"], figures["by_cause"], figures["by_file"]) == (0, [], [])
+
+
 def test_a_table_sums_up_what_it_does_not_keep_apart() -> None:
     table: Table[int] = Table(lines_max=2)
     for key in (1, 2, 1, 3):

@@ -254,6 +254,9 @@ def test_a_dry_policy_counts_what_it_would_move_and_moves_nothing(live: Mounts) 
     assert dry["cost"]["nvram_read_bytes"] == 41 * PAGE
     # 41 reads of 55 ns and 4096 bytes at 1 GB/s, and the transactions.
     assert dry["cost"]["ns_estimated"] > 41 * (55 + 4096)
+    lines = xipfs("events", mount.directory).stdout.splitlines()
+    assert all(" to pagecache (fifo: first fault): 1 would move" in line for line in lines)
+    assert len(lines) == 41
     assert mount.stats()["vmstat"]["pgpromote_success"] == 0
     assert mount.letters("file") == "X" * 41
 

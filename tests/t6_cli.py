@@ -193,6 +193,10 @@ def test_stat_tells_the_cost_on_a_named_medium(live: Mounts) -> None:
     told = said(mount, "stat", "MNT")
     assert "modelled cost on nor, one access after another\n" in told
     assert f"write_ns_estimated    {cost['write_ns_estimated']:14}" in told
+    assert "struct_page_bytes            1048576  (1 MiB)\n" in told
+    reached, blocks = next(iter(cost["wear"]["blocks_by_line_writes"].items()))
+    assert f"wear: blocks          {blocks:14}  with {reached} line writes\n" in told
+    assert "S29GL01GS" in cost["medium_source"]
 
 
 @needs("root", "fuse", "tracefs")

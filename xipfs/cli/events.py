@@ -34,7 +34,10 @@ def as_line(event: Json) -> str:
     total_ms = sum(event["durations_ns"].values()) / 1e6
     refused = "".join(f", {count} {reason}" for reason, count in event["failed"].items())
     why = ": ".join(word for word in (event["policy"], event["reason"]) if word)
+    outcome = f"{event['moved']} moved{refused}, {total_ms:.3f} ms"
+    if event["dry"]:
+        outcome = f"{event['would_move']} would move"
     return (
         f"{event['time_ns'] / 1e9:.6f} inode {event['ino']} pages {event['first']}-{event['last']} "
-        f"to {event['to']} ({why}): {event['moved']} moved{refused}, {total_ms:.3f} ms"
+        f"to {event['to']} ({why}): {outcome}"
     )

@@ -137,6 +137,10 @@ def _cost_lines(cost: Json) -> list[str]:
     for name in ("read_ns_estimated", "write_ns_estimated"):
         lines.append(f"{name:22}{cost[name]:14}  ({cost[name] / 1e6:.3f} ms)")
     lines.append(f"{'ram_frame_seconds':22}{cost['ram_frame_seconds']:14}")
+    total = cost["struct_page_bytes_total"]
+    lines.append(f"{'struct_page_bytes':22}{total:14}  ({format_size(total)})")
+    for reached, blocks in cost["wear"]["blocks_by_line_writes"].items():
+        lines.append(f"{'wear: blocks':22}{blocks:14}  with {reached} line writes")
     for hot in cost["wear"]["hottest"][:1]:
         lines.append(
             f"{'hottest block':22}{hot['block']:14}  "

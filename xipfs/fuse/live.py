@@ -108,6 +108,7 @@ class Live:
         self.migrator.on_move = self.recorder.moved
         self.migrator.on_give_up = self.recorder.gave_up
         self.migrator.before_move = self.recorder.file
+        self.deciding.on_would = lambda moves: self.migrator.history.would(time.time_ns(), moves)
         self.verifier = Verifier(self)
         nursery.start_soon(self._drain_forever)
         nursery.start_soon(self.verifier.watch_forever)

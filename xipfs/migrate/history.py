@@ -62,7 +62,8 @@ class Histogram:
 class ChunkEvent:
     """One chunk of a migration; ``durations_ns`` by step, each the sum over all passes.
 
-    ``policy`` is the one that planned it, None if somebody asked for it by hand.
+    ``policy`` is the one that planned it, None if somebody asked for it by hand. Under ``dry``
+    nothing moved, and ``would_move`` counts the pages.
     """
 
     time_ns: int
@@ -72,6 +73,8 @@ class ChunkEvent:
     to: str
     reason: str
     policy: str | None = None
+    dry: bool = False
+    would_move: int = 0
     moved: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     moved_bytes: int = 0
@@ -100,6 +103,7 @@ class History:
         self.processes: Table[int] = Table()
         #: Told each group of pages that moved: inode, indexes, new kind, time.
         self.on_moved: Callable[[int, Sequence[int], PageKind, int], None] | None = None
+        self._chunks = 0
         self.recorded = 0
         self.refaults = 0
         self.pingpong = 0
@@ -183,8 +187,31 @@ class History:
             event.policy = planned.policy
         for step, duration_ns in event.durations_ns.items():
             self._steps[step].add(duration_ns)
+        self._add(event)
+        self._chunks += 1
+
+    def _add(self, event: ChunkEvent) -> None:
         self._events.append(event)
         self.recorded += 1
+
+    def would(self, time_ns: int, moves: list[Move]) -> None:
+        """Add events of what a dry policy would have moved at one signal; nothing is counted."""
+        for move in sorted(moves, key=lambda move: (move.to.value, move.ino, move.index)):
+            last = self._events[-1] if self._events else None
+            key = (time_ns, move.ino, move.to.value, move.reason)
+            if (
+                last is not None
+                and last.dry
+                and key == (last.time_ns, last.ino, last.to, last.reason)
+                and move.index == last.last + 1
+            ):
+                last.last += 1
+                last.would_move += 1
+                continue
+            ino, index, to = move.ino, move.index, move.to.value
+            event = ChunkEvent(time_ns, ino, index, index, to, move.reason, move.policy, dry=True)
+            event.would_move = 1
+            self._add(event)
 
     def since(self, number: int) -> tuple[list[ChunkEvent], int, int]:
         """Return the events from ``number`` on, how many of them the ring lost, the next number."""
@@ -201,6 +228,6 @@ class History:
             "by_cause": self.causes.describe(("policy", "reason", "to")),
             "by_file": self.files.describe(("ino",))[:LINES_SHOWN],
             "by_process": self.processes.describe(("pid",))[:LINES_SHOWN],
-            "chunks": self.recorded,
+            "chunks": self._chunks,
             "step_ns": {step: each.describe() for step, each in self._steps.items()},
         }

@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class Steering:
-    """The policy of one filesystem. ``on_plan`` is told the moves that a signal has earned."""
+    """The policy of one filesystem.
+
+    ``on_plan`` is told the moves that a signal has earned, ``on_would`` those of a dry policy.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Steering:
         self._requests: list[Signal] = []
         self._now_ns = 0
         self.on_plan: Callable[[list[Move]], None] | None = None
+        self.on_would: Callable[[list[Move]], None] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return the policy's part of ``stats.json``."""
@@ -142,8 +146,9 @@ class Steering:
         except Exception as error:
             self._fail(error)
             return
-        if moves and not self._dry and self.on_plan is not None:
-            self.on_plan(moves)
+        told = self.on_would if self._dry else self.on_plan
+        if moves and told is not None:
+            told(moves)
 
     def _fail(self, error: Exception) -> None:
         log.exception("policy %s failed; it is off from now on", self._decider.name)

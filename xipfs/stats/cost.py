@@ -33,6 +33,7 @@ def cost(fs: Filesystem, profile: Profile | None) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "modelled": True,
         "medium": None if profile is None else profile.name,
+        "medium_source": None if profile is None else profile.source,
         "nvram_read_bytes": read_bytes,
         "nvram_written_bytes": written_bytes,
         "nvram_fences": stored.fences,

@@ -9,6 +9,7 @@ from media import RecordingMedium, new_medium, open_medium
 
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.pagecache import nothing
 from xipfs.fs.types import PageKind, PageRun, PageState
 from xipfs.units import PageIndex
 
@@ -361,3 +362,37 @@ def test_runs_with_bytes_are_those_of_the_range_and_the_file(fs: Filesystem) -> 
     assert list(fs.runs_with_bytes(ino, range(512, 513))) == [range(512, 513)]
     assert list(fs.runs_with_bytes(ino, range(4, 5))) == []
     assert list(fs.runs_with_bytes(ino, range(1 << 28, 1 << 29))) == []
+
+
+def test_the_policy_chooses_who_goes_first_and_the_coldest_follow(
+    fs: Filesystem, medium: RecordingMedium
+) -> None:
+    ino = make(fs, P, 4)
+    wanted: list[tuple[int, int]] = []
+    asked: list[int] = []
+
+    def choose(count: int) -> list[tuple[int, int]]:
+        asked.append(count)
+        return wanted
+
+    fs.set_hooks(on_unmap=lambda *_: None, on_evict=nothing, on_cut=nothing, choose_victims=choose)
+    wanted = [(ino, 2)]
+    fs.write(ino, 4 * PAGE, b"5" * PAGE)
+    assert letters(fs, ino) == "PPpPP"
+    assert b"\x03" * PAGE in medium.now, "what was dirty went home first"
+    # Not resident, no file, twice: passed over; then comes the coldest.
+    wanted = [(ino, 2), (99, 0), (ino, 3), (ino, 3)]
+    other = make(fs, X, 2, b"other")
+    fs.move(other, range(2), P)
+    assert letters(fs, ino) == "pPppP"
+    statistics = fs.cache_statistics()
+    assert (statistics.evictions, statistics.evictions_chosen) == (3, 2)
+    assert asked == [1, 2]
+    # A pinned one stays, whoever names it.
+    pinned = fs.page(ino, 1).pfn
+    assert pinned is not None
+    fs.memory.get_page(pinned)
+    wanted = [(ino, 1)]
+    fs.write(ino, 5 * PAGE, b"6" * PAGE)
+    assert letters(fs, ino) == "pPpppP"
+    assert (letters(fs, other), fs.cache_statistics().evictions_chosen) == ("PP", 2)

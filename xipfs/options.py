@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from xipfs.errors import UsageError
 from xipfs.memory.frames import STRUCT_PAGE_SIZES
@@ -24,6 +24,10 @@ HELP: Final[dict[str, str]] = {
     "rw": "mount read-write (default)",
     "sync": "wait for the host's disk whenever something becomes durable, not at fsync only",
     "ram=SIZE": "page-cache RAM of the modelled machine (default 64M)",
+    "dirty_background_ratio=PERCENT": "of ram=: dirty pages above it go home (default 10)",
+    "dirty_ratio=PERCENT": "of ram=: above it writers wait for them to go home (default 20)",
+    "dirty_expire_ms=MS": "a page dirty for so long goes home in any case (default 30000)",
+    "dirty_writeback_ms=MS": "how often that is looked at (default 5000)",
     "struct_page=N": "bytes of one struct page: 32, 56 or 64 (default 64)",
     "medium=NAME|FILE:TABLE": "estimate costs on nor, pcm, optane, dram, cxl (default none)",
     "rules=NAME": "rule set that faults are charged by (default 6.1)",
@@ -43,6 +47,10 @@ class MountOptions:
     ro: bool = False
     sync: bool = False
     ram_bytes: int = 64 << 20
+    dirty_background_ratio: int = 10
+    dirty_ratio: int = 20
+    dirty_expire_ms: int = 30_000
+    dirty_writeback_ms: int = 5000
     struct_page_bytes: int = 64
     medium: str | None = None
     rules: str = "6.1"
@@ -101,6 +109,9 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
         if ram < PAGE_SIZE:
             raise UsageError(f"ram={value} is less than one page", expected=f"{PAGE_SIZE} or more")
         return replace(options, ram_bytes=ram // PAGE_SIZE * PAGE_SIZE)
+    if name.startswith("dirty_"):
+        changed: dict[str, Any] = {name: _integer(name, value, int("background" not in name))}
+        return replace(options, **changed)
     if name == "struct_page":
         return replace(options, struct_page_bytes=_integer(name, value, 1))
     if name == "observe":
@@ -133,6 +144,10 @@ def policy_value(name: str, value: str) -> int | str:
 
 _VALUED: Final = (
     "ram",
+    "dirty_background_ratio",
+    "dirty_ratio",
+    "dirty_expire_ms",
+    "dirty_writeback_ms",
     "struct_page",
     "medium",
     "rules",
@@ -153,6 +168,12 @@ def _check(options: MountOptions) -> MountOptions:
     if options.struct_page_bytes not in STRUCT_PAGE_SIZES:
         sizes = ", ".join(map(str, STRUCT_PAGE_SIZES))
         raise UsageError(f"struct_page={options.struct_page_bytes}", expected=f"one of {sizes}")
+    if not options.dirty_background_ratio < options.dirty_ratio <= 100:
+        raise UsageError(
+            f"dirty_background_ratio={options.dirty_background_ratio} with "
+            f"dirty_ratio={options.dirty_ratio}",
+            expected="percent of RAM, the first less than the second",
+        )
     if options.hint_pages_per_s and options.observe in ("requests", "off"):
         raise UsageError(
             f"hint= with observe={options.observe}", expected="observe=tracefs, which sees faults"

@@ -20,7 +20,7 @@ from xipfs.fs.frame_table import Pfns
 from xipfs.fs.imagelock import ImageLock
 from xipfs.fs.moving import Moved, Moving
 from xipfs.fs.namespace import Namespace
-from xipfs.fs.pagecache import CacheStatistics, PageHook, RunHook
+from xipfs.fs.pagecache import CacheStatistics, Chooser, PageHook, RunHook, nobody
 from xipfs.fs.placement import Placement
 from xipfs.fs.reclaim import Reclaim
 from xipfs.fs.rename import Rename
@@ -139,17 +139,26 @@ class Filesystem:
         """The medium beneath: its statistics tell what was stored, flushed and fenced."""
         return self._core.medium
 
-    def set_hooks(self, *, on_unmap: RunHook, on_evict: PageHook, on_cut: PageHook) -> None:
+    def set_hooks(
+        self,
+        *,
+        on_unmap: RunHook,
+        on_evict: PageHook,
+        on_cut: PageHook,
+        choose_victims: Chooser = nobody,
+    ) -> None:
         """Install what is called around losing a frame or a page.
 
         ``on_unmap(ino, first, count)`` must zap every PTE of the pages and drop the references
         that go with them; ``on_evict(ino, index)`` tells that the page is not resident any more;
         ``on_cut(ino, first)`` that the file ends before page ``first`` from now on, XIP pages
-        included. None may call the filesystem.
+        included; ``choose_victims(count)`` names pages that shall lose their frames before others.
+        None may call the filesystem.
         """
         self._core.cache.on_unmap = on_unmap
         self._core.cache.on_evict = on_evict
         self._core.cache.on_cut = on_cut
+        self._core.cache.choose_victims = choose_victims
 
     def cache_statistics(self) -> CacheStatistics:
         """Return what the page cache did since the mount."""

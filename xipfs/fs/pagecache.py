@@ -11,7 +11,7 @@ exceeds 1 + mapcount (rule P7). The model's PTEs of a victim are zapped through 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Final
@@ -30,6 +30,15 @@ PageHook = Callable[[Ino, PageIndex], None]
 """Called with the page concerned; must not call the filesystem back."""
 RunHook = Callable[[Ino, PageIndex, int], None]
 """Called with the first of a run of pages and their count; must not call the filesystem back."""
+
+
+Chooser = Callable[[int], Sequence[tuple[int, int]]]
+"""Returns up to so many (inode, page) that shall go first; must not call the filesystem back."""
+
+
+def nobody(_count: int) -> Sequence[tuple[int, int]]:
+    """Have no opinion on which pages shall go."""
+    return ()
 
 
 def nothing(_ino: Ino, _index: PageIndex) -> None:
@@ -52,6 +61,8 @@ class CacheStatistics:
     """Pages evicted for want of RAM, filled from their homes, written to them; RAM over time."""
 
     evictions: int
+    evictions_chosen: int
+    """Those of them that the policy named; the others were the least recently used."""
     filled: int
     written_home: int
     ram_frame_ns: int
@@ -62,7 +73,8 @@ class PageCache:
     """All resident pages of all files; a page is named by its frame.
 
     ``on_unmap`` must zap every PTE of a run of pages; ``on_evict`` tells that a page's frame is
-    gone, ``on_cut`` that a file lost its pages from an index on.
+    gone, ``on_cut`` that a file lost its pages from an index on. ``choose_victims`` is asked which
+    pages shall go before others when RAM is full.
     """
 
     def __init__(self, memory: PhysicalMemory, medium: Medium, clock: Clock) -> None:
@@ -77,7 +89,8 @@ class PageCache:
         self.on_unmap: RunHook = nothing_of_run
         self.on_evict: PageHook = nothing
         self.on_cut: PageHook = nothing
-        self.evictions = 0
+        self.choose_victims: Chooser = nobody
+        self.evictions = self.evictions_chosen = 0
         self.filled = 0
         self.written_home = 0
         self._evicted_fills: OrderedDict[tuple[int, int], None] = OrderedDict()
@@ -88,7 +101,9 @@ class PageCache:
     def statistics(self) -> CacheStatistics:
         """Return the counts since the mount."""
         self._count_frames()
-        return CacheStatistics(self.evictions, self.filled, self.written_home, self._frame_ns)
+        return CacheStatistics(
+            self.evictions, self.evictions_chosen, self.filled, self.written_home, self._frame_ns
+        )
 
     def _count_frames(self) -> None:
         """Add what the resident pages have used since the last call; comes before each change."""
@@ -290,23 +305,40 @@ class PageCache:
         self.drop(self.get_run(ino, pages))
 
     def _evict(self, count: int) -> int:
-        """Drop the ``count`` least recently used pages that are not pinned; return how many.
+        """Drop ``count`` pages that are not pinned; return how many.
 
-        Dirty ones are written home first. Pinned pages met on the way become the
-        hottest, so the next search does not meet them again at once.
+        First those that ``choose_victims`` names, then the least recently used. Dirty ones are
+        written home first. Pages met on the way become the hottest, pinned ones too, so the next
+        search does not meet them again at once.
         """
-        memory, frames = self._memory, self._frames
-        victims: list[Pfn] = []
+        frames = self._frames
+        victims: dict[Pfn, None] = {}
+        for ino, index in self.choose_victims(count):
+            pfn = frames.find(ino, index)
+            if pfn is not None and pfn not in victims and len(victims) < count:
+                frames.touch(pfn)
+                if self._can_go(pfn):
+                    victims[pfn] = None
+        self.evictions_chosen += len(victims)
         for _ in range(len(frames)):
+            if len(victims) == count:
+                break
             pfn = frames.coldest()
             frames.touch(pfn)
-            if memory.ref[pfn] != 1 + memory.map[pfn]:
-                continue
-            self.on_unmap(Ino(frames.ino[pfn]), PageIndex(frames.index[pfn]), 1)
-            if memory.ref[pfn] == 1:
-                victims.append(pfn)
-                if len(victims) == count:
-                    break
+            if pfn not in victims and self._can_go(pfn):
+                victims[pfn] = None
+        return self._drop_victims(list(victims))
+
+    def _can_go(self, pfn: Pfn) -> bool:
+        """Return whether nobody but the cache refers to the frame, its PTEs zapped for that."""
+        memory = self._memory
+        if memory.ref[pfn] != 1 + memory.map[pfn]:
+            return False
+        self.on_unmap(Ino(self._frames.ino[pfn]), PageIndex(self._frames.index[pfn]), 1)
+        return memory.ref[pfn] == 1
+
+    def _drop_victims(self, victims: list[Pfn]) -> int:
+        frames = self._frames
         gone = np.array(victims, np.int64)
         self.write_home(gone)
         pages = [

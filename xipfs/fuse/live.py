@@ -72,7 +72,7 @@ class Live:
         )
         self.engine = Engine(fs)
         self.heat = Heat()
-        self.writeback = Writeback(fs)
+        self.writeback = Writeback(fs, options)
         self.fault_log = FaultLog(lambda pid: self.observer.comm(pid))
         self.accountant.on_charge = self.fault_log.add
         self.accountant.on_charges = self.fault_log.add_many
@@ -92,6 +92,7 @@ class Live:
             on_unmap=self.accountant.unmap_pages,
             on_evict=self._on_evict,
             on_cut=self._on_cut,
+            choose_victims=self.deciding.victims,
         )
 
     def observe(self, mount: Mount) -> None:

@@ -1,10 +1,10 @@
 """Background write-back: dirty page-cache frames go home before somebody has to wait for it.
 
-As Linux does it, with its defaults (6.1: mm/page-writeback.c; sysctl/vm.rst): above
+As Linux does it (6.1: mm/page-writeback.c; sysctl/vm.rst), and with its defaults: above
 ``dirty_background_ratio`` of RAM the flusher writes the longest dirty pages until they are below;
 above ``dirty_ratio`` the writer itself does so first; and what is dirty for longer than
-``dirty_expire`` goes home in any case. The ratios are of all page-cache frames, since the modelled
-RAM holds nothing else.
+``dirty_expire_ms`` goes home in any case. The ratios are of all page-cache frames, since the
+modelled RAM holds nothing else.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from typing import Final
 import trio
 
 from xipfs.fs.filesystem import Filesystem
+from xipfs.options import MountOptions
 
-DIRTY_BACKGROUND_RATIO: Final = 10
-DIRTY_RATIO: Final = 20
-DIRTY_WRITEBACK_S: Final = 5.0
-DIRTY_EXPIRE_NS: Final = 30_000_000_000
 #: Pages written between two chances for requests.
 _PIECE_PAGES: Final = 256
 
@@ -39,11 +36,13 @@ class WritebackStatistics:
 class Writeback:
     """The flusher of one mount; used from the trio thread."""
 
-    def __init__(self, fs: Filesystem) -> None:
+    def __init__(self, fs: Filesystem, options: MountOptions) -> None:
         self._fs = fs
         ram_pages = fs.memory.ram_pages
-        self._background = ram_pages * DIRTY_BACKGROUND_RATIO // 100
-        self._limit = max(ram_pages * DIRTY_RATIO // 100, self._background + 1)
+        self._background = ram_pages * options.dirty_background_ratio // 100
+        self._limit = max(ram_pages * options.dirty_ratio // 100, self._background + 1)
+        self._interval_s = options.dirty_writeback_ms / 1000
+        self._expire_ns = options.dirty_expire_ms * 1_000_000
         self._wake = trio.Event()
         self._pages = {"background": 0, "expired": 0, "throttled": 0}
 
@@ -69,12 +68,12 @@ class Writeback:
     async def run(self) -> None:
         """Write back for ever."""
         while True:
-            with trio.move_on_after(DIRTY_WRITEBACK_S):
+            with trio.move_on_after(self._interval_s):
                 await self._wake.wait()
             self._wake = trio.Event()
             while (excess := self._fs.nr_dirty_pages - self._background) > 0:
                 self._pages["background"] += self._fs.write_back(min(excess, _PIECE_PAGES))
                 await trio.lowlevel.checkpoint()
-            while count := self._fs.write_back(_PIECE_PAGES, older_ns=DIRTY_EXPIRE_NS):
+            while count := self._fs.write_back(_PIECE_PAGES, older_ns=self._expire_ns):
                 self._pages["expired"] += count
                 await trio.lowlevel.checkpoint()

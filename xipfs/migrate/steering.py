@@ -132,7 +132,9 @@ class Steering:
         return refused
 
     def victims(self, count: int) -> list[Page]:
-        """Return pages that the policy wants evicted first; empty: it has no opinion."""
+        """Return pages that the policy wants evicted first; empty: it has no opinion, or no say."""
+        if self._dry is not None:
+            return []
         try:
             return self._decider.victims(count, self._fs.nr_resident_pages)
         except Exception as error:

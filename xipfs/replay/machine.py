@@ -105,7 +105,10 @@ class Replay:
         self.steering.on_plan = self._planned
         self.history.on_moved = self.steering.moved
         self.fs.set_hooks(
-            on_unmap=self._on_unmap, on_evict=self._on_evict, on_cut=self.accountant.cut
+            on_unmap=self._on_unmap,
+            on_evict=self._on_evict,
+            on_cut=self.accountant.cut,
+            choose_victims=self.steering.victims,
         )
         self.counts = Replayed()
         #: Every page moved, in order: inode, page, new kind.

@@ -43,6 +43,7 @@ def vmstat(fs: Filesystem, accountant: Accountant, migration: Mapping[str, int])
         **vars(accountant.ledger.total),
         **migration,
         "pgevict": cache.evictions,
+        "pgevict_policy": cache.evictions_chosen,
         "pgwriteback": cache.written_home,
         "nr_xip_pages": fs.nr_xip_pages,
         "nr_pagecache_pages": fs.nr_pagecache_pages,

@@ -375,7 +375,7 @@ def test_the_policy_chooses_who_goes_first_and_the_coldest_follow(
         asked.append(count)
         return wanted
 
-    fs.set_hooks(on_unmap=lambda *_: None, on_evict=nothing, on_cut=nothing, choose_victims=choose)
+    fs.set_hooks(on_unmap=lambda *_: None, on_evict=nothing, on_cut=nothing, chooser=choose)
     wanted = [(ino, 2)]
     fs.write(ino, 4 * PAGE, b"5" * PAGE)
     assert letters(fs, ino) == "PPpPP"

@@ -140,25 +140,18 @@ class Filesystem:
         return self._core.medium
 
     def set_hooks(
-        self,
-        *,
-        on_unmap: RunHook,
-        on_evict: PageHook,
-        on_cut: PageHook,
-        choose_victims: Chooser = nobody,
+        self, *, on_unmap: RunHook, on_evict: PageHook, on_cut: PageHook, chooser: Chooser = nobody
     ) -> None:
-        """Install what is called around losing a frame or a page.
+        """Install what is called around losing a frame or a page; none may call the filesystem.
 
         ``on_unmap(ino, first, count)`` must zap every PTE of the pages and drop the references
         that go with them; ``on_evict(ino, index)`` tells that the page is not resident any more;
         ``on_cut(ino, first)`` that the file ends before page ``first`` from now on, XIP pages
-        included; ``choose_victims(count)`` names pages that shall lose their frames before others.
-        None may call the filesystem.
+        included; ``chooser(count)`` names pages that shall lose their frames before others.
         """
-        self._core.cache.on_unmap = on_unmap
-        self._core.cache.on_evict = on_evict
-        self._core.cache.on_cut = on_cut
-        self._core.cache.choose_victims = choose_victims
+        cache = self._core.cache
+        cache.on_unmap, cache.on_evict, cache.on_cut = on_unmap, on_evict, on_cut
+        cache.choose_victims = chooser
 
     def cache_statistics(self) -> CacheStatistics:
         """Return what the page cache did since the mount."""

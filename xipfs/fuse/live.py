@@ -92,7 +92,7 @@ class Live:
             on_unmap=self.accountant.unmap_pages,
             on_evict=self._on_evict,
             on_cut=self._on_cut,
-            choose_victims=self.deciding.victims,
+            chooser=self.deciding.victims,
         )
 
     def observe(self, mount: Mount) -> None:

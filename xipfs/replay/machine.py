@@ -108,7 +108,7 @@ class Replay:
             on_unmap=self._on_unmap,
             on_evict=self._on_evict,
             on_cut=self.accountant.cut,
-            choose_victims=self.steering.victims,
+            chooser=self.steering.victims,
         )
         self.counts = Replayed()
         #: Every page moved, in order: inode, page, new kind.

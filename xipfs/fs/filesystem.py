@@ -145,9 +145,9 @@ class Filesystem:
         """Install what is called around losing a frame or a page; none may call the filesystem.
 
         ``on_unmap(ino, first, count)`` must zap every PTE of the pages and drop the references
-        that go with them; ``on_evict(ino, index)`` tells that the page is not resident any more;
-        ``on_cut(ino, first)`` that the file ends before page ``first`` from now on, XIP pages
-        included; ``chooser(count)`` names pages that shall lose their frames before others.
+        that go with them; ``on_evict(ino, index)`` tells that the page is not resident any more,
+        ``on_cut(ino, first)`` that the file ends before page ``first``, XIP pages included;
+        ``chooser(count)`` names pages that shall lose their frames before others.
         """
         cache = self._core.cache
         cache.on_unmap, cache.on_evict, cache.on_cut = on_unmap, on_evict, on_cut
@@ -270,16 +270,15 @@ class Filesystem:
     ) -> int:
         """Write and return how many bytes were taken; ENOSPC, EFBIG, EROFS.
 
-        ``origin`` WRITEBACK says that the bytes are the kernel's own, sent because xipfs
-        invalidated the page: a page that is not resident is then written straight home.
+        ``origin`` WRITEBACK: the kernel sent its own bytes because xipfs invalidated the page; if
+        that is not resident, they go straight home.
         """
         return self._content.write(ino, offset, data, origin)
 
     def fsync(self, ino: int, datasync: bool = False) -> None:
         """Write the file's dirty pages home and bring the image to the host's disk.
 
-        Size, times and names are durable already when their call returns, so ``datasync`` saves
-        nothing.
+        Size, times and names were durable when their call returned: ``datasync`` saves nothing.
         """
         del datasync
         self._core.inode(ino)

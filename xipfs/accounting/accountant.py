@@ -123,9 +123,14 @@ class Accountant:
                     charges.append(charge)
         return charges
 
-    def charge(self, batch: FaultBatch) -> ChargeBatch | list[Charge]:
-        """Charge plain faults, many at a time where that pays."""
-        return self._bulk.charge(batch) or self.consume(batch.expand())
+    def charge(
+        self, step: list[ev.Event] | FaultBatch, *, one_by_one: bool = False
+    ) -> ChargeBatch | list[Charge]:
+        """``consume`` a step; plain faults many at a time where that pays."""
+        if not isinstance(step, FaultBatch):
+            return self.consume(step)
+        many = None if one_by_one else self._bulk.charge(step)
+        return self.consume(step.expand()) if many is None else many
 
     def check(self) -> str:
         """Recount the modelled machine (T1 to T9); return what is broken, empty if nothing is."""

@@ -16,7 +16,7 @@ import trio
 
 from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.causes import EVICT
-from xipfs.accounting.charges import Charge, ChargeBatch
+from xipfs.accounting.charges import ChargeBatch
 from xipfs.errors import FsError
 from xipfs.fuse.commands import Commands
 from xipfs.fuse.control import Command, Json, Question
@@ -197,18 +197,23 @@ class Live:
         """
         async with self._draining:
             try:
-                events: list[Event | FaultBatch] = []
-                if not isinstance(self.observer, NoObserver):
-                    events = await self._drainer.run(self.observer.drain)
-                for step in steps(events, _BATCH_EVENTS):
-                    self._account(step)
-                    await trio.lowlevel.checkpoint()
+                observer, until_ns = self.observer, time.monotonic_ns()
+                count, whole = 0, False
+                while not whole:
+                    if isinstance(observer, NoObserver):
+                        events, whole = observer.drain(until_ns)
+                    else:
+                        events, whole = await self._drainer.run(observer.drain, until_ns)
+                    count += len(events)
+                    for step in steps(events, _BATCH_EVENTS):
+                        self._account(step)
+                        await trio.lowlevel.checkpoint()
             except Exception as error:
                 log.exception("accounting failed; faults are not observed any more")
                 failed, self.observer = self.observer, NoObserver(f"stopped by an error: {error!r}")
                 await trio.to_thread.run_sync(failed.close)
                 return 0
-            return len(events)
+            return count
 
     async def drain_settled(self) -> int:
         """Charge every fault that was over before this call; return how many events there were.
@@ -223,14 +228,8 @@ class Live:
         return drained
 
     def _account(self, step: list[Event] | FaultBatch) -> None:
-        charges: ChargeBatch | list[Charge]
-        if not isinstance(step, FaultBatch):
-            charges = self.accountant.consume(step)
-        elif self.recorder.active:
-            # A recording holds each fault-around at its place between the faults.
-            charges = self.accountant.consume([step])
-        else:
-            charges = self.accountant.charge(step)
+        # A recording holds each fault-around at its place between the faults.
+        charges = self.accountant.charge(step, one_by_one=self.recorder.active)
         if isinstance(charges, ChargeBatch):
             self.heat.add_many(charges)
         else:

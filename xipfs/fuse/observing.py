@@ -49,8 +49,11 @@ class LiveObserver(Protocol):
         """Hear of a READ request that starts at page ``first``."""
         ...
 
-    def drain(self) -> list[ev.Event | FaultBatch]:
-        """Return what happened since the last call, in order. May block."""
+    def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
+        """Return what happened up to ``until_ns`` since the last call, in order; is it all?
+
+        May block.
+        """
         ...
 
     def unsettled(self) -> bool:
@@ -101,10 +104,10 @@ class TracefsObserver:
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """READ requests tell nothing that the events do not."""
 
-    def drain(self) -> list[ev.Event | FaultBatch]:
+    def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
         """Read the rings."""
         assert self._observer is not None
-        return self._observer.drain()
+        return self._observer.drain(until_ns), not self._observer.behind
 
     def unsettled(self) -> bool:
         """Return what the last drain left open; never blocks."""
@@ -137,6 +140,8 @@ class TracefsObserver:
             major=seen.major,
             minor=seen.minor,
             missing=seen.missing | self.missing,
+            buffer_bytes=seen.buffer_bytes,
+            undecoded_bytes=seen.undecoded_bytes,
         )
 
     def close(self) -> None:
@@ -183,7 +188,7 @@ class RequestsObserver:
             )
         )  # fmt: skip
 
-    def drain(self) -> list[ev.Event | FaultBatch]:
+    def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
         """Return the faults since the last call, and the ends of processes that are gone."""
         events: list[ev.Event | FaultBatch] = [*self._events]
         self._events = []
@@ -191,7 +196,7 @@ class RequestsObserver:
             events.append(ev.Exit(0, self._numbers.pop(pid)))
             del self._spaces[pid]
             del self._comms[pid]
-        return events
+        return events, True
 
     def unsettled(self) -> bool:
         """A READ request is told at once."""
@@ -238,9 +243,9 @@ class NoObserver:
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """Nothing is heard."""
 
-    def drain(self) -> list[ev.Event | FaultBatch]:
+    def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
         """Return nothing."""
-        return []
+        return [], True
 
     def unsettled(self) -> bool:
         """Return that there is none."""

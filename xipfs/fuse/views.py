@@ -39,6 +39,8 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "mode": figures.mode,
             "events": figures.events,
             "lost": figures.lost,
+            "buffer_bytes": figures.buffer_bytes,
+            "undecoded_bytes": figures.undecoded_bytes,
             "unfollowed": snapshot.unfollowed(figures, live.accountant),
             "missing": figures.missing,
             "reason": figures.reason,

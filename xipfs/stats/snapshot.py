@@ -30,6 +30,8 @@ class ObserverFigures:
     major: int | None = None
     minor: int | None = None
     missing: dict[str, str] | None = None
+    buffer_bytes: int = 0
+    undecoded_bytes: int = 0
 
 
 def vmstat(fs: Filesystem, accountant: Accountant, migration: Mapping[str, int]) -> dict[str, int]:

@@ -30,7 +30,8 @@ from xipfs.trace.pids import Adoption, PidFilter
 from xipfs.trace.plain import PlainFaults
 from xipfs.trace.processes import Processes
 from xipfs.trace.records import ADOPT, COLUMNS
-from xipfs.trace.ring import Decoder, PlainDecoder, Plan, RingReader, Rows
+from xipfs.trace.ring import Decoder, PlainDecoder, Plan, Rows
+from xipfs.trace.rings import Rings
 from xipfs.units import PAGE_SIZE
 
 _FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
@@ -59,6 +60,10 @@ class ObserverStatistics:
     """Writes to the kernel's pid filter, each about 36 ms."""
     missing: dict[str, str]
     """Events this kernel lacks, and what is lost without them."""
+    buffer_bytes: int
+    """The kernel's ring buffers, all CPUs."""
+    undecoded_bytes: int
+    """Trace records held in memory until they are decoded."""
 
 
 def fault_around_pages() -> int:
@@ -100,15 +105,14 @@ class Observer:
         dev = proc.kernel_dev(st_dev)
         self._lock = threading.Lock()
         self._session = session.Session(dev, tracing)
-        self._readers: list[RingReader] = []
+        self._rings: Rings | None = None
         self._filter: PidFilter | None = None
         self._closing = threading.Event()
         self._pump: threading.Thread | None = None
         try:
             plan = Plan(self._session.available.events, self._session.page)
-            self._readers = [
-                RingReader(instance.path, plan.page.size) for instance in self._session.instances
-            ]
+            paths = [instance.path for instance in self._session.instances]
+            self._rings = Rings(paths, plan.page.size)
             self._filter = PidFilter(self._session.by_pid.path, dev, self._adopted)
         except BaseException:
             self.close()
@@ -127,6 +131,8 @@ class Observer:
         #: Whether the last drain saw a fault that may be over and did not tell it yet; if not,
         #: every fault that was over before that drain has been told. Needs no lock to be read.
         self.unsettled = False
+        #: Whether the last drain left older records undecoded.
+        self.behind = False
         self._decoder: Decoder = PlainDecoder(plan)
         self._compiler = compiled.start_compiling(plan, self._use, self._plain.use)
         self._pump = threading.Thread(target=self._pump_until_closed, daemon=True)
@@ -164,25 +170,30 @@ class Observer:
 
         In the order in which it took effect. A fault that is still inside the kernel comes with a
         later call, once; so does the last one of a thread that runs on, until it is older than
-        ``grammar.SETTLE_NS``: ``unsettled`` tells whether there is one to wait for.
+        ``grammar.SETTLE_NS``: ``unsettled`` tells whether there is one to wait for. Of a backlog
+        one call returns a part, and ``behind`` says so.
         """
         with self._lock, _collector_paused():
             now_ns = time.monotonic_ns()
             cut_ns = now_ns if until_ns is None else min(until_ns, now_ns)
-            rows = self._read(cut_ns)
+            rows, reached_ns = self._read(cut_ns)
+            self.behind = reached_ns < cut_ns
             self._plain.feed(rows)
-            self._grammar.settle(cut_ns, proc.in_system_call)
-            self._grammar.bury(cut_ns)
+            if not self.behind:
+                # What /proc says now is later than records that wait to be decoded.
+                self._grammar.settle(cut_ns, proc.in_system_call)
+                self._grammar.bury(cut_ns)
             if self._processes.newcomers:
                 newcomers, self._processes.newcomers = self._processes.newcomers, []
                 self.add_pids(newcomers, timeout_s=0)
-            self.unsettled = self._grammar.unsettled()
+            self.unsettled = self.behind or self._grammar.unsettled()
             return self._output.take()
 
     def statistics(self) -> ObserverStatistics:
         """Return the counts so far; losses are the kernel's own figures of this moment."""
         faults = self._grammar.faults
         assert self._filter is not None
+        assert self._rings is not None
         return ObserverStatistics(
             mode="tracefs",
             events=self._events,
@@ -193,6 +204,8 @@ class Observer:
             minor=faults.minor,
             pid_writes=self._filter.writes,
             missing=dict(self._session.available.missing),
+            buffer_bytes=self._rings.buffer_bytes,
+            undecoded_bytes=self._rings.pumped_bytes,
         )
 
     def comm(self, pid: int) -> str:
@@ -215,8 +228,8 @@ class Observer:
         with self._lock:
             if self._filter is not None:
                 self._filter.close()
-            for reader in self._readers:
-                reader.close()
+            if self._rings is not None:
+                self._rings.close()
             self._session.close()
 
     def wait_until_compiled(self) -> None:
@@ -226,9 +239,9 @@ class Observer:
 
     def _pump_until_closed(self) -> None:
         """Empty the rings while ``drain``'s caller is busy with what it got."""
+        assert self._rings is not None
         while not self._closing.wait(_PUMP_INTERVAL_S):
-            for reader in self._readers:
-                reader.pump()
+            self._rings.pump()
 
     def _use(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -241,17 +254,17 @@ class Observer:
     def _take_adoption(self, number: int) -> Adoption:
         return self._adoptions.pop(number)
 
-    def _read(self, cut_ns: int) -> Rows:
-        """Return the rows up to ``cut_ns``, sorted by time; keep the later ones."""
-        batches = [self._held]
-        for reader in reversed(self._readers):
-            batches += reader.read(self._decoder, cut_ns)
-        self._events += sum(len(batch) for batch in batches[1:])
+    def _read(self, until_ns: int) -> tuple[Rows, int]:
+        """Return rows sorted by time, and the time up to which they are all; keep later ones."""
+        assert self._rings is not None
+        batches, reached_ns = self._rings.read(self._decoder, until_ns)
+        self._events += sum(len(batch) for batch in batches)
+        batches.insert(0, self._held)
         while self._adoption_rows:
             time_ns, number = self._adoption_rows.popleft()
             batches.append(np.array([[time_ns, ADOPT, number, 0, 0, 0, 0, 0]], np.uint64))
         rows = np.concatenate(batches)
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        count = int(np.searchsorted(rows[:, 0], np.uint64(cut_ns), side="right"))
+        count = int(np.searchsorted(rows[:, 0], np.uint64(reached_ns), side="right"))
         self._held = rows[count:].copy()
-        return rows[:count]
+        return rows[:count], reached_ns

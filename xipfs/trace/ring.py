@@ -13,12 +13,8 @@ second.
 
 from __future__ import annotations
 
-import os
 import struct
 import sys
-import threading
-from collections import deque
-from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
@@ -41,8 +37,6 @@ TYPE_TIME_STAMP: Final = 31
 STAMP_BITS: Final = 59
 #: Pages decoded in one go: bounds the scratch memory, whatever the backlog.
 CHUNK_PAGES: Final = 64
-#: Undecoded records that one reader keeps in memory: some seven million.
-MAX_PUMPED_BYTES: Final = 256 << 20
 _COMMON_PID_OFFSET: Final = 4
 
 assert sys.byteorder == "little", "rows are read as little-endian words"
@@ -164,92 +158,3 @@ class PlainDecoder:
             if unpacker is not None:
                 tid = word(page, record + _COMMON_PID_OFFSET)[0]
                 rows.append([time_ns, unpacker.kind | tid << 32, *unpacker.arguments(page, record)])
-
-
-class RingReader:
-    """The raw files of one instance, one per CPU, read without waiting.
-
-    ``pump`` moves sub-buffers out of the kernel's ring, undecoded, so that a consumer that is
-    busy with what it has does not let the ring run over; ``read`` decodes them and what came
-    since. The two may run in different threads.
-    """
-
-    def __init__(self, instance: Path, page_size: int) -> None:
-        self._page_size = page_size
-        self._lock = threading.Lock()
-        self._buffer = np.zeros((CHUNK_PAGES, page_size), np.uint8)
-        self._fds: list[int] = []
-        self._pumped: list[deque[npt.NDArray[np.uint8]]] = []
-        self._pumped_pages = 0
-        try:
-            for path in sorted((instance / "per_cpu").iterdir()):
-                self._fds.append(os.open(path / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK))
-                self._pumped.append(deque())
-        except OSError:
-            self.close()
-            raise
-
-    def pump(self) -> None:
-        """Take what the rings hold into memory, as long as that stays under its limit.
-
-        Beyond the limit the kernel overwrites the oldest records, and counts them.
-        """
-        for fd, pumped in zip(self._fds, self._pumped, strict=True):
-            while (self._pumped_pages + CHUNK_PAGES) * self._page_size <= MAX_PUMPED_BYTES:
-                with self._lock:
-                    count = self._fill(fd)
-                    if count:
-                        pumped.append(self._buffer[:count].copy())
-                        self._pumped_pages += count
-                if count < CHUNK_PAGES:
-                    break
-
-    def read(self, decoder: Decoder, until_ns: int) -> list[Rows]:
-        """Return what the rings hold, at least all that happened up to ``until_ns``.
-
-        Rows of one CPU are in time order; a ring written faster than it is read ends the read at
-        the first chunk that passes ``until_ns``.
-        """
-        batches: list[Rows] = []
-        for fd, pumped in zip(self._fds, self._pumped, strict=True):
-            empty = False
-            while not empty:
-                pages, empty = self._next(fd, pumped)
-                rows = decoder.decode(pages)
-                if len(rows):
-                    batches.append(rows)
-                    if int(rows[-1, 0]) > until_ns:
-                        break
-        return batches
-
-    def _next(
-        self, fd: int, pumped: deque[npt.NDArray[np.uint8]]
-    ) -> tuple[npt.NDArray[np.uint8], bool]:
-        """Return one CPU's next sub-buffers, oldest first, and whether its ring was empty after."""
-        with self._lock:
-            if pumped:
-                self._pumped_pages -= len(pumped[0])
-                return pumped.popleft(), False
-            count = self._fill(fd)
-            return self._buffer[:count].copy(), count < CHUNK_PAGES
-
-    def _fill(self, fd: int) -> int:
-        """Read pages into the buffer until it is full or the ring is empty; return how many."""
-        for number in range(CHUNK_PAGES):
-            try:
-                got = os.readv(fd, [self._buffer[number]])
-            except BlockingIOError:
-                return number
-            if got == 0:
-                return number
-            if got != self._page_size:
-                raise ObserverError(
-                    f"tracefs returned {got} bytes of a sub-buffer",
-                    expected=f"{self._page_size}",
-                )
-        return CHUNK_PAGES
-
-    def close(self) -> None:
-        """Close the files; the instance can be removed only then."""
-        while self._fds:
-            os.close(self._fds.pop())

@@ -7,7 +7,7 @@ can be told from what a living one uses.
 
 The clock is CLOCK_MONOTONIC (``mono``) in both, so that time stamps compare with each other and
 with ``time.monotonic_ns()``; 8 MiB a CPU drained every 20 ms lost nothing under two processes that
-faulted flat out (fact 6).
+faulted flat out (fact 6). ``rings`` enlarges them where that is not enough.
 """
 
 from __future__ import annotations

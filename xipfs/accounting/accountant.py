@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from xipfs.accounting.bulk_charging import BLIND_WINDOWS, BulkCharger
+from xipfs.accounting.bulk_charging import BulkCharger
 from xipfs.accounting.causes import Causes
 from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ledger, PteKind
+from xipfs.accounting.fault_around import map_around
 from xipfs.accounting.hints import Hints, Page
 from xipfs.accounting.kernel_ptes import KernelPtes
 from xipfs.accounting.kernel_states import ANON, CALLS_UNSEEN, SILENT_CALL
@@ -30,7 +31,6 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.mm import audit
 from xipfs.mm.access import access, maps_what
 from xipfs.mm.bug import InvariantError, KernelBug
-from xipfs.mm.fault import filemap_map_pages
 from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_MAYWRITE, VM_READ, VM_SHARED, VM_WRITE
 from xipfs.mm.fork import dup_mmap
 from xipfs.mm.machine import Machine
@@ -38,11 +38,10 @@ from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.mmap import do_mmap, do_munmap, mprotect
 from xipfs.mm.mremap import move_mapping
 from xipfs.mm.rules import Rules
-from xipfs.mm.vma import Vma
 from xipfs.mm.zap import exit_mmap, unmap_mapping_range
 from xipfs.trace import events as ev
 from xipfs.trace.fault_batch import FaultBatch, expanded
-from xipfs.units import PAGE_SHIFT, PAGE_SIZE
+from xipfs.units import PAGE_SHIFT
 
 _PROT = ((1, VM_READ), (2, VM_WRITE), (4, VM_EXEC))
 
@@ -294,35 +293,8 @@ class Accountant:
         self.runs.exit(event.mm)
 
     def around(self, event: ev.Around) -> None:
-        """Map what the kernel mapped without a fault of its own: cached pages only (rule F22).
-
-        XIP pages are in no page cache of the modelled kernel, so its fault-around passes them by
-        (rule F23); their next touch, which the real kernel lets through, is not seen.
-        """
-        mm = self.mm(event.mm)
-        end = event.address + (event.last - event.first + 1 << PAGE_SHIFT)
-        for vma in mm.overlapping(event.address, end):
-            if vma.file is not None and vma.file.name == event.ino:
-                self._around_in(vma, event)
-
-    def _around_in(self, vma: Vma, event: ev.Around) -> None:
-        mapped = self.kernel.around(event, vma)
-        self.runs.around(event.mm, event.pid, mapped, shared=bool(vma.flags & VM_MAYSHARE))
-        first = max(event.first, vma.pgoff)
-        window = range(first, min(event.last + 1, vma.pgoff + vma.pages))
-        cached = [page for page in window if self.kernel.is_cached(event.ino, page)]
-        frames = [(page, self.fs.resident_pfn(event.ino, page)) for page in cached]
-        self.around_pages += filemap_map_pages(
-            vma, [(page, pfn) for page, pfn in frames if pfn is not None]
-        )
-        # Mapped without a fault, so none will answer a hint or a move.
-        self.hints.forget(event.mm, (vma.address_of(page) for page in cached))
-        for page in cached:
-            address = vma.address_of(page)
-            self.causes.forget(event.mm, address, address + PAGE_SIZE)
-        tables = vma.mm.tables
-        if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
-            self.unfollowed[BLIND_WINDOWS] += 1
+        """Map what the kernel mapped without a fault of its own."""
+        map_around(self, event)
 
     def _cache_add(self, event: ev.CacheAdd) -> None:
         self.kernel.cache_add(event)

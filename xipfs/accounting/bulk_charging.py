@@ -17,6 +17,7 @@ import numpy as np
 from xipfs.accounting import charge_loop as loop
 from xipfs.accounting.charge_rows import ChargeRows
 from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ints, PteKind
+from xipfs.accounting.fault_around import BLIND_WINDOWS
 from xipfs.accounting.kernel_states import NONE
 from xipfs.mm import bulk_loop as bulk
 from xipfs.mm import bulk_zap
@@ -337,7 +338,6 @@ class _Call:
             books.runs.around(number, pid, sums[loop.AROUND_SHARED], shared=True)
 
 
-BLIND_WINDOWS: Final = "fault-around windows over XIP or evicted pages"
 _NO_INTS: Final = np.zeros(0, np.int64)
 _NO_PROCESS: Final = np.zeros(0, np.int32)
 _NO_BOOLS: Final = np.zeros(0, np.bool_)

@@ -1,0 +1,49 @@
+"""What the kernel maps beside a faulting page, as the model has it: cached pages, no fault."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from xipfs.mm.fault import filemap_map_pages
+from xipfs.mm.flags import VM_MAYSHARE
+from xipfs.mm.vma import Vma
+from xipfs.trace import events as ev
+from xipfs.units import PAGE_SHIFT, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from xipfs.accounting.accountant import Accountant
+
+BLIND_WINDOWS: Final = "fault-around windows over XIP or evicted pages"
+
+
+def map_around(books: Accountant, event: ev.Around) -> None:
+    """Map what the kernel mapped without a fault of its own: cached pages only (rule F22).
+
+    XIP pages are in no page cache of the modelled kernel, so its fault-around passes them by
+    (rule F23); their next touch, which the real kernel lets through, is not seen.
+    """
+    mm = books.mm(event.mm)
+    end = event.address + (event.last - event.first + 1 << PAGE_SHIFT)
+    for vma in mm.overlapping(event.address, end):
+        if vma.file is not None and vma.file.name == event.ino:
+            _around_in(books, vma, event)
+
+
+def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> None:
+    mapped = books.kernel.around(event, vma)
+    books.runs.around(event.mm, event.pid, mapped, shared=bool(vma.flags & VM_MAYSHARE))
+    first = max(event.first, vma.pgoff)
+    window = range(first, min(event.last + 1, vma.pgoff + vma.pages))
+    cached = [page for page in window if books.kernel.is_cached(event.ino, page)]
+    frames = [(page, books.fs.resident_pfn(event.ino, page)) for page in cached]
+    books.around_pages += filemap_map_pages(
+        vma, [(page, pfn) for page, pfn in frames if pfn is not None]
+    )
+    # Mapped without a fault, so none will answer a hint or a move.
+    books.hints.forget(event.mm, (vma.address_of(page) for page in cached))
+    for page in cached:
+        address = vma.address_of(page)
+        books.causes.forget(event.mm, address, address + PAGE_SIZE)
+    tables = vma.mm.tables
+    if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
+        books.unfollowed[BLIND_WINDOWS] += 1

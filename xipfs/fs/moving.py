@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from xipfs.clock import Clock
 from xipfs.errors import FsError, OutOfFramesError
 from xipfs.fs.core import Core
 from xipfs.fs.segments import kind_of
@@ -35,11 +36,16 @@ Positions = np.typing.NDArray[np.int64]
 
 @dataclass
 class Moved:
-    """What became of a range: pages moved, pages of that kind already, refused ones by errno."""
+    """What became of a range: pages moved, pages of that kind already, refused ones by errno.
+
+    ``took_ns`` tells how long the parts took: ``unmap`` (PTEs zapped, pins checked), ``copy``,
+    ``commit`` (the kinds, durably), ``drop`` (the old copies).
+    """
 
     moved: list[int] = field(default_factory=list)
     already: int = 0
     refused: dict[int, list[int]] = field(default_factory=dict)
+    took_ns: dict[str, int] = field(default_factory=dict)
 
     def refuse(self, code: int, pages: list[int]) -> None:
         """Add pages that were not moved."""
@@ -59,6 +65,21 @@ class _Step:
     def pages(self) -> Positions:
         """Return the page numbers, ascending."""
         return self.at + self.first
+
+
+class _Laps:
+    """Adds what each part of a move took to its outcome."""
+
+    def __init__(self, clock: Clock, result: Moved) -> None:
+        self._now_ns = clock.monotonic_ns
+        self._took_ns = result.took_ns
+        self._since_ns = self._now_ns()
+
+    def lap(self, part: str) -> None:
+        """End ``part``, which began with the lap before."""
+        now_ns = self._now_ns()
+        self._took_ns[part] = self._took_ns.get(part, 0) + now_ns - self._since_ns
+        self._since_ns = now_ns
 
 
 class Moving:
@@ -118,18 +139,22 @@ class Moving:
         if kind_of(body) is not _OTHER[to]:
             result.already += body != 0
             return
+        laps = _Laps(self._core.clock, result)
         cache.on_unmap(Ino(ino), PageIndex(index), 1)
+        laps.lap("unmap")
         if to is PageKind.PAGECACHE:
             try:
                 pfn = cache.admit(ino, index, body & layout.ENTRY_BLOCK_MASK, load=True)
             except OutOfFramesError:
                 result.refuse(errno.ENOMEM, [index])
                 return
+            laps.lap("copy")
             try:
                 self._commit_single(inode, index, body)
             except BaseException:
                 cache.drop_one(pfn)
                 raise
+            laps.lap("commit")
         else:
             held = cache.get(ino, index)
             if held is not None:
@@ -139,9 +164,12 @@ class Moving:
                 if cache.is_dirty(held):
                     # As in _demote, the fence before the transaction's mark is enough.
                     cache.write_home(np.array([held]))
+            laps.lap("copy")
             self._commit_single(inode, index, body)
+            laps.lap("commit")
             if held is not None:
                 cache.drop_one(held)
+                laps.lap("drop")
         result.moved.append(index)
 
     def _commit_single(self, inode: Inode, index: int, body: int) -> None:
@@ -157,31 +185,40 @@ class Moving:
     def _promote(self, step: _Step, result: Moved) -> None:
         cache = self._core.cache
         pages = step.pages()
+        laps = _Laps(self._core.clock, result)
         cache.unmap(step.ino, pages)
+        laps.lap("unmap")
         homes = (step.bodies[step.at] & np.uint64(layout.ENTRY_BLOCK_MASK)).astype(np.int64)
         admitted = cache.admit_run(step.ino, pages, homes)
         count = admitted.size
+        laps.lap("copy")
         try:
             self._commit(step, step.at[:count])
         except BaseException:
             cache.drop(admitted)
             raise
+        laps.lap("commit")
         result.moved += pages[:count].tolist()
         result.refuse(errno.ENOMEM, pages[count:].tolist())
 
     def _demote(self, step: _Step, result: Moved) -> None:
         cache = self._core.cache
         pages = step.pages()
+        laps = _Laps(self._core.clock, result)
         frames = cache.get_run(step.ino, pages)
         resident = frames >= 0
         cache.unmap(step.ino, pages)
         pinned = np.zeros(pages.size, bool)
         pinned[resident] = cache.pinned(frames[resident])
         gone = frames[resident & ~pinned]
+        laps.lap("unmap")
         # Flushed; the fence before the transaction's mark makes them durable before their kinds.
         cache.write_home(gone)
+        laps.lap("copy")
         self._commit(step, step.at[~pinned])
+        laps.lap("commit")
         cache.drop(gone)
+        laps.lap("drop")
         result.moved += pages[~pinned].tolist()
         result.refuse(errno.EAGAIN, pages[pinned].tolist())
 

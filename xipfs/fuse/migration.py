@@ -214,6 +214,9 @@ class Migrator:
         self.before_move(window.ino)
         result = self._engine.move_pages(window.ino, window.wanted, to)
         now_ns = window.took("move", start_ns)
+        for part, took_ns in result.took_ns.items():
+            spent = window.event.durations_ns
+            spent[part] = spent.get(part, 0) + took_ns
         self.on_move(now_ns, window.ino, window.wanted, to, window.event.reason, result)
         self.history.moved(window.ino, result.moved, to, now_ns)
         event = window.event

@@ -28,6 +28,8 @@ CAUSES_MAX: Final = 1024
 PINGPONG_NS: Final = 10_000_000_000
 #: The steps of the protocol whose duration is told (fuse/migration.py), in their order.
 STEPS: Final = ("invalidate", "drain", "move", "invalidate_again")
+#: What ``move`` consists of (fs/moving.py).
+PARTS_OF_MOVE: Final = ("unmap", "copy", "commit", "drop")
 
 
 class Histogram:
@@ -62,6 +64,8 @@ class Histogram:
 class ChunkEvent:
     """One chunk of a migration; ``durations_ns`` by step, each the sum over all passes.
 
+    ``move`` is followed by its parts, which make it up but for the calls between them.
+
     ``policy`` is the one that planned it, None if somebody asked for it by hand. Under ``dry``
     nothing moved, and ``would_move`` counts the pages.
     """
@@ -92,7 +96,7 @@ class History:
     """The migrations of one mount since it was mounted."""
 
     def __init__(self) -> None:
-        self._steps = {step: Histogram() for step in STEPS}
+        self._steps = {step: Histogram() for step in STEPS + PARTS_OF_MOVE}
         self._events: deque[ChunkEvent] = deque(maxlen=EVENTS_MAX)
         self._planned: dict[Page, Move] = {}
         self.pages = PageMoves(PINGPONG_NS)

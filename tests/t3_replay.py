@@ -7,46 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streams import FILE, INO, MAP, MS, STREAM, fault, line, moved, write_trace
 
 from xipfs.cli.replay import policy_of
 from xipfs.errors import UsageError
 from xipfs.replay.machine import Choice, Replay
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.trace import Recorded
-from xipfs.stats.trace_file import COLUMNS, TraceError, TraceWriter
-from xipfs.stats.trace_items import row
-
-MS = 1_000_000
-INO, MM = 7, 1
-START = 0x10000
-
-
-def line(item: str, time_ms: int, **values: Any) -> dict[str, Any]:
-    made = row(item, {"time_ns": time_ms * MS, **values})
-    return dict.fromkeys(COLUMNS) | {"cause": ""} | made
-
-
-def fault(time_ms: int, page: int, *, write: bool = False, cause: str = "") -> dict[str, Any]:
-    told = {
-        "mm": MM, "pid": 20, "tid": 20, "comm": "program", "address": START + page * 4096,
-        "ino": INO, "page": page, "access": "write" if write else "read", "mode": "user",
-        "protection": 0, "verdict": "minor", "origin": "trap", "cause": cause,
-    }  # fmt: skip
-    return dict.fromkeys(COLUMNS) | {"item": "fault", "time_ns": time_ms * MS} | told
-
-
-FILE = line("file", 0, ino=INO, size_bytes=8 * 4096, pagecache=False, runs=[[0, 8, "xip"]])
-MAP = line(
-    "map", 0, mm=MM, pid=20, start=START, end=START + 8 * 4096, ino=INO, pgoff=0, prot=3,
-    shared=True, prot_known=True, fresh=True,
-)  # fmt: skip
-
-
-def moved(time_ms: int, page: int, *, by: str = "policy") -> dict[str, Any]:
-    return line(
-        "move", time_ms, ino=INO, page=page, pages=1, to="pagecache", by=by, reason="first fault",
-        moved=[[page, 1]], refused={},
-    )  # fmt: skip
+from xipfs.stats.trace_file import TraceError, TraceWriter
 
 
 def recorded(policy: str = "fifo", **lost: int) -> Recorded:
@@ -55,20 +23,6 @@ def recorded(policy: str = "fifo", **lost: int) -> Recorded:
         nvram_bytes=4 << 20, struct_page_bytes=64, rules="6.1", medium=None, readahead=False,
         lost=lost,
     )  # fmt: skip
-
-
-#: Page 0 faults, is promoted by fifo, faults again because of that; a second process's page 1.
-STREAM = [
-    FILE,
-    MAP,
-    fault(1, 0),
-    line("decide", 2),
-    moved(7, 0),
-    fault(8, 0, cause="move"),
-    fault(9, 1),
-    line("decide", 10),
-    moved(15, 1),
-]
 
 
 def played(choice: Choice, stream: list[dict[str, Any]] = STREAM) -> tuple[Replay, dict[str, Any]]:
@@ -160,6 +114,17 @@ def test_files_are_cut_freed_and_their_numbers_used_again() -> None:
     # One page of two lines of writing: two blocks of data, and the file's own changes.
     assert answer["cost"]["nvram_written_bytes"] >= 8192
     assert replay.counts.requests_failed == 0
+
+
+def test_a_file_is_replayed_with_progress_and_its_losses(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    path = write_trace(tmp_path / "t.parquet", STREAM, lost=3)
+    answer = outcome(replay_file(path, Choice(), lambda done, total: told.append((done, total))))
+    rows = len(STREAM) + 2
+    assert told == [(rows, rows)]
+    assert answer["vmstat"]["pgpromote_success"] == 2
+    assert answer["recorded"]["lost"]["events_lost"] == 3
+    assert answer["replay"]["exact"] is False
 
 
 def test_a_trace_that_is_no_whole_recording_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ VERBS: Final[dict[str, str]] = {
     "record": "write every fault of a mount to a trace file",
     "faults": "count a trace file's faults by process, file or page",
     "replay": "run a trace again, under another policy, RAM or medium",
+    "sweep": "one trace under many policies and sizes of RAM, beside Belady's bound",
     "verify": "compare what is believed of page tables with the kernel's",
     "events": "tell what migrates, as it happens",
     "migrate": "move a file's pages between XIP and pagecache",

@@ -1,0 +1,104 @@
+"""One cell of a sweep: a policy and a RAM, replayed; what comes out of it is one line of a table.
+
+A cell is run in whatever process there is, here or on another machine: everything it needs is in
+it, and its outcome is plain JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from xipfs.memory.profiles import load_profile
+from xipfs.replay.machine import Choice
+from xipfs.replay.outcome import outcome, replay_file
+from xipfs.replay.simulate import most_hits
+from xipfs.replay.trace import Page, recorded, rows_of, touches_of
+from xipfs.stats.trace_file import TraceError, TraceReader
+from xipfs.stats.trace_items import values_of
+from xipfs.units import PAGE_SHIFT
+
+#: Stands for Belady's bound in place of a policy; no policy can be called so.
+BOUND: Final = "(bound)"
+_DIGEST_BYTES: Final = 1 << 20
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to replay, and under which choice; sizes in bytes."""
+
+    trace: str
+    digest: str
+    policy: str
+    values: tuple[tuple[str, Any], ...]
+    ram_bytes: int
+    medium: str | None
+    delay_ns: int
+
+    @property
+    def name(self) -> str:
+        """The policy as one writes it."""
+        return ",".join([self.policy, *(f"{key}={value}" for key, value in self.values)])
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the cells of one sweep apart."""
+        return self.name, self.ram_bytes
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file; raise TraceError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_DIGEST_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def run_cell(cell: Cell) -> Figures:
+    """Replay the cell and return its figures; raise XipfsError."""
+    path = Path(cell.trace)
+    if digest_of(path) != cell.digest:
+        raise TraceError(
+            f"{path} is not the trace that the sweep is about",
+            remedy="every machine of the sweep needs the same file under the same path",
+        )
+    if cell.policy == BOUND:
+        return bound(path, cell.ram_bytes)
+    profile = None if cell.medium is None else load_profile(cell.medium)
+    choice = Choice(cell.policy, dict(cell.values), cell.ram_bytes, profile, cell.delay_ns)
+    return _figures(outcome(replay_file(path, choice)))
+
+
+def bound(path: Path, ram_bytes: int) -> Figures:
+    """Return how many touches of the trace can find their page in RAM, whatever the policy."""
+    frames = ram_bytes >> PAGE_SHIFT
+    with TraceReader(path) as trace:
+        recorded(trace, path)
+        start = next(values_of(row) for row in rows_of(trace) if row["item"] == "start")
+        resident: list[Page] = [(ino, index) for ino, index, _ in start["resident"][-frames:]]
+        pages = [page for _, page in touches_of(trace)]
+    return {"touches": len(pages), "touches_in_ram": most_hits(pages, frames, resident)}
+
+
+def _figures(answer: Mapping[str, Any]) -> Figures:
+    vmstat, cost, migration = answer["vmstat"], answer["cost"], answer["migration"]
+    names = ("pgfault", "pgmajfault", "pgpromote_success", "pgdemote_success", "pgmigrate_fail")
+    figures = {name: answer["replay"][name] for name in ("touches", "touches_in_ram")}
+    figures |= {name: vmstat[name] for name in (*names, "pgevict")}
+    figures |= {name: migration[name] for name in ("refaults", "pingpong")}
+    figures |= {
+        name: value
+        for name, value in cost.items()
+        if name.startswith("nvram_") or name.endswith(("_estimated", "_seconds"))
+    }
+    figures |= {name: answer["replay"][name] for name in ("as_recorded", "exact", "ptes_taken")}
+    return figures

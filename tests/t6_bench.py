@@ -141,6 +141,9 @@ def test_a_quick_run_of_all_gives_figures(tmp_path: Path) -> None:
         assert loop["candidates"]["xipfs"]["also"]["events_lost"]["median"] == 0
         # perf tells the faults of the program's start and end too.
         assert loop["candidates"]["perf trace -F all"]["also"]["events"]["median"] >= 1344
+    exact = observe[1]["candidates"]["exact mode, xipfs"]["also"]
+    assert (exact["faults_made"]["median"], exact["events_lost"]["median"]) == (21 * 1024, 0)
+    assert exact["faults_charged"]["median"] == 21 * 1024
     for comparison in [*fs, *observe]:
         assert comparison["title"] in " ".join(said.split())
         for row in comparison["candidates"].values():

@@ -213,7 +213,8 @@ static uint64_t touch_strided(const struct file *file, size_t stride)
 
 static void fault_loop(const char *path, size_t stride, size_t passes)
 {
-	struct file file = open_file(path, O_RDONLY);
+	/* For writing: a shared mapping that may not be written cannot be registered (exact mode). */
+	struct file file = open_file(path, O_RDWR);
 	struct measure measure = { 0 };
 
 	map_file(&file);

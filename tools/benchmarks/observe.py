@@ -5,9 +5,11 @@ two passes, and each pass takes minor faults only and sends no request, so the d
 in the fault itself. *One page a fault*: every 16th page is touched, and only those are in the
 kernel's page cache, so that a fault maps one page: the worst case, each touch pays for the records
 of one fault. *Fault-around*: all pages are cached and touched, a fault maps 16 of them, which is
-what programs meet by default. What tracing adds, and the processor time the daemon takes from the
-program while it charges the faults, is in the program's time; what the daemon still had to do
-when the loop was over is told beside it, and so is what was lost.
+what programs meet by default. Exact mode (``xipfs run --exact``) gives that up, for 16 faults in
+place of one: that costs without any tracing too, and is measured with and without. What tracing
+adds, and the processor time the daemon takes from the program while it charges the faults, is in
+the program's time; what the daemon still had to do when the loop was over is told beside it, and so
+is what was lost.
 
 The peer is ``perf trace -F all``, which prints each fault of the program: it knows neither files
 nor what is mapped, and models nothing.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -33,6 +36,8 @@ from benchmarks.support.context import Context
 from benchmarks.support.measure import Sample, compare
 from benchmarks.support.system import BenchError, cpu_seconds
 from benchmarks.support.system import run as run_command
+from xipfs.cli.run import exact_environment
+from xipfs.fuse.mounts import mount_at
 
 NAME = "observe"
 HELP = "warm faults, opens and system calls: untraced, under xipfs, under perf trace"
@@ -40,7 +45,10 @@ HELP = "warm faults, opens and system calls: untraced, under xipfs, under perf t
 BASELINE = "untraced"
 TRACED = "xipfs"
 PEER = "perf trace -F all"
+EXACT_BASELINE = "exact mode, untraced"
+EXACT_TRACED = "exact mode, xipfs"
 OBSERVE = {BASELINE: "off", TRACED: "tracefs"}
+EXACT_OBSERVE = {EXACT_BASELINE: "off", EXACT_TRACED: "tracefs"}
 LOOPED = "looped.bin"
 _MIB = 1 << 20
 #: Pages of one fault-around window (fault_around_bytes, 64 KiB by default).
@@ -62,6 +70,7 @@ def run(context: Context) -> dict[str, Any]:
         "opens": opens,
         "calls": calls,
         "xipfs": "xipfs mount -f -o observe=OBSERVER,readahead=0 IMAGE DIR (untraced: off)",
+        "exact mode": "the program is preloaded with the library of xipfs run --exact",
         "perf": " ".join([*_PERF, "FILE", "bench_io ..."]) + " (on a mount with observe=off)",
     }
     bench = _Observed(context, image, program)
@@ -84,14 +93,16 @@ class _Observed:
         self._program = program
 
     def _mount(self, name: str) -> Any:
-        options = [f"observe={OBSERVE.get(name, 'off')}"]
+        options = [f"observe={(OBSERVE | EXACT_OBSERVE).get(name, 'off')}"]
         return mounts.xipfs(self._context, self._image, 0, options)
 
     def loop(self, title: str, stride: int, passes: int) -> None:
         """Touch every ``stride``th page, ``passes`` times, untraced, under xipfs and perf."""
+        names = [BASELINE, TRACED, PEER]
+        if stride == 1:
+            names += EXACT_OBSERVE  # of single pages there is nothing that it could change
         candidates = {
-            name: functools.partial(self._loop, name, stride, passes)
-            for name in (BASELINE, TRACED, PEER)
+            name: functools.partial(self._loop, name, stride, passes) for name in names
         }
         self._context.comparisons.append(
             compare(
@@ -121,6 +132,10 @@ class _Observed:
             before = mounted.xipfs_stats()
             cpu_before_s = cpu_seconds(mounted.pid)
             command = [*loop, str(passes)]
+            if name in EXACT_OBSERVE:
+                exact = exact_environment(mount_at(mounted.directory), os.environ)
+                own = [f"{key}={exact[key]}" for key in ("LD_PRELOAD", "XIPFS_DEV")]
+                command = ["env", *own, *command]
             if name == PEER:
                 said, figures = self._under_perf(command)
             else:
@@ -132,7 +147,8 @@ class _Observed:
         told = json.loads(said)
         touches = told["touches"]
         faults, major = told["loop"]["minflt"] + told["loop"]["majflt"], told["loop"]["majflt"]
-        expected = touches if stride == WINDOW_PAGES else touches // WINDOW_PAGES
+        one_a_page = stride == WINDOW_PAGES or name in EXACT_OBSERVE
+        expected = touches if one_a_page else touches // WINDOW_PAGES
         # A stray one is the program's own (its text or libc's, reclaimed by a busy machine).
         if faults < expected or major > touches // 1000:
             raise BenchError(f"{faults} faults, {major} major; expected {expected}, all minor")
@@ -141,7 +157,7 @@ class _Observed:
             "faults": faults,
             "major_faults": major,
         }
-        if name != TRACED:
+        if name not in (TRACED, EXACT_TRACED):
             return sample | figures
         return sample | {
             "daemon_cpu_us_per_fault": cpu_s * 1e6 / faults,

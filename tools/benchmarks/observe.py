@@ -101,9 +101,7 @@ class _Observed:
         names = [BASELINE, TRACED, PEER]
         if stride == 1:
             names += EXACT_OBSERVE  # of single pages there is nothing that it could change
-        candidates = {
-            name: functools.partial(self._loop, name, stride, passes) for name in names
-        }
+        candidates = {name: functools.partial(self._loop, name, stride, passes) for name in names}
         self._context.comparisons.append(
             compare(
                 title,

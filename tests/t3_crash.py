@@ -13,6 +13,7 @@ from proving.crash.explorer import Explorer, Tally, World
 from proving.crash.making import explore_mkfs
 from proving.crash.medium import Point, Undecided, Watched, keep_memory, next_choices
 from proving.crash.mutants import REDUNDANT, Hunt, all_mutants, calls_in_sources
+from proving.crash.repairing import explore_repairs
 from proving.crash.sweep import ROOT, Log, sweep
 from proving.crash.workloads import OPERATIONS, Workload, base_image, workloads
 
@@ -103,10 +104,16 @@ def test_mkfs_cut_anywhere_leaves_no_image_or_a_whole_one() -> None:
     assert tally.exhaustive_points == tally.points == 6
 
 
+def test_repairs_cut_anywhere_are_begun_again_and_end_in_the_same_tree() -> None:
+    tally = explore_repairs(BASE)
+    assert tally.violations == []
+    assert tally.exhaustive_points == tally.points >= 15
+
+
 def test_every_flush_and_fence_of_the_sources_has_a_mutant() -> None:
     mutants = all_mutants()
-    assert sum(mutant.is_call for mutant in mutants) == calls_in_sources() == 21
-    assert len({mutant.name for mutant in mutants}) == len(mutants) == 26
+    assert sum(mutant.is_call for mutant in mutants) == calls_in_sources() == 26
+    assert len({mutant.name for mutant in mutants}) == len(mutants) == 31
     assert {mutant.name for mutant in mutants if mutant.redundant} == set(REDUNDANT)
     design = " ".join((ROOT / "xipfs" / "DESIGN.md").read_text().split())
     for name in REDUNDANT:
@@ -121,6 +128,7 @@ def test_every_flush_and_fence_of_the_sources_has_a_mutant() -> None:
         "image/journal.py _apply: without flush 1",
         "image/journal.py _clear: without fence 1",
         "image/volume.py set_mounted: without flush 1",
+        "image/mending.py take: without flush 1",
         "fs/content.py _link: without flush 1",
         "fs/namespace.py symlink: without flush 1",
     ],
@@ -131,6 +139,15 @@ def test_a_mutant_is_caught(name: str) -> None:
     before = mutant.original()
     assert Hunt(SEED).caught_by(mutant)
     assert mutant.original() is before
+
+
+def test_a_point_of_too_many_states_is_sampled_and_says_so() -> None:
+    explorer = Explorer(BASE, states_max=2)
+    explorer.explore("write", *Workload(("rename a b",), "none").steps())
+    tally = explorer.tally
+    assert tally.violations == []
+    assert 0 < tally.exhaustive_points < tally.points
+    assert tally.runs > 300, "few stores, few missing, and 256 samples"
 
 
 def test_a_sweep_resumes_from_its_log_and_refuses_another_s(tmp_path: Path) -> None:

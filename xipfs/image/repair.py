@@ -105,9 +105,9 @@ class _Repair(TableMending, NameMending):
         wanted = encode(self.superblock)
         for number in (layout.SUPERBLOCK_A, self.superblock.data_end):
             if self.block(number) != wanted:
+                # The flag's fence is this one's too: until then the other copy is enough.
                 self.medium.store(number * _BLOCK, wanted)
                 self.medium.flush(number * _BLOCK, _BLOCK)
-                self.medium.fence()
                 self.did("superblock", number * _BLOCK, "written from the other copy")
         flag = int.from_bytes(self.block(layout.STATE_BLOCK)[:8], "little")
         if flag not in (layout.STATE_CLEAN, layout.STATE_MOUNTED):
@@ -116,9 +116,9 @@ class _Repair(TableMending, NameMending):
         try:
             self.journal.recover()
         except ImageError as error:
+            # Nothing but the next header can follow on this line, and that has a fence.
             self.medium.store_word(layout.JOURNAL_START * _BLOCK, 0)
             self.medium.flush(layout.JOURNAL_START * _BLOCK, 8)
-            self.medium.fence()
             self.did("journal", layout.JOURNAL_START * _BLOCK, f"dropped: {error.what}")
         state = self.block(layout.STATE_BLOCK)
         changes = [

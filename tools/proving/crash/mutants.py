@@ -24,6 +24,7 @@ from typing import Final
 from proving.crash.explorer import CLOSE, Explorer, World
 from proving.crash.making import explore_mkfs
 from proving.crash.medium import Settled
+from proving.crash.repairing import explore_repairs
 from proving.crash.workloads import base_image, workloads
 
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -32,6 +33,8 @@ SEARCHED: Final = ("xipfs/image", "xipfs/fs")
 _TRACED_MAX: Final = 2000
 #: A violation shows in few states or in none.
 _QUICK_STATES: Final = 200
+#: What only fsck comes by.
+_FSCK: Final = ("xipfs.image.repair", "xipfs.image.mending")
 #: Mutants that nothing can catch; DESIGN.md argues why, under these names.
 REDUNDANT: Final = (
     "image/journal.py commit: store 1 and store 2 swapped",
@@ -160,6 +163,7 @@ def _statements(function: ast.FunctionDef) -> Iterator[tuple[list[ast.stmt], int
         for at, statement in enumerate(body):
             yield body, at
             inner = [getattr(statement, name, None) for name in ("body", "orelse", "finalbody")]
+            inner += [handler.body for handler in getattr(statement, "handlers", ())]
             todo += [part for part in inner if part]
 
 
@@ -230,8 +234,11 @@ class Hunt:
         original = mutant.original()
         explorer = Explorer(self._base, states_max=_QUICK_STATES, sample=False)
         with mutant.applied():
-            for violation in explore_mkfs().violations:
-                return violation
+            whole = explore_mkfs()
+            if mutant.module in _FSCK:
+                whole = explore_repairs(self._base)
+        if whole.violations or mutant.module in _FSCK:
+            return next(iter(whole.violations), None)
         tried = 0
         for place, workload in enumerate(self._order):
             passed = self._passes(place)

@@ -113,7 +113,7 @@ def _build(pagecache: bool, names: int, ending: str) -> bytes:
 
 #: Names of the images that are mutated.
 TEMPLATES = {
-    "xip": (False, 40, "clean"),
+    "xip": (False, 20, "clean"),
     "pagecache": (True, 5, "clean"),
     "orphans": (False, 5, "orphans"),
     "pending": (False, 5, "pending"),

@@ -65,7 +65,13 @@ class Namespace:
                 f"symbolic link inode {ino} at offset {inode.record_offset} is damaged",
                 remedy="run fsck.xipfs",
             )
-        return bytes(self._core.medium.load(offset, inode.size_bytes))
+        target = bytes(self._core.medium.load(offset, inode.size_bytes))
+        if b"\0" in target:
+            raise ImageError(
+                f"symbolic link inode {ino}: the target at offset {offset} holds a zero byte",
+                remedy="run fsck.xipfs",
+            )
+        return target
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Attr:
         """Make a regular file, device, FIFO or socket."""

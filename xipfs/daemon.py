@@ -32,11 +32,12 @@ log = logging.getLogger(__name__)
 
 
 def serve(
-    image: Path, mountpoint: Path, options: MountOptions, *, on_ready: Callable[[], None]
+    image: Path, mountpoint: Path, options: MountOptions, *, on_ready: Callable[[str], None]
 ) -> None:
     """Mount ``image`` at ``mountpoint`` and serve it until it is unmounted.
 
-    Raises XipfsError if the mount cannot be made; ``on_ready`` is called once it is there.
+    Raises XipfsError if the mount cannot be made; ``on_ready`` is called once it is there, with
+    the damage for which it is read-only, if any.
     """
     observer = choose_observer(options)
     fs = RecordedFilesystem.open(
@@ -47,6 +48,8 @@ def serve(
         sync_fences=options.sync,
         clock=SystemClock(),
     )
+    if fs.damage:
+        log.error("%s is damaged, mounted read-only: %s", image, fs.damage)
     try:
         live = Live(fs, options, observer)
         _serve_open(live, mountpoint, on_ready)
@@ -56,7 +59,7 @@ def serve(
     log.info("%s: image closed", image)
 
 
-def _serve_open(live: Live, mountpoint: Path, on_ready: Callable[[], None]) -> None:
+def _serve_open(live: Live, mountpoint: Path, on_ready: Callable[[str], None]) -> None:
     operations = Operations(live.fs, live)
     try:
         pyfuse3.init(operations, str(mountpoint), _fuse_options(live))
@@ -91,13 +94,13 @@ def _fuse_options(live: Live) -> set[str]:
     }
     if live.options.allow_other:
         words.add("allow_other")
-    if live.options.ro:
+    if live.fs.read_only:
         words.add("ro")
     return words
 
 
 async def _run(
-    live: Live, operations: Operations, mount: Mount, on_ready: Callable[[], None]
+    live: Live, operations: Operations, mount: Mount, on_ready: Callable[[str], None]
 ) -> None:
     async with trio.open_nursery() as nursery:
         operations.control = ControlTree(
@@ -111,7 +114,7 @@ async def _run(
         )
         live.start(nursery, mount)
         nursery.start_soon(_unmount_on_signal, mount)
-        on_ready()
+        on_ready(live.fs.damage)
         log.info("%s: mounted at %s", mount.source, mount.mountpoint)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()

@@ -91,7 +91,7 @@ def _serve(args: argparse.Namespace) -> int:
             args.image.resolve(),
             args.directory.resolve(),
             parse_options(args.options),
-            on_ready=lambda: tell({"ready": True}),
+            on_ready=lambda damage: tell({"ready": True, "damage": damage}),
         )
     except XipfsError as error:
         if args.ready_fd is None:
@@ -134,6 +134,11 @@ def _start_daemon(args: argparse.Namespace) -> int:
         daemon.wait()
         print(f"xipfs mount: {message['error']}", file=sys.stderr)
         return int(message.get("exit_code", EXIT_FAILURE))
+    if message["damage"]:
+        print(
+            f"xipfs mount: {args.image} is damaged, mounted read-only: {message['damage']}",
+            file=sys.stderr,
+        )
     # The daemon outlives us on purpose; say so, or Popen warns that it still runs.
     daemon.returncode = 0
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import textwrap
 import time
 from pathlib import Path
 from typing import Final
@@ -153,6 +154,8 @@ def as_text(stats: Json) -> str:
     """Return one snapshot for people, under 80 columns."""
     observer, memory, kernel = stats["observer"], stats["memory"], stats["kernel"]
     lines = [f"{stats['mount']['mountpoint']}  ({stats['mount']['image']})"]
+    if stats["mount"]["damage"]:
+        lines += textwrap.wrap(f"damaged, read-only: {stats['mount']['damage']}", 79)
     lines.append(
         f"observer {observer['mode']}: {observer['events']} events, {observer['lost']} lost"
     )

@@ -33,6 +33,9 @@ class Core:
         self.cache = PageCache(memory, volume.medium, clock)
         self.clock = clock
         self.read_only = read_only
+        #: Why nothing is changed any more, and what was told of it.
+        self.damage = ""
+        self.damage_told: set[str] = set()
         #: References by inode number: looked-up names and open handles.
         self.holds: dict[int, int] = {}
 

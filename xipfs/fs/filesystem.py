@@ -18,6 +18,7 @@ from xipfs.fs.content import Content
 from xipfs.fs.core import Core, attr_of
 from xipfs.fs.frame_table import Pfns
 from xipfs.fs.imagelock import ImageLock
+from xipfs.fs.lifetime import Lifetime, opened
 from xipfs.fs.moving import Moved, Moving
 from xipfs.fs.namespace import Namespace
 from xipfs.fs.pagecache import CacheStatistics, Chooser, PageHook, RunHook, nobody
@@ -33,7 +34,7 @@ from xipfs.memory.region import Buffer, Medium, Region
 from xipfs.units import PAGE_SHIFT, Ino, Pfn
 
 
-class Filesystem:
+class Filesystem(Lifetime):
     """One image, opened. Use ``open`` for an image file."""
 
     def __init__(
@@ -65,10 +66,7 @@ class Filesystem:
         self._names = Namespace(self._core, self._reclaim)
         self._rename = Rename(self._core, self._names)
         self._xattrs = ExtendedAttributes(self._core)
-        self._closed = False
-        if medium.writable:
-            volume.set_mounted(True)
-            self._reclaim.recover()
+        self._begin()
 
     @classmethod
     def open(
@@ -86,13 +84,30 @@ class Filesystem:
         An image that was not closed cleanly is recovered first: its pending transaction is
         finished and its orphans are freed (read-only: only shown so; nothing is written). With
         ``sync_fences`` every fence waits for the host's disk, not only fsync and close.
+        A damaged image is opened read-only, or not at all: ``damage`` says why.
         Raise ImageBusyError if another process has it, ImageError if it is not usable.
         """
+        return opened(
+            lambda as_read_only: cls._open_once(
+                image_path, ram_bytes, struct_page_bytes, as_read_only, sync_fences, clock
+            ),
+            read_only=read_only,
+        )
+
+    @classmethod
+    def _open_once(
+        cls,
+        image_path: Path,
+        ram_bytes: int,
+        struct_page_bytes: int,
+        read_only: bool,
+        sync_fences: bool,
+        clock: Clock,
+    ) -> Self:
         lock = ImageLock(image_path, exclusive=not read_only)
         try:
-            region = Region(image_path, writable=not read_only, sync_fences=sync_fences)
             return cls(
-                region,
+                Region(image_path, writable=not read_only, sync_fences=sync_fences),
                 image_path=image_path,
                 ram_bytes=ram_bytes,
                 struct_page_bytes=struct_page_bytes,
@@ -102,27 +117,6 @@ class Filesystem:
         except BaseException:
             lock.release()
             raise
-
-    def close(self) -> None:
-        """Write every dirty page home, mark the image clean, bring it to disk, drop the lock."""
-        if self._closed:
-            return
-        if not self.read_only:
-            self._core.cache.sync_all()
-            # Unlinked files that were still held end with the mount.
-            self._core.holds.clear()
-            self._reclaim.recover()
-            self._core.volume.set_mounted(False)
-            self._core.medium.sync()
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Drop everything as a crash of the process would: nothing is written any more."""
-        if not self._closed:
-            self._closed = True
-            self._core.medium.close()
-            if self._lock is not None:
-                self._lock.release()
 
     @property
     def label(self) -> str:

@@ -16,7 +16,8 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
 
-from xipfs.errors import XipfsError
+from xipfs.errors import ImageError, XipfsError
+from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import Attr
 from xipfs.units import PAGE_SIZE
 
@@ -42,12 +43,25 @@ def handler(
         except pyfuse3.FUSEError:
             raise
         except XipfsError as error:
+            if isinstance(error, ImageError):
+                _tell_damage(self, error)
             raise pyfuse3.FUSEError(error.errno) from None
         except Exception as error:
             log.exception("%s failed; answering EIO", method.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from error
 
     return answered  # type: ignore[return-value]  # wraps() hides that self stays first
+
+
+def _tell_damage(server: object, error: ImageError) -> None:
+    """Let the handlers' filesystem know that its image is damaged; log what is new."""
+    fs = getattr(server, "fs", None)
+    if isinstance(fs, Filesystem):
+        first = not fs.damage
+        if fs.note_damage(error):
+            log.error("%s is damaged: %s", fs.image_path, error)
+        if first:
+            log.error("%s: nothing is changed any more; unmount it", fs.image_path)
 
 
 def unanswered(

@@ -62,6 +62,8 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             "label": live.fs.label,
             "mountpoint": str(live.mount.mountpoint),
             "pid": os.getpid(),
+            "read_only": live.fs.read_only,
+            "damage": live.fs.damage,
             "rules": live.accountant.machine.rules.name,
             "options": live.options.describe(),
         },

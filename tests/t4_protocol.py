@@ -32,6 +32,7 @@ class Steps:
         self.ino = self.fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
         data = b"".join(bytes([1 + page % 251]) * PAGE_SIZE for page in range(pages))
         assert self.fs.write(self.ino, 0, data) == len(data)
+        self.in_use: set[int] = set()
         self.heard: list[tuple[str, int, int]] = []
         self.on_drain: Callable[[], None] = lambda: None
         self.engine = Engine(self.fs)
@@ -42,10 +43,11 @@ class Steps:
             on_cut=lambda _ino, _first: None,
         )
 
-    async def invalidate_pages(self, ino: int, first: int, count: int, cause: str) -> None:
+    async def invalidate_pages(self, ino: int, first: int, count: int, cause: str) -> set[int]:
         assert (ino, cause) == (self.ino, "move")
         self.heard.append(("invalidate", first, count))
         await trio.lowlevel.checkpoint()
+        return self.in_use & set(range(first, first + count))
 
     async def drain(self) -> int:
         self.heard.append(("drain", 0, 0))
@@ -145,6 +147,34 @@ def test_a_pinned_page_is_tried_ten_times_and_counted_once(tmp_path: Path) -> No
     assert steps.fs.page(steps.ino, 2).kind is P
     steps.fs.memory.put_page(pfn)
     assert steps.migrate(range(4), X) == [Tally(1, 3, {})]
+
+
+def test_pages_under_direct_io_stay_until_it_is_over(tmp_path: Path) -> None:
+    steps = Steps(tmp_path, 6)
+    steps.in_use = {1, 4, 9}
+    assert steps.migrate(range(6), P) == [Tally(4, 0, {"direct_io": 2})]
+    assert steps.engine.statistics().fail_reasons == {"direct_io": 2}
+    assert steps.heard[:5] == [
+        ("invalidate", 0, 6),
+        ("drain", 0, 0),
+        ("unmap", 0, 1),
+        ("unmap", 2, 2),
+        ("unmap", 5, 1),
+    ]
+    assert steps.heard.count(("invalidate", 0, 6)) == 10, "each pass looks anew"
+    drains: list[int] = []
+
+    def over() -> None:
+        drains.append(1)
+        if len(drains) == 3:
+            steps.in_use = set()
+
+    steps.on_drain = over
+    assert steps.migrate(range(6), P) == [Tally(2, 4, {})]
+    assert [steps.fs.page(steps.ino, page).kind for page in range(6)] == [P] * 6
+    events, _, _ = steps.migrator.history.since(1)
+    # The third drain came after the look that found them in use.
+    assert (events[0].passes, events[0].moved, len(drains)) == (4, 2, 4)
 
 
 def test_a_pin_that_goes_away_meanwhile_is_no_failure(tmp_path: Path) -> None:

@@ -148,6 +148,14 @@ class Accountant:
         file = self._files.get(ino)
         return file is not None and len(file.mapped.i_mmap) > 0
 
+    def pids_mapping(self, ino: int) -> set[int]:
+        """Return the processes that are known to map the file."""
+        file = self._files.get(ino)
+        if file is None:
+            return set()
+        numbers = {vma.mm.name for vma in file.mapped.i_mmap.overlapping(0, 1 << 52)}
+        return {self.kernel.pids[number] for number in numbers if number in self.kernel.pids}
+
     def unmap_pages(self, ino: int, first: int, count: int) -> None:
         """Zap every PTE of a run of file pages; private copies stay (rules R1, K7)."""
         file = self._files.get(ino)

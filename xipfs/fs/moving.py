@@ -47,6 +47,13 @@ class Moved:
     refused: dict[int, list[int]] = field(default_factory=dict)
     took_ns: dict[str, int] = field(default_factory=dict)
 
+    def add(self, other: Moved) -> None:
+        """Add what became of another range."""
+        self.moved += other.moved
+        self.already += other.already
+        for code, pages in other.refused.items():
+            self.refuse(code, pages)
+
     def refuse(self, code: int, pages: list[int]) -> None:
         """Add pages that were not moved."""
         if pages:

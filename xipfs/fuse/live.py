@@ -27,6 +27,7 @@ from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, start_observing
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
+from xipfs.fuse.users import Users
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
 from xipfs.fuse.worker import Worker
@@ -38,6 +39,7 @@ from xipfs.options import MountOptions
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.heat import Heat
 from xipfs.stats.series import Series
+from xipfs.trace.direct_io import pages_in_flight
 from xipfs.trace.events import Event
 from xipfs.trace.fault_batch import FaultBatch, steps
 from xipfs.trace.grammar import SETTLE_NS
@@ -80,6 +82,7 @@ class Live:
         self.hinter: HintScanner | None = None
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.ram_series = Series(time.time_ns())
+        self.users = Users(self.accountant)
         self.deciding = Deciding(fs, options, self.profile)
         self.deciding.note = self.recorder.note
         self.recorder.policy = self.deciding.chosen
@@ -103,7 +106,13 @@ class Live:
     def start(self, nursery: trio.Nursery, mount: Mount) -> None:
         """Begin the background work."""
         self.mount = mount
-        self.notifier = Notifier(session_fd(), self.accountant.causes)
+        dev = mount.major << 20 | mount.minor
+        self.notifier = Notifier(
+            session_fd(),
+            self.accountant.causes,
+            self.users.of,
+            lambda pids, ino: pages_in_flight(pids, dev, ino),
+        )
         self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
         self.migrator.history.on_moved = self.deciding.moved
         self.migrator.on_move = self.recorder.moved
@@ -155,6 +164,14 @@ class Live:
             if self.accountant.is_mapped(ino):
                 # Somebody may be faulting on it right now; what nobody maps needs no waiting.
                 await self.drain_settled()
+
+    def opened(self, ino: int, pid: int) -> None:
+        """Hear of a new handle."""
+        self.users.opened(ino, pid)
+
+    def closed(self, ino: int, pid: int) -> None:
+        """Hear of a handle's end."""
+        self.users.closed(ino, pid)
 
     def page_io(self, pid: int, ino: int, offset: int, size: int, *, write: bool) -> None:
         """Hear of a READ or WRITE."""

@@ -13,7 +13,8 @@ authoritative copy):
 Steps 1 and 2 are taken for up to ``GROUP_PAGES`` at once, because they cost nearly the same for one
 page and for many. A chunk that a READ or WRITE touched while it waited for its turn goes through
 both again, alone. A page that is pinned at 3 is tried again, up to ``PASSES_MAX`` times; it was
-unmapped, so what maps it meanwhile comes through 1 and 2 again first.
+unmapped, so what maps it meanwhile comes through 1 and 2 again first. A page that direct I/O is at
+work on is not invalidated at 1 and not moved at 3 (trace/direct_io.py), and tried again as often.
 
 Step 3 keeps other requests waiting, so it is bounded by ``CHUNK_PAGES``; and while other requests
 come, the next chunk waits ``_GIVE_WAY`` times as long as this one took.
@@ -24,7 +25,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
@@ -71,6 +72,8 @@ class _Window:
     already: int
     event: ChunkEvent
     touched: bool = False
+    in_use: set[int] = field(default_factory=set)
+    """Pages that direct I/O was at work on, which were not taken away and cannot move."""
 
     def took(self, step: str, since_ns: int) -> int:
         """Add what ``step`` took since then to the event; return the time now."""
@@ -194,14 +197,16 @@ class Migrator:
         for number in range(PASSES_MAX):
             if number:
                 await trio.sleep(number * _PASS_PAUSE_S)
-                if window.touched:
+                if window.touched or window.in_use:
                     await self._take_away(window, window.wanted)
             refused = self._move(window, to)
-            if errno.EAGAIN not in refused:
+            if errno.EAGAIN not in refused and errno.EBUSY not in refused:
                 break
         if window.touched:
             start_ns = time.monotonic_ns()
-            await self._invalidate(window.ino, window.wanted)
+            await self._notifier.invalidate_pages(
+                window.ino, window.wanted.start, len(window.wanted), MOVE
+            )
             window.took("invalidate_again", start_ns)
         failed = {REASONS[code]: len(pages) for code, pages in refused.items()}
         for pages in refused.values():
@@ -212,7 +217,7 @@ class Migrator:
         """Step 3, one pass; returns what was refused."""
         start_ns = time.monotonic_ns()
         self.before_move(window.ino)
-        result = self._engine.move_pages(window.ino, window.wanted, to)
+        result = self._engine.move_pages(window.ino, window.wanted, to, window.in_use)
         now_ns = window.took("move", start_ns)
         for part, took_ns in result.took_ns.items():
             spent = window.event.durations_ns
@@ -228,17 +233,20 @@ class Migrator:
 
     async def _take_away(self, window: _Window, pages: range) -> None:
         """Steps 1 and 2: after this the kernel maps no page of ``pages`` not read since."""
-        for each in self._windows:
-            if each.ino == window.ino and pages.start <= each.wanted.start < pages.stop:
-                each.touched = False
+        taken = [
+            each
+            for each in self._windows
+            if each.ino == window.ino and pages.start <= each.wanted.start < pages.stop
+        ]
+        for each in taken:
+            each.touched = False
         start_ns = time.monotonic_ns()
-        await self._invalidate(window.ino, pages)
+        in_use = await self._notifier.invalidate_pages(window.ino, pages.start, len(pages), MOVE)
+        for each in taken:
+            each.in_use = in_use.intersection(each.wanted)
         start_ns = window.took("invalidate", start_ns)
         await self._drain()
         window.took("drain", start_ns)
-
-    async def _invalidate(self, ino: int, pages: range) -> None:
-        await self._notifier.invalidate_pages(ino, pages.start, len(pages), MOVE)
 
     async def _give_way(self, took_ns: int) -> None:
         """Let the requests be served that waited ``took_ns`` for a chunk's end, and others."""

@@ -28,6 +28,14 @@ class RequestHooks(Protocol):
         """Charge what has faulted before pages of ``ino`` go: cut to a size, or with its name."""
         ...
 
+    def opened(self, ino: int, pid: int) -> None:
+        """Hear of a handle that a thread of this process has got."""
+        ...
+
+    def closed(self, ino: int, pid: int) -> None:
+        """Hear that a handle of theirs is gone, and all mappings made with it."""
+        ...
+
     def page_io(self, pid: int, ino: int, offset: int, size: int, *, write: bool) -> None:
         """Hear of a READ or WRITE of these bytes by a file that process ``pid`` opened."""
         ...

@@ -16,7 +16,7 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -44,8 +44,20 @@ def session_fd() -> int:
 class Notifier:
     """Range invalidations of one mount. Used from the trio thread; the writes happen elsewhere."""
 
-    def __init__(self, fd: int, causes: Causes) -> None:
+    def __init__(
+        self,
+        fd: int,
+        causes: Causes,
+        users: Callable[[int], set[int]],
+        pages_in_use: Callable[[Iterable[int], int], set[int]],
+    ) -> None:
+        """``users(ino)`` are the file's processes; ``pages_in_use(pids, ino)`` must stay.
+
+        The second is called in another thread.
+        """
         self._fd = fd
+        self._users = users
+        self._pages_in_use = pages_in_use
         self._causes = causes
         self._in_flight: list[tuple[int, int, int]] = []
         # One at a time: invalidations of one mount gain nothing from running side by side.
@@ -68,31 +80,44 @@ class Notifier:
         finally:
             self._in_flight.remove(mark)
 
-    async def invalidate_pages(self, ino: int, first: int, count: int, cause: str) -> None:
+    async def invalidate_pages(self, ino: int, first: int, count: int, cause: str) -> set[int]:
         """Drop ``count`` pages of ``ino`` from index ``first`` from the kernel's cache.
 
-        ``cause`` (accounting/causes.py) is what the faults that follow are marked with.
+        Except for those that direct I/O is at work on, whose bytes could be lost: they are
+        returned. ``cause`` (accounting/causes.py) is what the faults that follow are marked with.
 
         Returns when they are gone and their dirty bytes have come back as WRITEs. An inode that
         the kernel does not know holds nothing and is no error.
         """
         assert count > 0, (ino, first, count)
         start, size = first << PAGE_SHIFT, count << PAGE_SHIFT
-        payload = _INVAL_INODE.pack(ino, start, size)
-        message = _HEADER.pack(_HEADER.size + len(payload), _NOTIFY_INVAL_INODE, 0) + payload
         with self._marked(ino, start, start + size):
             # Not abandoned on cancel: half an invalidation would leave a mark that lies.
             told = self._causes.begin(ino, first, count, cause, time.monotonic_ns())
-            await self._worker.run(self._send, message)
+            users = self._users(ino)
+            in_use = await self._worker.run(self._drop, ino, first, count, users)
             told.ended_ns = time.monotonic_ns()
         self.invalidations += 1
+        return in_use
 
     async def invalidate_all(self, pages: list[tuple[int, int]], cause: str) -> None:
         """Drop the (ino, index) ``pages``, sorted, from the kernel's cache, run by run."""
         for ino, first, count in runs(pages):
             await self.invalidate_pages(ino, first, count, cause)
 
-    def _send(self, message: bytes) -> None:
+    def _drop(self, ino: int, first: int, count: int, users: set[int]) -> set[int]:
+        in_use: set[int] = set()
+        if users:
+            in_use = self._pages_in_use(users, ino).intersection(range(first, first + count))
+        at = first
+        for stop in [*sorted(in_use), first + count]:
+            if at < stop:
+                self._send(_INVAL_INODE.pack(ino, at << PAGE_SHIFT, stop - at << PAGE_SHIFT))
+            at = stop + 1
+        return in_use
+
+    def _send(self, payload: bytes) -> None:
+        message = _HEADER.pack(_HEADER.size + len(payload), _NOTIFY_INVAL_INODE, 0) + payload
         try:
             os.write(self._fd, message)
         except OSError as error:

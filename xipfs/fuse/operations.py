@@ -79,6 +79,7 @@ class Operations(NameOperations):
             del self._files[fh]
             self.fs.drop(ino)
             raise
+        self.hooks.opened(ino, ctx.pid)
         # The kernel may keep the pages over opens: only this daemon changes them.
         return pyfuse3.FileInfo(fh=fh, keep_cache=True)
 
@@ -136,6 +137,7 @@ class Operations(NameOperations):
         if isinstance(file, ControlHandle):
             file.close()
         else:
+            self.hooks.closed(file.ino, file.pid)
             await self._drop(file.ino, 1)
 
     @handler

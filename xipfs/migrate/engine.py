@@ -21,6 +21,7 @@ from xipfs.migrate.policy import Move
 #: Why a page was not moved, by the errno that says so.
 REASONS: Final = {
     errno.EAGAIN: "pinned",
+    errno.EBUSY: "direct_io",
     errno.ENOMEM: "no_ram",
 }
 #: How often a pinned page is tried before it counts as refused: NR_MAX_MIGRATE_PAGES_RETRY of
@@ -85,12 +86,22 @@ class Engine:
         """Return the runs of ``pages`` that are no holes: only these can move."""
         return list(self._fs.runs_with_bytes(ino, pages))
 
-    def move_pages(self, ino: int, pages: range, to: PageKind) -> Moved:
+    def move_pages(
+        self, ino: int, pages: range, to: PageKind, in_use: frozenset[int] | set[int] = frozenset()
+    ) -> Moved:
         """Move ``pages`` to kind ``to``; what is refused stays exactly as it was.
+
+        Pages that are ``in_use`` are refused (EBUSY).
 
         Moved pages are counted here, refused ones by ``give_up``: a pinned page may be tried again.
         """
-        result = self._fs.move(ino, pages, to)
+        result, at = Moved(), pages.start
+        for stop in [*sorted(in_use.intersection(pages)), pages.stop]:
+            if at < stop:
+                result.add(self._fs.move(ino, range(at, stop), to))
+            if stop < pages.stop:
+                result.refuse(errno.EBUSY, self.needing_move(ino, range(stop, stop + 1), to))
+            at = stop + 1
         if to is PageKind.PAGECACHE:
             self._promoted += len(result.moved)
         else:

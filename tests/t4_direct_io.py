@@ -1,0 +1,135 @@
+"""Direct I/O into a mapping of a file that migrates: its pages stay until it is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import needs
+from live import PAGE, LiveMount, Mounts, wait_until
+
+from xipfs.cli.client import request
+from xipfs.trace.direct_io import pages_in_flight
+
+pytestmark = [needs("root", "fuse")]
+
+#: Maps FILE shared and reads two pages of SOURCE, past the page cache, into its pages 3 and 4.
+READER = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+mapped = mmap.mmap(fd, 8 * 4096)
+view = memoryview(mapped)[3 * 4096 : 5 * 4096]
+source = os.open(sys.argv[2], os.O_RDONLY | os.O_DIRECT)
+print("ready", flush=True)
+sys.stdin.readline()
+assert (os.preadv(source, [view], 0) if sys.argv[3] == "vector" else os.readv(source, [view])) == 8192
+print("done", flush=True)
+sys.stdin.readline()
+assert bytes(view) == os.pread(source, 8192, 0), "what was read is not in the mapping"
+print("same", flush=True)
+"""  # noqa: E501
+
+
+class Reading:
+    """A process that reads from a mount whose daemon is stopped, into a mapping of another."""
+
+    def __init__(self, mount: LiveMount, stopped: LiveMount, how: str = "vector") -> None:
+        self.stopped = stopped
+        words = [str(mount / "file"), str(stopped / "source"), how]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", READER, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.expect("ready")
+        os.kill(stopped.pid, signal.SIGSTOP)
+        self.say()
+
+    def say(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def expect(self, word: str) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{word}\n"
+
+    def go_on(self) -> None:
+        os.kill(self.stopped.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        self.go_on()
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def two(live: Mounts) -> tuple[LiveMount, LiveMount]:
+    mount, source = live.mount(), live.mount()
+    (mount / "file").write_bytes(b"before..." * 8 * PAGE)
+    os.truncate(mount / "file", 8 * PAGE)
+    (source / "source").write_bytes(os.urandom(2 * PAGE))
+    return mount, source
+
+
+def in_flight(mount: LiveMount, pid: int) -> set[int]:
+    dev = mount.mount.major << 20 | mount.mount.minor
+    return pages_in_flight([pid], dev, os.stat(mount / "file").st_ino)
+
+
+def test_pages_under_direct_io_are_refused_and_its_bytes_arrive(
+    two: tuple[LiveMount, LiveMount],
+) -> None:
+    mount, source = two
+    assert mount.migrate("file", "pagecache")["moved"] == 8
+    reading = Reading(mount, source)
+    try:
+        wait_until("the read", lambda: in_flight(mount, reading.process.pid) == {3, 4})
+        outcome = mount.migrate("file", "xip")
+        assert (outcome["moved"], outcome["failed"]) == (6, {"direct_io": 2})
+        assert mount.letters("file") == "XXXPPXXX"
+        assert mount.vmstat()["pgmigrate_fail"] == 2
+        reading.go_on()
+        reading.expect("done")
+        assert in_flight(mount, reading.process.pid) == set()
+        assert mount.migrate("file", "xip")["moved"] == 2
+        reading.say()
+        reading.expect("same")
+        expected = (source / "source").read_bytes()
+        assert (mount / "file").read_bytes()[3 * PAGE : 5 * PAGE] == expected
+    finally:
+        reading.close()
+
+
+def test_a_read_that_ends_meanwhile_is_no_failure(two: tuple[LiveMount, LiveMount]) -> None:
+    """The pages are tried again until it is over, as the kernel tries pinned ones."""
+    mount, source = two
+    ino = (mount / "file").stat().st_ino
+    for attempt in range(20):
+        to = "xip" if attempt % 2 else "pagecache"
+        reading = Reading(mount, source, "plain")
+        try:
+            wait_until("the read", lambda: in_flight(mount, reading.process.pid) == {3, 4})  # noqa: B023
+            moving = threading.Thread(
+                target=lambda: list(request(mount.mount, "migrate", ino=ino, to=to))  # noqa: B023
+            )
+            moving.start()
+            time.sleep(0.005 + 0.002 * attempt)  # the passes take 45 ms in all
+            reading.go_on()
+            moving.join(30)
+            reading.expect("done")
+            reading.say()
+            reading.expect("same")
+        finally:
+            reading.close()
+        answers = list(request(mount.mount, "events"))
+        events = [answer["event"] for answer in answers if "event" in answer]
+        if any(event["passes"] > 1 and not event["failed"] for event in events):
+            return
+    pytest.fail("no migration met the end of a read in 20 attempts")

@@ -1,0 +1,75 @@
+"""Which mapped pages the kernel is reading into or writing from right now, past its page cache.
+
+A direct read or write (O_DIRECT) pins the pages of its buffer for as long as the device takes. If
+that buffer is a shared mapping of a file and the file's page leaves the page cache meanwhile, what
+the device delivers can go to a page that nobody will see again: an invalidation looks at no pins
+(rule R10). The kernel's own migration sees them in the page's count and refuses; from outside, the
+call itself can be seen: /proc/PID/task/TID/syscall names it, with its buffer, for every thread
+that waits inside one.
+
+Not seen are requests that no thread waits for (io_uring, libaio), and one that begins between this
+look and the invalidation that follows it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from xipfs.trace import proc
+from xipfs.units import PAGE_SHIFT, PAGE_SIZE
+
+#: System calls with (fd, buffer, bytes) and with (fd, struct iovec *, how many), by machine.
+_BUFFER_CALLS: Final = {"x86_64": (0, 1, 17, 18), "aarch64": (63, 64, 67, 68)}
+_VECTOR_CALLS: Final = {"x86_64": (19, 20, 295, 296, 327, 328), "aarch64": (65, 66, 69, 70, 286)}
+_IOVEC: Final = struct.Struct("=QQ")
+_IOVECS_MAX: Final = 1024  # UIO_MAXIOV
+
+
+def pages_in_flight(pids: Iterable[int], dev: int, ino: int) -> set[int]:
+    """Return the pages of ``ino`` on ``dev`` that direct I/O of these processes refers to.
+
+    ``dev`` as in ``proc.read_maps``. A thread id stands for its process.
+    """
+    found: set[int] = set()
+    for pid in pids:
+        buffers = [span for tid in proc.tids_of(pid) for span in _direct_buffers(pid, tid)]
+        if not buffers:
+            continue
+        for mapping in proc.read_maps(pid, dev) or ():
+            if mapping.ino != ino or not mapping.shared:
+                continue
+            for start, end in buffers:
+                first = max(start, mapping.start) - mapping.start >> PAGE_SHIFT
+                stop = min(end, mapping.end) - mapping.start + PAGE_SIZE - 1 >> PAGE_SHIFT
+                found.update(range(mapping.pgoff + first, mapping.pgoff + stop))
+    return found
+
+
+def _direct_buffers(pid: int, tid: int) -> list[tuple[int, int]]:
+    """Return [start, end) of the memory that a thread's direct I/O refers to."""
+    try:
+        words = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
+        if len(words) < 4:
+            return []  # it runs, or waits outside of any call
+        number, fd, address, count = int(words[0]), *(int(word, 16) for word in words[1:4])
+        machine = platform.machine()
+        vector = number in _VECTOR_CALLS.get(machine, ())
+        if not vector and number not in _BUFFER_CALLS.get(machine, ()):
+            return []
+        info = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        flags = next(line for line in info.splitlines() if line.startswith("flags:"))
+        if not int(flags.split()[1], 8) & os.O_DIRECT:
+            return []
+        if not vector:
+            return [(address, address + count)]
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(address)
+            data = memory.read(min(count, _IOVECS_MAX) * _IOVEC.size)
+        return [(base, base + size) for base, size in _IOVEC.iter_unpack(data) if size]
+    except (OSError, ValueError, StopIteration, struct.error):
+        return []  # it is gone, or the call is over

@@ -35,7 +35,7 @@ from xipfs.migrate.policy import (
     Seen,
     Signal,
 )
-from xipfs.migrate.registry import BUILT_IN, Value, about, make_policy
+from xipfs.migrate.registry import BUILT_IN, Value, about, make_policy, policies
 from xipfs.options import parse_options
 from xipfs.replay.simulate import TRACES, Access, optimum, replay, seeded_trace
 
@@ -277,6 +277,32 @@ def test_what_the_decider_holds_back() -> None:
     assert counted.held_back == {"under_way": 1, "rate": 1, "stay": 1}
 
 
+def test_what_a_policy_sees_counts_moves_under_way_as_made() -> None:
+    clock = made("clock", ram_pages=9)
+    seen: list[Seen] = []
+    policy = vars(clock)["_policy"]
+    plan = policy.plan
+
+    def spy(signal: Signal, now: Seen) -> list[Move]:
+        seen.append(now)
+        return list(plan(signal, now))
+
+    policy.plan = spy
+    page = Move(INO, 1, PageKind.PAGECACHE, "")
+    evicted = Signal(4 * MS, EVICTED, 0, INO, 1, PteKind.PAGECACHE)
+    hear(clock, touch(1, 1), touch(2, 9, READ, kind=PteKind.PAGECACHE), used=3)
+    hear(clock, done(3 * MS, MOVED, page), used=4)
+    hear(clock, evicted, touch(5, 2), done(6 * MS, REFUSED, page), used=3)
+    assert [tuple(each) for each in seen] == [
+        (3, 9, 0, 0, 0, 0),
+        (4, 9, 0, 0, 0, 0),
+        (4, 9, 1, 0, 0, 0),
+        (3, 9, 1, 0, 0, 1),
+        (3, 9, 1, 0, 0, 1),
+        (4, 9, 1, 0, 1, 1),
+    ]
+
+
 def test_requests_and_faults_are_merged_by_time() -> None:
     requests = [touch(1, 1, READ), touch(5, 2, WRITE)]
     charges = [
@@ -373,6 +399,23 @@ def test_a_policy_from_a_file_and_what_is_refused(tmp_path: Path) -> None:
     file.write_text("POLICY = 5\n")
     with pytest.raises(UsageError, match="a dataclass with a method plan"):
         made(str(file))
+
+
+def test_a_policy_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two packages that somebody installed: one has a policy, the other only says so."""
+    (tmp_path / "theirs.py").write_text(
+        '"""Promotes like fifo."""\nfrom xipfs.migrate.policies.fifo import Fifo\n'
+    )
+    for package, target in (("theirs", "theirs:Fifo"), ("broken", "absent:Policy")):
+        info = tmp_path / f"{package}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[xipfs.policies]\n{package} = {target}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(policies().items())[-2:] == [("broken", "absent:Policy"), ("theirs", "theirs:Fifo")]
+    assert replay(stream("11"), made("theirs"), 1).hits == 1
+    with pytest.raises(UsageError, match="policy broken cannot be loaded: ModuleNotFoundError"):
+        made("broken")
 
 
 def test_the_readme_s_policy_works(tmp_path: Path) -> None:

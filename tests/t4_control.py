@@ -99,7 +99,10 @@ def test_the_snapshot_has_the_agreed_shape(mnt: LiveMount) -> None:
 
 
 def test_stat_and_cat_tell_the_same(mnt: LiveMount) -> None:
-    assert mnt.stats() == mnt.cat_stats()
+    by_command, by_file = mnt.stats(), mnt.cat_stats()
+    for stats in (by_command, by_file):
+        del stats["ram_pages_used"]  # goes on with time
+    assert by_command == by_file
 
 
 def test_the_image_cannot_use_the_name(mnt: LiveMount) -> None:

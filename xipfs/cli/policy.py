@@ -42,10 +42,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(_args: argparse.Namespace) -> tuple[list[Json], list[str]]:
-    rows = [_row(name, source) for name, source in policies().items()]
-    for row in rows:
-        row["about"] = row["about"].partition("\n")[0]
-    return rows, [f"{row['name']:10} {row['about'].partition(': ')[2]}" for row in rows]
+    rows = []
+    for name, source in policies().items():
+        try:
+            row = _row(name, source)
+        except UsageError as error:
+            # Somebody else's package; the other policies are there all the same.
+            row = {"name": name, "source": source, "about": str(error)}
+        row["about"] = row["about"].partition("\n")[0].removeprefix(f"policy={name}: ")
+        rows.append(row)
+    return rows, [f"{row['name']:10} {row['about']}" for row in rows]
 
 
 def _show(args: argparse.Namespace) -> tuple[Json, list[str]]:

@@ -22,6 +22,8 @@ from xipfs.accounting.charges import Charge
 from xipfs.fs.types import PageKind
 from xipfs.migrate.parts import NS_PER_MS, RateLimit, Remembered
 from xipfs.migrate.policy import (
+    DONE,
+    EVICTED,
     MOVED,
     REFUSED,
     Move,
@@ -68,6 +70,7 @@ class Decider:
         self._frames_to_come = 0
         self._moved_ns = Remembered()
         self._asked = self._planned = 0
+        self._promoted = self._demoted = self._refused = self._evicted = 0
         self._held_back = {"under_way": 0, "rate": 0, "stay": 0}
 
     def statistics(self) -> DeciderStatistics:
@@ -91,10 +94,11 @@ class Decider:
                 self._frames_to_come -= _FRAMES[to]
         if signal.source == MOVED and self._stay_ns:
             self._moved_ns.put(signal.page, signal.time_ns)
+        if signal.source in DONE:
+            self._count(signal)
         if signal.source not in self.signals:
             return []
-        used = max(ram_pages_used + self._frames_to_come, 0)
-        plan = self._policy.plan(signal, Seen(used, self._ram_pages))
+        plan = self._policy.plan(signal, self._seen(ram_pages_used))
         return [
             dataclasses.replace(move, policy=self.name, pid=signal.pid)
             for move in plan
@@ -115,7 +119,19 @@ class Decider:
         choose = getattr(self._policy, "victims", None)
         if choose is None:
             return []
-        return list(choose(count, Seen(ram_pages_used, self._ram_pages)))[:count]
+        return list(choose(count, self._seen(ram_pages_used)))[:count]
+
+    def _count(self, signal: Signal) -> None:
+        if signal.source == MOVED:
+            self._promoted += signal.kind is PteKind.PAGECACHE
+            self._demoted += signal.kind is PteKind.XIP
+        self._refused += signal.source == REFUSED
+        self._evicted += signal.source == EVICTED
+
+    def _seen(self, ram_pages_used: int) -> Seen:
+        used = max(ram_pages_used + self._frames_to_come, 0)
+        done = self._promoted, self._demoted, self._refused, self._evicted
+        return Seen(used, self._ram_pages, *done)
 
     def is_under_way(self, move: Move) -> bool:
         """Return whether the move was let through and nothing was heard of it since."""

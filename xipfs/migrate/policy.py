@@ -70,13 +70,18 @@ class Signal:
 
 
 class Seen(NamedTuple):
-    """The statistics at a signal: page-cache frames of the modelled machine, in use and in all.
+    """The statistics at a signal, frozen: frames of the page cache; pages since the policy began.
 
-    Moves that are under way count as made.
+    Of the frames in use, moves that are under way count as made. Whoever moves pages, by hand too,
+    counts in ``promoted`` and ``demoted``; ``refused`` are planned moves that were not made.
     """
 
     ram_pages_used: int
     ram_pages: int
+    promoted: int = 0
+    demoted: int = 0
+    refused: int = 0
+    evicted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,8 +79,9 @@ def find_policy(name: str) -> Any:
 def about(policy: Any) -> str:
     """Return what the text at the head of the policy's file (or its class) says, without markup."""
     module = sys.modules.get(policy.__module__)
-    text = (module.__doc__ if module else None) or policy.__doc__ or ""
-    return text.strip().replace("``", "")
+    # A file that was run by its path is no module any more; its functions still know its text.
+    text = module.__doc__ if module else policy.plan.__globals__.get("__doc__")
+    return (text or policy.__doc__ or "").strip().replace("``", "")
 
 
 def parameters(policy: Any) -> dict[str, Value | None]:

@@ -1,9 +1,9 @@
-"""``policy=profile,file=/PATH``: the pages that a file names earn RAM at their first touch.
+"""``policy=profile``: the pages that a file names earn RAM at their first touch.
 
-Signals used: faults, hint faults, READ and WRITE requests. The file is JSON with a list
-``hottest`` of objects with ``ino`` and ``index``: what ``xipfs stat DIR --hottest N --json`` prints
-after a run. With the pages that a run used most it finds more pages in RAM than FIFO when the run
-comes again; pages that the file does not name stay where they are.
+Signals used: faults, hint faults, READ and WRITE requests. The ``file`` (an absolute path) is JSON
+with a list ``hottest`` of objects with ``ino`` and ``index``: what ``xipfs stat DIR --hottest N
+--json`` prints after a run. With the pages that a run used most it finds more pages in RAM than
+FIFO when the run comes again; pages that the file does not name stay where they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``policy=threshold,promote=N``: a page earns RAM at its Nth fault while it is XIP.
+"""``policy=threshold``: a page earns RAM at its fault number ``promote`` while it is XIP.
 
 Signals used: XIP faults and hint faults. A fault that ends in a private copy (COW) is no reason
 to promote: the process has its own page then, and the next fault there would not come from this

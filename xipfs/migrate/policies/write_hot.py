@@ -1,4 +1,4 @@
-"""``policy=write-hot``: only a page that is written ``writes`` times earns RAM.
+"""``policy=write-hot``: only pages that are written to, ``writes`` times, earn RAM.
 
 Signals used: XIP write faults, WRITE requests. Reading costs the medium no endurance, so pages
 that are only read stay XIP, however hot they are. Where few pages are written, fewer writes reach

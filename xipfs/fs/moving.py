@@ -53,6 +53,8 @@ class Moved:
         self.already += other.already
         for code, pages in other.refused.items():
             self.refuse(code, pages)
+        for part, took_ns in other.took_ns.items():
+            self.took_ns[part] = self.took_ns.get(part, 0) + took_ns
 
     def refuse(self, code: int, pages: list[int]) -> None:
         """Add pages that were not moved."""

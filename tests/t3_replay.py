@@ -11,7 +11,8 @@ from streams import FILE, INO, MAP, MS, STREAM, fault, line, moved, write_trace
 
 from xipfs.cli.replay import policy_of
 from xipfs.errors import UsageError
-from xipfs.replay.machine import Choice, Replay
+from xipfs.replay.choice import Choice
+from xipfs.replay.machine import Replay
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.trace import Recorded
 from xipfs.stats.trace_file import TraceError, TraceWriter

@@ -133,4 +133,5 @@ def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
     told, was = answer["migration"], live["migration"]
     for name in ("policy", "planned", "asked", "held_back", "refaults", "pingpong"):
         assert (name, told[name]) == (name, was[name])
-    assert told["moved_by_reason"] == was["moved_by_reason"]
+    assert (told["by_cause"], told["by_process"]) == (was["by_cause"], was["by_process"])
+    assert told["fail_reasons"] == was["fail_reasons"]

@@ -16,7 +16,7 @@ from xipfs.cli.client import Json
 from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.options import policy_value
-from xipfs.replay.machine import DELAY_NS, Choice
+from xipfs.replay.choice import DELAY_NS, Choice
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.trace import Progress
 from xipfs.units import PAGE_SIZE, format_size, parse_size
@@ -115,8 +115,9 @@ def as_text(answer: Json) -> str:
     lines.append(f"{'  in RAM':22}{replay['touches_in_ram']:14}")
     for name in ("refaults", "pingpong"):
         lines.append(f"{name:22}{told[name]:14}")
-    for reason, count in told["moved_by_reason"].items():
-        lines.append(f"{'moved':22}{count:14}  {reason}")
+    for cause in told["by_cause"]:
+        count = cause["promoted"] + cause["demoted"]
+        lines.append(f"{'moved':22}{count:14}  to {cause['to']}: {cause['reason']}")
     for reason, count in told["fail_reasons"].items():
         lines.append(f"{'refused':22}{count:14}  {reason}")
     if not replay["as_recorded"]:

@@ -19,7 +19,7 @@ from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.registry import make_policy
 from xipfs.replay.cells import BOUND, Cell, digest_of
-from xipfs.replay.machine import DELAY_NS
+from xipfs.replay.choice import DELAY_NS
 from xipfs.replay.sweep import Results, Told, locally, on_dask
 from xipfs.replay.trace import recorded
 from xipfs.stats.trace_file import TraceReader

@@ -95,9 +95,10 @@ class Migrator:
         self._windows: list[_Window] = []
         self._requests = 0
         self.history = History()
+        #: Told of pages that are not tried again: new kind, why they were to move, why they do not.
+        self.on_give_up: Callable[[int, list[int], PageKind, str, str], None] = _nobody_listens
         #: Told before and after the pages of a range have moved, with nothing in between.
         self.before_move: Callable[[int], None] = _nobody_listens
-        self.on_give_up: Callable[[str, str, int], None] = _nobody_listens
         self.on_move: Callable[[int, int, range, PageKind, str, Moved], None] = _nobody_listens
 
     def page_io(self, ino: int, first: int, last: int) -> None:
@@ -184,12 +185,11 @@ class Migrator:
                 raise
             # The last name and the last handle of the file went while it was being moved.
             tally = Tally(failed={"gone": len(window.chunk)})
-            self.history.refused(window.ino, window.chunk, to)
+            self._tell_refused(window, "gone", list(window.chunk), to)
         finally:
             self._windows.remove(windows.pop(0))
         for reason, count in tally.failed.items():
             self._engine.give_up(reason, count)
-            self.on_give_up(window.event.reason, reason, count)
         return window.event.durations_ns.get("move", 0), tally
 
     async def _move_window(self, window: _Window, to: PageKind) -> Tally:
@@ -209,9 +209,13 @@ class Migrator:
             )
             window.took("invalidate_again", start_ns)
         failed = {REASONS[code]: len(pages) for code, pages in refused.items()}
-        for pages in refused.values():
-            self.history.refused(window.ino, pages, to)
+        for code, pages in refused.items():
+            self._tell_refused(window, REASONS[code], pages, to)
         return Tally(window.event.moved, window.already, failed)
+
+    def _tell_refused(self, window: _Window, reason: str, pages: list[int], to: PageKind) -> None:
+        self.history.refused(window.ino, pages, to)
+        self.on_give_up(window.ino, pages, to, window.event.reason, reason)
 
     def _move(self, window: _Window, to: PageKind) -> dict[int, list[int]]:
         """Step 3, one pass; returns what was refused."""

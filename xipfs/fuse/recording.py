@@ -258,9 +258,11 @@ class Recorder:
             refused={REASONS[code]: runs_of(which) for code, which in result.refused.items()},
         )
 
-    def gave_up(self, why: str, reason: str, count: int) -> None:
+    def gave_up(self, ino: int, pages: list[int], to: PageKind, why: str, reason: str) -> None:
         """Add that pages are not tried again; ``why`` they were to move, ``reason`` they do not."""
-        self.note("give_up", by=_by(why), pages=count, reason=reason)
+        if self.log.active:
+            given = runs_of(pages)
+            self.note("give_up", ino=ino, to=to.value, by=_by(why), reason=reason, given=given)
 
     # The start
 

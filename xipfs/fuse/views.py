@@ -23,7 +23,7 @@ _LETTERS: Final = {PageKind.HOLE: ".", PageKind.XIP: "X", PageKind.PAGECACHE: "p
 def live_snapshot(live: Live) -> dict[str, Any]:
     """Return the object of ``stats.json``; ``kernel`` is null where the observer cannot know."""
     figures = live.observer.figures()
-    engine = live.engine.statistics()
+    engine, history = live.engine.statistics(), live.migrator.history.describe()
     return {
         "schema": snapshot.SCHEMA,
         "version": __version__,
@@ -54,8 +54,8 @@ def live_snapshot(live: Live) -> dict[str, Any]:
             **live.deciding.describe(),
             "fail_reasons": engine.fail_reasons,
             "kernel_invalidations": live.notifier.invalidations,
-            **live.migrator.history.describe(),
-            "by_process": _named(live),
+            **history,
+            "by_process": snapshot.named(live.accountant, history["by_process"]),
         },
         "mount": {
             "image": str(live.fs.image_path),
@@ -69,13 +69,6 @@ def live_snapshot(live: Live) -> dict[str, Any]:
         },
         "processes": snapshot.processes(live.accountant),
     }
-
-
-def _named(live: Live) -> list[dict[str, Any]]:
-    """Return the processes that moved pages or faulted on moved ones, by name where it is known."""
-    names = {line.pid: line.comm for line in live.accountant.ledger.lines()}
-    rows = live.migrator.history.describe()["by_process"]
-    return [{"pid": row["pid"], "comm": names.get(row["pid"], ""), **row} for row in rows]
 
 
 def would_migrate(live: Live, files: list[tuple[int, list[range]]], to: PageKind) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xipfs.memory.profiles import load_profile
-from xipfs.replay.machine import Choice
+from xipfs.replay.choice import Choice
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.simulate import most_hits
 from xipfs.replay.trace import Page, recorded, rows_of, touches_of

@@ -17,9 +17,8 @@ many faults may be missing.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from xipfs.accounting.accountant import Accountant
@@ -27,48 +26,22 @@ from xipfs.accounting.causes import EVICT, MOVE
 from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError
 from xipfs.fs.types import PageKind, WriteOrigin
-from xipfs.memory.profiles import Profile
 from xipfs.migrate.engine import REASONS, Engine, jobs_of, runs
 from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
 from xipfs.migrate.steering import Steering
 from xipfs.mm.pte import pte_permits
 from xipfs.mm.rules import Rules
+from xipfs.replay.choice import Choice, Replayed
 from xipfs.replay.image import ReplayedFilesystem
 from xipfs.replay.trace import Page, Recorded, touched
 from xipfs.stats.trace_items import event_of, values_of
 from xipfs.trace import events as ev
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
-#: From a plan to its move on a mount at rest: an invalidation and a drain of what has settled.
-DELAY_NS: Final = 5_000_000
 _ZEROS: Final = bytes(1 << 20)
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to replay with; None: as recorded."""
-
-    policy: str | None = None
-    values: Mapping[str, Any] = field(default_factory=dict)
-    ram_bytes: int | None = None
-    profile: Profile | None = None
-    delay_ns: int = DELAY_NS
-
-
-@dataclass
-class Replayed:
-    """Counts of what the trace alone does not tell; a *touch* is an access that it shows."""
-
-    touches: int = 0
-    touches_in_ram: int = 0
-    faults_left_out: int = 0
-    faults_made: int = 0
-    ptes_taken: int = 0
-    requests_failed: int = 0
-    moves_differ: int = 0
 
 
 class Replay:
@@ -283,8 +256,7 @@ class Replay:
         }
         before = len(self.moves)
         by_hand = told["by"] == "manual"
-        plan = [self._plan.get((told["ino"], index)) for index in pages]
-        self.history.begin([move for move in plan if move is not None and not by_hand])
+        self._begin(told, pages)
         for part in [pages] if by_hand else self._planned_parts(told["ino"], pages, to):
             self._move_pages(told["ino"], part, to, told["reason"], refused)
         self.history.end()
@@ -306,29 +278,44 @@ class Replay:
 
     def _move_pages(
         self, ino: int, pages: range, to: PageKind, why: str, refused: Mapping[int, str]
-    ) -> tuple[list[int], Counter[str]]:
+    ) -> tuple[list[int], dict[str, list[int]]]:
         """Move what is not refused by the recording; return what has moved, what has not."""
         event = ChunkEvent(self.now_ns, ino, pages.start, pages.stop - 1, to.value, why)
         moved: list[int] = []
-        failed: Counter[str] = Counter()
+        failed: dict[str, list[int]] = {}
         free = [(ino, index) for index in pages if index not in refused]
         for _, first, count in runs(free):
             result = self.engine.move_pages(ino, range(first, first + count), to)
             moved += result.moved
-            failed.update({REASONS[code]: len(which) for code, which in result.refused.items()})
+            for code, which in result.refused.items():
+                failed.setdefault(REASONS[code], []).extend(which)
         self.moves += [(ino, index, to.value) for index in moved]
         for index in moved:
             self._plan.pop((ino, index), None)
-        event.moved, event.failed = len(moved), dict(failed)
-        event.moved_bytes = len(moved) * PAGE_SIZE
+        event.moved, event.moved_bytes = len(moved), len(moved) * PAGE_SIZE
+        event.failed = {reason: len(which) for reason, which in failed.items()}
         self.history.record(event)
         self.history.moved(ino, moved, to, self.now_ns)
         return moved, failed
 
+    def _refused(self, ino: int, pages: Sequence[int], to: PageKind, reason: str) -> None:
+        self.engine.give_up(reason, len(pages))
+        self.history.refused(ino, pages, to)
+
     def _give_up(self, row: Row) -> None:
         told = values_of(row)
-        if told["by"] == "manual" or self.as_recorded:
-            self.engine.give_up(told["reason"], told["pages"])
+        if told["by"] == "policy" and not self.as_recorded:
+            return
+        pages = [index for first, count in told["given"] for index in range(first, first + count)]
+        self._begin(told, pages)
+        self._refused(told["ino"], pages, PageKind(told["to"]), told["reason"])
+        self.history.end()
+
+    def _begin(self, told: Mapping[str, Any], pages: Sequence[int]) -> None:
+        """Let the history know what the policy has planned for these pages."""
+        plan = [self._plan.get((told["ino"], index)) for index in pages]
+        planned = [move for move in plan if move is not None]
+        self.history.begin(planned if told["by"] == "policy" else [])
 
     def _refuse(self, row: Row) -> None:
         if not self.as_recorded:
@@ -346,11 +333,11 @@ class Replay:
         self.history.begin(due)
         for ino, pages, to, why in jobs_of(due):
             if not self.fs.knows(ino):
-                self.engine.give_up("gone", len(pages))
+                self._refused(ino, pages, to, "gone")
                 continue
             moved, failed = self._move_pages(ino, pages, to, why, {})
-            for reason, count in failed.items():
-                self.engine.give_up(reason, count)
+            for reason, which in failed.items():
+                self._refused(ino, which, to, reason)
             self._take_away([(ino, index) for index in moved], MOVE)
         self.history.end()
         self.steering.carried_out(due, self.now_ns)

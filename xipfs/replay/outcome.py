@@ -7,7 +7,8 @@ from typing import Any
 
 from xipfs import __version__
 from xipfs.migrate.registry import REPLAY_ONLY
-from xipfs.replay.machine import Choice, Replay
+from xipfs.replay.choice import Choice
+from xipfs.replay.machine import Replay
 from xipfs.replay.trace import Progress, recorded, rows_of, touches_of
 from xipfs.stats import snapshot
 from xipfs.stats.cost import cost
@@ -28,7 +29,8 @@ def replay_file(path: Path, choice: Choice, progress: Progress | None = None) ->
 
 def outcome(replay: Replay) -> dict[str, Any]:
     """Return the figures of a finished replay."""
-    engine, told = replay.engine.statistics(), replay.recorded
+    engine, history = replay.engine.statistics(), replay.history.describe()
+    told = replay.recorded
     return {
         "schema": snapshot.SCHEMA,
         "version": __version__,
@@ -38,7 +40,8 @@ def outcome(replay: Replay) -> dict[str, Any]:
         "migration": {
             **replay.steering.describe(),
             "fail_reasons": engine.fail_reasons,
-            **replay.history.describe(),
+            **history,
+            "by_process": snapshot.named(replay.accountant, history["by_process"]),
         },
         "processes": snapshot.processes(replay.accountant),
         "replay": {

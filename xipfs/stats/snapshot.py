@@ -80,3 +80,9 @@ def processes(accountant: Accountant) -> list[dict[str, Any]]:
 def unfollowed(observer: ObserverFigures, accountant: Accountant) -> dict[str, int]:
     """Return what is not followed, from both the observer and the model's side."""
     return {**(observer.unfollowed or {}), **accountant.unfollowed}
+
+
+def named(accountant: Accountant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows about processes with their names, where these are known."""
+    names = {line.pid: line.comm for line in accountant.ledger.lines()}
+    return [{"pid": row["pid"], "comm": names.get(row["pid"], ""), **row} for row in rows]

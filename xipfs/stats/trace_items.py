@@ -88,7 +88,8 @@ MEANINGS: Final[dict[str, str]] = {
     "write_back": "up to pages were written home, those dirty for older_ns (ns) or longer",
     "move": "pages from page on were to become to (kind): moved [[first, pages]], refused "
     "{reason: [[first, pages]]}, by (policy or manual), reason",
-    "give_up": "pages (number) that by (policy or manual) wanted moved will not be tried again",
+    "give_up": "pages given [[first, pages]] that by (policy or manual) wanted to become to (kind) "
+    "will not be tried again, for reason",
     "decide": "a decision point: the policy hears of the requests and faults since the last one, "
     "in the order of their times",
     "hint": "xipfs is about to take marked pages [ino, page] away for hint faults",

@@ -31,6 +31,7 @@ from xipfs.trace.events import (
     Move,
     Protect,
     Registered,
+    ThreadExit,
     Unmap,
     Zap,
 )
@@ -426,7 +427,7 @@ def test_a_first_fault_that_nothing_closed_is_known_to_other_threads(script: Scr
     script.call("munmap", BASE, 32 * PAGE)
     script.exit(101)
     kinds = [type(event) for event in script.end()]
-    assert kinds == [Map, Fault, Around, Fork, Unmap, Exit]
+    assert kinds == [Map, Fault, Around, Fork, Unmap, ThreadExit, Exit]
 
 
 def test_gup_after_a_foreign_fault_is_not_taken_for_it(script: Script) -> None:
@@ -835,3 +836,14 @@ def test_nothing_is_claimed_of_a_32_bit_program(script: Script) -> None:
     script.fault(0)
     script.newtask(101)
     assert only(script.end(), Doubt) == [Doubt(2000, 1, 0, 1 << 64, calls_unseen=True)]
+
+
+def test_a_probe_maps_the_neighbours_before_the_fault_s_own_io_is_over(script: Script) -> None:
+    """Another thread can meet them while page 3 is read."""
+    script.pf(BASE + 3 * PAGE)
+    script.map(0, 15)
+    script.fault(3)
+    script.add(3)
+    assert only(script.events(), Around) == [Around(3000, 1, PID, BASE, FILE, 0, 15)]
+    script.map(0, 15)
+    assert only(script.end(), Around) == [Around(6000, 1, PID, BASE, FILE, 0, 15)]

@@ -5,6 +5,7 @@ f = file page, a = private copy, ? = unknown, . = nothing.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from t3_accounting import BASE, MM, PAGE, PID, READ, RW, Scene, fs
 
@@ -33,6 +34,11 @@ def test_faults(scene: Scene) -> None:
     scene.run(scene.map(8, RW), scene.fault(0), scene.fault(1, write=True))
     scene.run(scene.fault(2), scene.fault(2, write=True), scene.fault(9, verdict=ev.SIGBUS, at=7))
     assert picture(scene) == "faa....."
+
+
+def test_a_read_beside_another_thread_s_write_keeps_the_copy(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), scene.fault(0, write=True), scene.fault(0)._replace(tid=PID + 1))
+    assert picture(scene) == "a......."
 
 
 def test_a_shared_write_maps_the_file_page(scene: Scene) -> None:
@@ -98,6 +104,12 @@ def test_zaps_beside_other_threads_are_not_believed(scene: Scene) -> None:
     scene.run(scene.map(8, RW), scene.fault(0), scene.fault(1)._replace(tid=PID + 1))
     scene.run(ev.Zap(0, MM, BASE, BASE + PAGE))
     assert picture(scene) == "?f......"
+
+
+def test_a_thread_that_has_ended_is_beside_nobody(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), scene.fault(0), scene.fault(1)._replace(tid=PID + 1))
+    scene.run(ev.ThreadExit(0, MM, PID + 1), ev.Zap(0, MM, BASE, BASE + PAGE))
+    assert picture(scene) == ".f......"
 
 
 def test_a_range_too_large_to_doubt_blurs_its_address_space(scene: Scene) -> None:
@@ -180,3 +192,33 @@ def test_nothing_is_claimed_of_programs_whose_calls_are_unseen_nor_of_their_chil
     scene.run(scene.map(8, RW), ev.Doubt(0, MM, 0, 1 << 64, calls_unseen=True))
     scene.run(ev.Fork(0, MM, CHILD, PID, PID + 1, ()))
     assert kernel.blurred == {MM: CALLS_UNSEEN, CHILD: CALLS_UNSEEN}
+
+
+@pytest.mark.parametrize(
+    ("why", "shared", "shaded"),
+    [
+        (ev.COPIED, False, "?a?....."),
+        (ev.COPIED, True, "fff....."),
+        (ev.FOREIGN, False, "????????"),
+    ],
+)
+def test_a_cloud_is_over_what_may_have_changed(
+    scene: Scene, why: str, shared: bool, shaded: str
+) -> None:
+    scene.run(scene.map(8, RW, shared=shared), scene.fault(0), scene.fault(1, write=True))
+    scene.run(scene.fault(2), ev.Cloud(0, MM, why))
+    assert shades(scene) == shaded
+    assert list(scene.books.kernel.doubtful) == [MM]
+
+
+def test_reclaim_is_a_cloud_over_every_file_page(scene: Scene) -> None:
+    scene.run(scene.map(8, RW), scene.fault(0), scene.fault(1, write=True), ev.Reclaim(0))
+    assert shades(scene) == "?a......"
+
+
+def shades(scene: Scene) -> str:
+    states = np.array([scene.books.kernel.state(MM, BASE + page * PAGE) for page in range(8)])
+    vma = scene.books.mms[MM].find_vma(BASE)
+    assert vma is not None
+    scene.books.kernel.shade(vma, states)
+    return "".join({NONE: ".", FILE: "f", ANON: "a"}.get(state, "?") for state in states.tolist())

@@ -26,8 +26,15 @@ def test_a_second_round_hides_nothing(
     monkeypatch: pytest.MonkeyPatch, first: Comparison, differ: int, unknown: dict[str, int]
 ) -> None:
     """Process 200 moves during the first look; 100 is learnt then, and right in the second."""
-    books = SimpleNamespace(kernel=SimpleNamespace(pids={1: 100, 2: 200}), mms={}, check=lambda: "")
+    books = SimpleNamespace(
+        kernel=SimpleNamespace(pids={1: 100, 2: 200}, clouds={}), mms={}, check=lambda: ""
+    )
+
+    async def drained() -> int:
+        return 0
+
     live: Any = SimpleNamespace(
+        drain_settled=drained,
         accountant=books,
         mount=SimpleNamespace(major=0, minor=1),
         observer=SimpleNamespace(comm=lambda _: "touch"),

@@ -128,11 +128,24 @@ def test_the_files_pages_go_under_a_mapping(mount: LiveMount, start: Start) -> N
     program.finish()
 
 
-def copy_behind_its_back(pid: int, address: int) -> None:
-    """Write to a page of another process: the kernel copies it and no event of that process tells.
+def first_address(pid: int, file: Path) -> int:
+    """Return where process ``pid`` maps ``file`` first."""
+    return next(
+        int(line.split("-")[0], 16)
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+        if line.endswith(str(file))
+    )
 
-    process_vm_writev faults on behalf of ``pid`` in our context.
-    """
+
+def copy_behind_its_back(pid: int, address: int) -> None:
+    """Write to a page of another process: the kernel copies it, and no event tells."""
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(address)
+        memory.write(b"z")
+
+
+def copy_by_a_call(pid: int, address: int) -> None:
+    """The same with process_vm_writev, a call that is seen."""
 
     class Iovec(ctypes.Structure):
         _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
@@ -147,11 +160,7 @@ def copy_behind_its_back(pid: int, address: int) -> None:
 
 def test_a_wrong_belief_is_found_told_and_put_right(mount: LiveMount, start: Start) -> None:
     program = start("map {x} private rw read 0-30 pause")
-    start_of = next(
-        int(line.split("-")[0], 16)
-        for line in Path(f"/proc/{program.pid}/maps").read_text().splitlines()
-        if line.endswith(str(mount / "x"))
-    )
+    start_of = first_address(program.pid, mount / "x")
     assert verify(mount)["pages_differ"] == 0
     audited = mount.cat_stats()["observer"]["audit"]["pages_differed"]
     copy_behind_its_back(program.pid, start_of + 11 * PAGE)
@@ -182,6 +191,22 @@ def test_a_wrong_belief_is_found_told_and_put_right(mount: LiveMount, start: Sta
         == 1
     )
     assert time.monotonic() < deadline
+    program.go()
+    program.finish()
+
+
+def test_a_call_on_another_process_s_memory_puts_it_in_doubt(
+    mount: LiveMount, start: Start
+) -> None:
+    program = start("map {x} private rw read 0-30 pause")
+    before = mount.cat_stats()["observer"]["audit"]
+    copy_by_a_call(program.pid, first_address(program.pid, mount / "x") + 11 * PAGE)
+    answer = verify(mount)
+    assert (answer["pages_differ"], answer["pages_unknown"], answer["copies_differ"]) == (0, {}, 0)
+    after = mount.cat_stats()["observer"]
+    assert after["audit"]["pages_differed"] == before["pages_differed"]
+    assert after["audit"]["pages_repaired"] >= before["pages_repaired"] + N
+    assert after["unfollowed"]["private copies found or missed in pagemap, not charged"] >= 1
     program.go()
     program.finish()
 

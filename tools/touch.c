@@ -16,6 +16,7 @@
  *                         pageout
  *   lock A-B              mlock
  *   pwrite A FILE         write(2) page A to FILE: the kernel reads it, maybe faulting
+ *   direct A-B FILE       read(2) with O_DIRECT from FILE into the pages: the kernel writes them
  *   fork { ... }          the commands up to } run in a child; then wait for it
  *   thread { ... }        the same in a thread beside the following commands; "join" waits for all
  *   exec FILE             run FILE with no arguments in a child, and wait for it
@@ -245,6 +246,20 @@ static void write_out(struct run *run)
 	close(descriptor);
 }
 
+static void read_directly(struct run *run)
+{
+	size_t first, last;
+
+	next_range(run, &first, &last);
+	void *base = (void *)page(run, first);
+	const char *file = next(run);
+	int descriptor = open(file, O_RDONLY | O_DIRECT);
+
+	if (descriptor < 0 || pread(descriptor, base, (last - first + 1) * PAGE, 0) < (ssize_t)PAGE)
+		fail("%s: %s", file, strerror(errno));
+	close(descriptor);
+}
+
 static void wait_for(pid_t child)
 {
 	int status;
@@ -390,6 +405,8 @@ static void run_command(struct run *run, const char *command)
 		advise(run);
 	else if (!strcmp(command, "pwrite"))
 		write_out(run);
+	else if (!strcmp(command, "direct"))
+		read_directly(run);
 	else if (!strcmp(command, "fork"))
 		run_block_in_child(run);
 	else if (!strcmp(command, "thread"))

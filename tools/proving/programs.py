@@ -8,6 +8,7 @@ looks, and acts from outside: other processes' truncations, migrations.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 #: Pages of each file that programs map.
@@ -32,18 +33,26 @@ class Mapping:
 class Program:
     """Grows a program by random commands; ``words`` is its command line.
 
-    ``binary`` is a program on the mount that it may run, "" for none.
+    ``brackets`` are the numbers of the pauses after which the program counts its own faults, with
+    getrusage(2), until the next one.
+
+    ``binary`` is a program on the mount that it may run, "" for none. ``direct`` is a file to be
+    read with O_DIRECT; one who has it is unruly: it has threads too, that fault side by side.
     """
 
-    def __init__(self, rng: random.Random, files: list[str], binary: str = "") -> None:
+    def __init__(
+        self, rng: random.Random, files: list[str], binary: str = "", direct: str = ""
+    ) -> None:
         self._rng = rng
         self._files = files
         self._binary = binary
+        self._direct = direct
         self._mappings: list[Mapping] = []
         self._current = -1
         self._depth = 0
         self.words: list[str] = []
         self.pauses = 0
+        self.brackets: set[int] = set()
 
     def grow(self, commands: int) -> Program:
         """Add about ``commands`` commands and a pause at the end.
@@ -68,7 +77,12 @@ class Program:
             (2, self._map), (9, self._read), (9, self._write), (2, self._unmap),
             (3, self._protect), (2, self._remap), (6, self._advise), (2, self._lock),
             (2, self._fork), (3, self._use), (3, self._pause), (1, self._exec),
+            (2, self._bracket),
+            *(((4, self._threads), (3, self._read_directly)) if self._direct else ()),
         )  # fmt: skip
+        self._choose(steps)
+
+    def _choose(self, steps: tuple[tuple[int, Callable[[], None]], ...]) -> None:
         self._rng.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
 
     def _say(self, *words: object) -> None:
@@ -141,9 +155,12 @@ class Program:
             del mapping.pages[pages:]
 
     def _advise(self) -> None:
-        advice = self._rng.choice(
+        self._advise_one_of(
             ("dontneed", "dontneed", "random", "populate_read", "populate_write", "dontfork")
         )
+
+    def _advise_one_of(self, choices: tuple[str, ...]) -> None:
+        advice = self._rng.choice(choices)
         allowed = ANY if advice == "populate_write" else ANY + READ_ONLY
         mapping = self._mappings[self._current]
         run = self._run_of(allowed)
@@ -182,10 +199,44 @@ class Program:
         self._depth -= 1
         self._mappings, self._current = kept, current
 
+    def _bracket(self) -> None:
+        if self._depth:
+            return
+        # Whatever of the program itself that takes has been touched when it counts.
+        self._read()
+        self._write()
+        self._say("mark", "rehearsal", "mark", "rehearsal")
+        self.brackets.add(self.pauses)
+        self._pause()
+        self._say("mark", "before")
+        for _ in range(self._rng.randint(1, 4)):
+            self._choose(((1, self._read), (1, self._write)))
+        self._say("mark", "bracket")
+        self._pause()
+
     def _exec(self) -> None:
         """A child runs a program from the mount: its mappings are exec's, and it ends at once."""
         if self._binary:
             self._say("exec", self._binary)
+
+    def _threads(self) -> None:
+        """One to three threads beside the first fault on the same pages, drop and populate them."""
+        steps = ((6, self._read), (6, self._write), (3, self._drop_or_populate))
+        for _ in range(self._rng.randint(1, 3)):
+            self._say("thread", "{")
+            for _ in range(self._rng.randint(1, 6)):
+                self._choose(steps)
+            self._say("}")
+        for _ in range(self._rng.randint(1, 6)):
+            self._choose(steps)
+        self._say("join")
+
+    def _drop_or_populate(self) -> None:
+        self._advise_one_of(("dontneed", "dontneed", "populate_read", "populate_write"))
+
+    def _read_directly(self) -> None:
+        if run := self._run_of(ANY):
+            self._say("direct", f"{run[0]}-{run[1]}", self._direct)
 
     def _pause(self) -> None:
         self._say("pause")

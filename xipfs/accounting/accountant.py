@@ -96,13 +96,16 @@ class Accountant:
             ev.Doubt: self._doubt,
             ev.Registered: self.runs.registered,
             ev.Split: self._split,
-            ev.Extent: self._extent,
+            ev.Extent: self.kernel.extent,
+            ev.Cloud: self.kernel.cloud,
+            ev.Reclaim: self.kernel.reclaim,
             ev.Lost: self._lost,
             ev.Fork: self._fork,
             ev.Exit: self._exit,
+            ev.ThreadExit: self.kernel.thread_exit,
             ev.Fault: self._fault,
             ev.Around: self.around,
-            ev.CacheAdd: self._cache_add,
+            ev.CacheAdd: self.kernel.cache_add,
             ev.CacheDelete: self._cache_delete,
         }
 
@@ -276,9 +279,6 @@ class Accountant:
         # What a later copy gives its anon_vma to is one piece only, here as in the kernel.
         self.mm(event.mm).isolate(event.start, event.end)
 
-    def _extent(self, event: ev.Extent) -> None:
-        self.kernel.extent(event)
-
     def _lost(self, _event: ev.Lost) -> None:
         self.kernel.lost(self.mms.values())
 
@@ -303,9 +303,6 @@ class Accountant:
     def around(self, event: ev.Around) -> None:
         """Map what the kernel mapped without a fault of its own."""
         map_around(self, event)
-
-    def _cache_add(self, event: ev.CacheAdd) -> None:
-        self.kernel.cache_add(event)
 
     def _cache_delete(self, event: ev.CacheDelete) -> None:
         file = self._files.get(event.ino)

@@ -168,7 +168,7 @@ def charge_fault(charging: Charging, at: int) -> int:
     before = charging.shadow[shadow]
     if charging.live[row, PRIVATE] and write:
         charging.shadow[shadow] = ANON
-    elif not cell[batch.ERROR] & batch.ERROR_PROTECTION or before == NONE:
+    elif before != ANON and (not cell[batch.ERROR] & batch.ERROR_PROTECTION or before == NONE):
         charging.shadow[shadow] = FILE
     charging.results[at, FRAME] = frame
     charging.sums[charging.process[at], CHANGES] += 1

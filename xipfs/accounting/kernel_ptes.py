@@ -27,21 +27,29 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from xipfs.accounting.cached_pages import CachedPages
 from xipfs.accounting.kernel_states import (
+    AMBIGUOUS,
     ANON,
     BEFORE,
+    COPIED,
     COPIES_UNKNOWN,
     FILE,
+    FOREIGN,
     GUP,
     IN_FLIGHT,
     IN_PART,
     LOST,
     NONE,
     READAHEAD,
+    RECLAIMED,
     SETTLED_NS,
     THREADS_FORK,
     THREADS_ZAP,
+    UNKNOWN,
     UNTRACED,
 )
 from xipfs.mm.flags import VM_MAYSHARE, VM_WRITE
@@ -53,6 +61,7 @@ from xipfs.trace import events as ev
 from xipfs.trace.extents import Extents, joined
 from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
+_CLOUDS: Final = {ev.COPIED: COPIED, ev.FOREIGN: FOREIGN, ev.AMBIGUOUS: AMBIGUOUS}
 #: A larger range (16 GiB) is not doubted page by page; its address space as a whole is.
 DOUBT_PAGES_MAX: Final = 4 << 20
 
@@ -82,6 +91,8 @@ class KernelPtes:
         self.changes: Counter[int] = Counter()
         #: Address spaces in which pages became unknown since they were looked at; in that order.
         self.doubtful: dict[int, None] = {}
+        #: Address spaces in which any page may have changed in ways that no event told, and which.
+        self.clouds: dict[int, set[int]] = {}
 
     # Looking
 
@@ -168,6 +179,10 @@ class KernelPtes:
         for start, end in event.dontfork:
             self.unmap(event.child_mm, start, end)
 
+    def thread_exit(self, event: ev.ThreadExit) -> None:
+        """One thread less faults beside the others."""
+        self._threads.get(event.mm, set()).discard(event.tid)
+
     def exit(self, mm: int) -> None:
         """The address space is gone."""
         tables = self._tables.pop(mm, None)
@@ -181,6 +196,7 @@ class KernelPtes:
         self.blurred.pop(mm, None)
         self.changes.pop(mm, None)
         self.doubtful.pop(mm, None)
+        self.clouds.pop(mm, None)
 
     def fault(self, event: ev.Fault, vma: Vma | None) -> None:
         """One fault is over."""
@@ -224,8 +240,9 @@ class KernelPtes:
             return GUP
         if private and event.write:
             return ANON
-        # A protection fault that is no private write leaves what was mapped.
-        return before if event.protection and before != NONE else FILE
+        # A protection fault that is no private write leaves what was mapped; so does a read that
+        # lost against another thread's write, or that swapped a copy in.
+        return before if before == ANON or (event.protection and before != NONE) else FILE
 
     def around(self, event: ev.Around, vma: Vma) -> int:
         """Fault-around tried the pages first..last of the file; return how many it mapped.
@@ -266,6 +283,32 @@ class KernelPtes:
         elif end > start:
             self.doubtful[mm] = None
             self.tables_of(mm).fill(start, end, reason)
+
+    def cloud(self, event: ev.Cloud) -> None:
+        """The states that ``shade`` says are not sure, until all of it is looked at."""
+        self._cloud(event.mm, _CLOUDS[event.why])
+
+    def _cloud(self, mm: int, reason: int) -> None:
+        self._touch(mm)
+        self.clouds.setdefault(mm, set()).add(reason)
+        self.doubtful[mm] = None
+
+    def shade(self, vma: Vma, states: npt.NDArray[np.int64]) -> None:
+        """Put the reason in place of each state that is not sure; ``states``: one a page of vma."""
+        number = vma.mm.name
+        assert isinstance(number, int)
+        for reason in self.clouds.get(number, ()):
+            if reason in (FOREIGN, AMBIGUOUS):
+                states[states < UNKNOWN] = reason
+            elif reason == RECLAIMED or not vma.flags & VM_MAYSHARE:
+                states[states == FILE] = reason
+        if number in self.blurred:
+            states[:] = self.blurred[number]
+
+    def reclaim(self, _event: ev.Reclaim) -> None:
+        """The kernel may have unmapped any file page, and kept it cached."""
+        for mm in self.pids:
+            self._cloud(mm, RECLAIMED)
 
     def lost(self, mms: Iterable[MmStruct]) -> None:
         """Records were overwritten unread: nothing that was believed is sure any more."""

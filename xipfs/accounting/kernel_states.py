@@ -23,6 +23,10 @@ REASONS: Final = (
     "forked while other threads ran",
     "forked from a mapping that may or may not have had copies",
     "records were lost",
+    "private copies made by get_user_pages (O_DIRECT), of which no record tells",
+    "another process read or wrote its memory (ptrace, process_vm_readv)",
+    "memory was reclaimed",
+    "get_user_pages of a page that is mapped more than once",
 )
 (
     BEFORE,
@@ -37,6 +41,10 @@ REASONS: Final = (
     THREADS_FORK,
     COPIES_UNKNOWN,
     LOST,
+    COPIED,
+    FOREIGN,
+    RECLAIMED,
+    AMBIGUOUS,
 ) = range(UNKNOWN, UNKNOWN + len(REASONS))
 
 #: After this time a page that was added to the page cache is not waiting for its READ any more.

@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.kernel_states import ANON, FILE, NONE, REASONS, UNKNOWN
-from xipfs.mm.access import MAPS_ANON, access, maps_what
+from xipfs.mm.access import MAPS_ANON, maps_what
 from xipfs.mm.bug import KernelBug
+from xipfs.mm.fault import handle_mm_fault
+from xipfs.mm.flags import FAULT_FLAG_WRITE, VM_FAULT_ERROR
 from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.zap import zap_page_range
 from xipfs.trace import pagemap
@@ -93,8 +95,10 @@ def compare(books: Accountant, number: int, look: Look) -> Comparison:
         states: npt.NDArray[np.int64] = np.zeros(len(words), np.int64)
         for address, state in books.kernel.populated(number, start, end):
             states[address - start >> PAGE_SHIFT] = state
-        if number in books.kernel.blurred:
-            states[:] = books.kernel.blurred[number]
+        vma = mm.find_vma(start)
+        assert vma is not None, (number, hex(start))
+        assert vma.file is not None
+        books.kernel.shade(vma, states)
         actual = np.where(pagemap.is_file(words), FILE, NONE)
         actual[pagemap.is_private(words)] = ANON
         result.resident_pages += int(np.count_nonzero(actual))
@@ -104,9 +108,6 @@ def compare(books: Accountant, number: int, look: Look) -> Comparison:
         result.pages_differ += int(np.count_nonzero(differ))
         for reason, count in zip(*np.unique(states[unknown], return_counts=True), strict=True):
             result.pages_unknown[REASONS[int(reason) - UNKNOWN]] += int(count)
-        vma = mm.find_vma(start)
-        assert vma is not None, (number, hex(start))
-        assert vma.file is not None
         for slot in np.flatnonzero(differ | unknown).tolist():
             address = start + (slot << PAGE_SHIFT)
             result.learned.append((address, int(actual[slot])))
@@ -132,8 +133,10 @@ def learn(books: Accountant, number: int, result: Comparison) -> None:
     """Take over what /proc said where we knew nothing or were wrong.
 
     A private copy that came or went unseen comes or goes in the model too. Nothing is charged for
-    it, since when and by what is not known; it is counted.
+    it, since when and by what is not known; it is counted. What clouded the address space is over:
+    ``result`` must be of all of it then.
     """
+    books.kernel.clouds.pop(number, None)
     for address, state in result.learned:
         mm = books.mms[number]
         books.kernel.learn(number, address, state)
@@ -146,13 +149,19 @@ def learn(books: Accountant, number: int, result: Comparison) -> None:
             zap_page_range(vma, address, address + PAGE_SIZE)
             continue
         try:
-            access(mm, address, write=True)
+            # Not as an access, which the mapping may refuse by now: as whoever forced it did. A raw
+            # page that was mapped for reading takes two.
+            while maps_what(mm, address) != MAPS_ANON:
+                if handle_mm_fault(mm, address, FAULT_FLAG_WRITE) & VM_FAULT_ERROR:
+                    break
         except KernelBug as bug:
             books.unfollowed[f"kernel BUG by the rules: {bug.condition}"] += 1
 
 
 def unknown_ranges(books: Accountant, number: int) -> list[tuple[int, int]]:
     """Return the mappings that have pages of which nothing is known, cut to these pages."""
+    if number in books.kernel.clouds:
+        return mappings(books.mms[number])
     ranges = []
     for start, end in mappings(books.mms[number]):
         unknown = [at for at, state in books.kernel.populated(number, start, end) if state > ANON]
@@ -184,7 +193,7 @@ def recount(books: Accountant, numbers: list[int]) -> tuple[int, int]:
     """
     compared = differ = 0
     for number in numbers:
-        if number in books.kernel.blurred:
+        if number in books.kernel.blurred or number in books.kernel.clouds:
             continue
         mm = books.mms[number]
         for vma in mm:

@@ -102,6 +102,11 @@ class Verifier:
         rss: dict[int, int] = {}
         counts: tuple[int, int] | None = None
         copies, broken = (0, 0), ""
+        await self._live.drain_settled()
+        for number in list(books.kernel.clouds):
+            # The repair queue may be long; what it has whole address spaces in comes first here.
+            if pid is None or books.kernel.pids.get(number) == pid:
+                await self._repair(number)
         for _ in range(_ATTEMPTS):
             numbers = [n for n, own in books.kernel.pids.items() if pid is None or own == pid]
             looks, restless, still = await self._look(numbers)
@@ -113,7 +118,10 @@ class Verifier:
                 if earlier is None or not (earlier.pages_differ or earlier.pages_unknown):
                     results[number] = result
                     rss[number] = looks[number].rss_pages
-            unknown = any(result.pages_unknown for result in fresh.values())
+            unknown = any(
+                result.pages_unknown or looks[number].rss_pages != result.resident_pages
+                for number, result in fresh.items()
+            )
             whole = pid is None and still and len(fresh) == len(books.kernel.pids)
             if whole and not unknown:
                 counts = verify.compare_mapcounts(list(fresh.values()), list(looks.values()))
@@ -178,7 +186,9 @@ class Verifier:
         while isinstance(self._live.observer, TracefsObserver):
             await trio.sleep(_REPAIR_INTERVAL_S)
             try:
-                await self._repair()
+                number = next(iter(self._books.kernel.doubtful), None)
+                if number is not None:
+                    await self._repair(number)
                 if trio.current_time() >= audit_at:
                     audit_at = trio.current_time() + _AUDIT_INTERVAL_S
                     await self._audit_next()
@@ -187,12 +197,10 @@ class Verifier:
                 log.exception("repair and audit ended")
                 return
 
-    async def _repair(self) -> None:
+    async def _repair(self, number: int) -> None:
+        """Read the pages of one address space of which nothing is known."""
         books = self._books
-        number = next(iter(books.kernel.doubtful), None)
-        if number is None:
-            return
-        del books.kernel.doubtful[number]
+        books.kernel.doubtful.pop(number, None)
         looks, moved, _ = await self._look([number], unknown_only=True)
         if number in moved:
             books.kernel.doubtful[number] = None

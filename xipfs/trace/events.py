@@ -34,6 +34,11 @@ GUP: Final = "gup"
 UNTRACED: Final = "untraced"
 """Of a process not traced yet, seen through its page-cache events only: access unknown."""
 
+# Why an address space is in doubt.
+COPIED: Final = "copied"
+FOREIGN: Final = "foreign"
+AMBIGUOUS: Final = "ambiguous"
+
 
 class Map(NamedTuple):
     """``[start, end)`` of ``mm`` maps file ``ino`` from page ``pgoff`` on."""
@@ -109,6 +114,23 @@ class Doubt(NamedTuple):
     """The process makes system calls that are not seen, now and later (it is a 32-bit program)."""
 
 
+class Cloud(NamedTuple):
+    """What was believed of ``mm`` is not sure any more; no event tells of which page."""
+
+    time_ns: int
+    mm: int
+    why: str
+    """COPIED: private mappings may have copies where file pages were. FOREIGN: another process
+    faulted pages in or copied them. AMBIGUOUS: a page was faulted in without an exception that
+    would tell which of the mappings of its file it is in."""
+
+
+class Reclaim(NamedTuple):
+    """The kernel reclaimed memory: any file page may have been unmapped, of any address space."""
+
+    time_ns: int
+
+
 class Extent(NamedTuple):
     """``[start, end)`` is one VMA of the kernel's, as merged or split as it may be.
 
@@ -162,6 +184,14 @@ class Fork(NamedTuple):
     child_pid: int
     dontfork: tuple[tuple[int, int], ...]
     """Ranges (start, end) marked MADV_DONTFORK: the child has no such mappings."""
+
+
+class ThreadExit(NamedTuple):
+    """Thread ``tid`` left ``mm``, where others go on."""
+
+    time_ns: int
+    mm: int
+    tid: int
 
 
 class Exit(NamedTuple):
@@ -246,8 +276,11 @@ Event = (
     | CowBroken
     | Split
     | Extent
+    | Cloud
+    | Reclaim
     | Fork
     | Exit
+    | ThreadExit
     | Fault
     | Around
     | CacheAdd

@@ -76,6 +76,8 @@ class Faults:
             if self._calls.address_unknown(thread):
                 thread.buffered.append((time_ns, 0, ino, index, index))
             return
+        # The window was a probe that mapped the neighbours; this page's own I/O may take long.
+        self._report_arounds(thread)
         if thread.pf_faults and not thread.pf_mapped_last:
             thread.pf_retries += 1
         thread.pf_faults += 1
@@ -147,12 +149,16 @@ class Faults:
             thread.pf_reported = True
             self._learn_prot(thread, vma)
             self._emit(thread.pf_last_ns, self._finished(thread))
-        space, base = thread.space, (thread.pf_address & PAGE_MASK)
+        self._report_arounds(thread)
+        if thread.pf_ambiguous:
+            at_ns = thread.pf_last_ns
+            self._emit(at_ns, events.Cloud(at_ns, thread.space.id, events.AMBIGUOUS))
+
+    def _report_arounds(self, thread: Thread) -> None:
+        base = thread.pf_address & PAGE_MASK
         for first, last in thread.pf_arounds:
             address = base + (first - thread.pf_index << PAGE_SHIFT)
-            self._processes.around(
-                thread.pf_last_ns, space, thread.pid, address, thread.pf_ino, first, last
-            )
+            self._processes.around(thread.pf_last_ns, thread, address, first, last)
         thread.pf_arounds = []
 
     # -- putting a fault together ------------------------------------------------------------------
@@ -170,8 +176,8 @@ class Faults:
         thread.pf_vma = None
         thread.pf_faults = thread.pf_retries = thread.pf_signal = 0
         thread.pf_added = thread.pf_mapped_last = thread.pf_reported = False
-        if thread.pf_arounds:
-            thread.pf_arounds = []
+        thread.pf_copied = thread.pf_ambiguous = False
+        thread.pf_arounds.clear()
 
     def _finished(self, thread: Thread) -> events.Fault:
         error = thread.pf_error
@@ -353,13 +359,21 @@ class Faults:
                     return vma, address
         return None
 
+    def _elsewhere(self, thread: Thread, ino: int, page: int, taken: Vma) -> bool:
+        """Tell whether other mappings may hold the page as well; what they hold is not known."""
+        found = False
+        for vma in thread.space.vmas:
+            if vma.ino in (None, ino) and vma.address_of(page) is not None and vma is not taken:
+                vma.fresh, found = False, True
+        return found
+
     def _without_trap(
         self, thread: Thread, time_ns: int, ino: int, index: int | None, first: int, last: int
     ) -> bool:
         """Open a fault that the kernel took without an exception; False when none can be named."""
         self.close(thread)
         populates = self._calls.populates(thread)
-        found = self._populated(thread, ino, first, last) if populates else None
+        found = self._calls.populated(thread, ino, first, last) if populates else None
         page = first if index is None else index
         if found is None:
             found = self._mapped_at(thread, ino, page)
@@ -378,20 +392,9 @@ class Faults:
         # Whose access an untraced fault was is unknown; most are the program's own.
         kernel = origin != events.UNTRACED
         self._open(thread, time_ns, address, error, kernel, origin)
+        thread.pf_ambiguous = not populates and self._elsewhere(thread, ino, first, vma)
         thread.pf_vma, thread.pf_ino, thread.pf_index = vma, ino, vma.index_at(address)
         self._learn_prot(thread, vma)
         self._processes.tell(time_ns, thread.space, vma)
         thread.populate_next = address + PAGE_SIZE
         return True
-
-    def _populated(self, thread: Thread, ino: int, first: int, last: int) -> tuple[Vma, int] | None:
-        """Return mapping and address of the page that a populating call reaches next."""
-        lowest = thread.populate_next
-        for vma in thread.space.vmas:
-            if vma.end <= lowest or vma.pgoff is None or vma.ino not in (None, ino):
-                continue
-            page = max(first, vma.index_at(max(lowest, vma.start)))
-            address = vma.address_of(page)
-            if page <= last and address is not None:
-                return vma, address
-        return None

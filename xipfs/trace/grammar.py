@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from xipfs.trace import events, records
+from xipfs.trace.fault_batch import ERROR_WRITE
 from xipfs.trace.faults import Faults
 from xipfs.trace.pids import Adoption
 from xipfs.trace.processes import CLONE_VM, Processes
@@ -22,6 +23,7 @@ Row = Sequence[int]
 #: A thread that is running and has recorded nothing for this long has left its last fault: between
 #: two records of a fault without I/O lie microseconds.
 SETTLE_NS: Final = 2_000_000
+_OF_FILES: Final = frozenset({records.FAULT, records.MAP_PAGES})
 
 
 def _text(low: int, high: int) -> str:
@@ -45,6 +47,8 @@ class Grammar:
         self._unfollowed = processes.unfollowed
         self._calls = SystemCalls(processes)
         self._adoptions = adoptions
+        #: Threads inside a call on another process's memory, and whose.
+        self._foreign: dict[int, int] = {}
         self.faults = Faults(processes, self._calls, fault_around_pages)
         self._handlers: dict[int, Callable[[Thread, Row], None]] = {
             records.MA_WRITE: self._ma_write,
@@ -54,6 +58,7 @@ class Grammar:
             records.EXIT: self._exit,
             records.RENAME: self._rename,
             records.SIGNAL: self._signal,
+            records.RSS_ANON: self._rss_anon,
             records.SYS_ENTER: self._sys_enter,
             records.SYS_EXIT: self._sys_exit,
         }
@@ -66,6 +71,8 @@ class Grammar:
             if kind > records.MAP_PAGES and kind not in handlers:
                 self._unthreaded(kind, row)
                 continue
+            if self._foreign and kind in _OF_FILES and row[1] >> 32 in self._foreign:
+                continue  # on behalf of another process, whose doubt is told
             thread = threads.get(row[1] >> 32) or self._unknown(row, kind)
             if thread is None:
                 continue
@@ -140,10 +147,40 @@ class Grammar:
             for space in {thread.space for thread in self._threads.values()}:
                 if space.told:
                     self._calls.resynchronise(time_ns, space)
+        elif kind == records.RECLAIM:
+            self._emit(time_ns, events.Reclaim(time_ns))
+        elif kind == records.FOREIGN_ENTER:
+            self._foreign[row[1] >> 32] = row[2]
+            self._cloud(time_ns, row[2])
+        elif kind == records.FOREIGN_EXIT:
+            target = self._foreign.pop(row[1] >> 32, None)
+            if target is not None:
+                self._cloud(time_ns, target)
         elif kind == records.ADOPT:
             self._processes.adopt(self._adoptions(row[2]))
         else:
             raise AssertionError(f"row of unknown kind {kind}")
+
+    def _cloud(self, time_ns: int, pid: int) -> None:
+        """Another process gets at the memory of thread ``pid``."""
+        thread = self._threads.get(pid)
+        if thread is None:
+            return
+        for vma in thread.space.vmas:
+            vma.fresh = False
+        if thread.space.told:
+            self._emit(time_ns, events.Cloud(time_ns, thread.space.id, events.FOREIGN))
+
+    def _rss_anon(self, thread: Thread, row: Row) -> None:
+        """The anonymous Rss changed: by the open fault, a call that was seen, or else by a copy."""
+        if thread.exec_window or thread.call >= 0:
+            return
+        if thread.pf_open and thread.pf_error & ERROR_WRITE and not thread.pf_copied:
+            thread.pf_copied = True
+            return
+        space = thread.space
+        if any(vma.told and not vma.shared for vma in space.vmas):
+            self._emit(row[0], events.Cloud(row[0], space.id, events.COPIED))
 
     # -- the life of address spaces ----------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from typing import Final, Self
 import numpy as np
 
 from xipfs.trace import compiled, proc, session
+from xipfs.trace.copies import without_explained
 from xipfs.trace.events import Event
 from xipfs.trace.fault_batch import FaultBatch
 from xipfs.trace.grammar import Grammar
@@ -177,6 +178,7 @@ class Observer:
             now_ns = time.monotonic_ns()
             cut_ns = now_ns if until_ns is None else min(until_ns, now_ns)
             rows, reached_ns = self._read(cut_ns)
+            rows = without_explained(rows)
             self.behind = reached_ns < cut_ns
             self._plain.feed(rows)
             if not self.behind:

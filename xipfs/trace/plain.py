@@ -174,7 +174,7 @@ class PlainFaults:
 
 def _is_plain(thread: Thread) -> bool:
     """Tell whether the thread's open fault, if it has one, is all in the fields that are copied."""
-    if thread.stores:
+    if thread.stores or thread.pf_copied or thread.pf_ambiguous:
         return False
     if not thread.pf_open:
         return True

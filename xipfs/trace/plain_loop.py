@@ -177,6 +177,8 @@ def fault(thread: Ints, row: Ints) -> bool:
     """Take a mm_filemap_fault of the open fault's own page."""
     if not thread[OPEN] or thread[INO] != row[3] or thread[INDEX] != row[4] or thread[INO] < 0:
         return False
+    if thread[AROUND_FIRST] <= thread[AROUND_LAST]:
+        return False  # its window was a probe
     if thread[FAULTS] and not thread[MAPPED_LAST]:
         thread[RETRIES] += 1
     thread[FAULTS] += 1

@@ -98,21 +98,22 @@ class Processes:
         if any(vma.told for vma in space.vmas.meeting(start, end)):
             self.output.emit(time_ns, events.Extent(time_ns, space.id, start, end))
 
-    def around(
-        self, time_ns: int, space: Space, pid: int, address: int, ino: int, first: int, last: int
-    ) -> None:
-        """Emit a fault-around of pages first..last of ``ino``, ``first`` at ``address``.
+    def around(self, time_ns: int, thread: Thread, address: int, first: int, last: int) -> None:
+        """Emit a fault-around of the open fault's file, pages first..last, first at ``address``.
 
         The kernel's record lies within one of its mappings, which our system calls may have cut
         into pieces that it has not (an madvise splits nothing): each piece maps this file too.
         """
+        space, ino = thread.space, thread.pf_ino
         for vma in space.vmas.meeting(address, address + (last - first + 1 << PAGE_SHIFT)):
             index = first + (vma.start - address >> PAGE_SHIFT)
             if vma.ino is None and vma.pgoff in (None, index) and index >= 0:
                 vma.ino, vma.pgoff = ino, index
             if vma.ino == ino:
                 self.tell(time_ns, space, vma)
-        self.output.emit(time_ns, events.Around(time_ns, space.id, pid, address, ino, first, last))
+        self.output.emit(
+            time_ns, events.Around(time_ns, space.id, thread.pid, address, ino, first, last)
+        )
 
     # -- who is it ---------------------------------------------------------------------------------
 
@@ -299,6 +300,8 @@ class Processes:
             if space.told:
                 self.output.emit(time_ns, events.Exit(time_ns, space.id))
             space.vmas = VmaMap()
+        elif space.told:
+            self.output.emit(time_ns, events.ThreadExit(time_ns, space.id, thread.tid))
 
     def vanished(self) -> list[Thread]:
         """Return the threads that have ended without a record of it, as /proc says."""

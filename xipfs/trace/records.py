@@ -5,9 +5,9 @@ event, so that decoding is one loop, rows of several rings sort by their first c
 is one array. ``TABLE`` is the only place that says which field of which tracepoint is which
 argument.
 
-Two instances are used. *G* sees every process and
-is filtered by the mount's device: what the page cache and the fault handlers do with the mount's
-files. *P* sees the traced processes only: their page faults and the life of their address spaces.
+Two instances are used. *G* sees every process: what the page cache and the fault handlers do with
+files of the mount's device, and the few things that anybody may do to another's page tables. *P*
+sees the traced processes only: their page faults and the life of their address spaces.
 A thread's records of both are ordered by the clock, since each is stamped as it fires.
 """
 
@@ -35,6 +35,10 @@ RENAME: Final = 12
 SIGNAL: Final = 13
 SYS_ENTER: Final = 14
 SYS_EXIT: Final = 15
+RSS_ANON: Final = 18
+RECLAIM: Final = 19
+FOREIGN_ENTER: Final = 20
+FOREIGN_EXIT: Final = 21
 #: Not tracepoints. Records were overwritten before they were read; arg0 is how many, at least.
 LOST: Final = 16
 #: Processes that the pid filter took in; arg0 is the number of the adoption.
@@ -65,12 +69,15 @@ class Tracepoint:
     ``fields`` fill the arguments in order; a field of 16 bytes (a comm) takes two. ``constant`` is
     put before them (the system call's place in ``SYSTEM_CALLS``). Without a ``required`` event
     faults cannot be accounted at all; without another one, something is lost, named in ``serves``.
+    ``by_device`` events are taken of every process, for the mount's files; ``by_anybody``, as they
+    come; the others, of the followed threads.
     """
 
     name: str
     kind: int
     fields: tuple[str, ...]
     by_device: bool = False
+    by_anybody: bool = False
     required: bool = False
     filter: str = ""
     constant: int | None = None
@@ -119,6 +126,26 @@ def _system_calls() -> tuple[Tracepoint, ...]:
                 serves=serves,
             )
         )
+    return tuple(points)
+
+
+def _foreign_access() -> tuple[Tracepoint, ...]:
+    """Return the calls that read or write another process's memory, faulting pages in for it."""
+    points = []
+    serves = "pages that debuggers map or copy in other processes"
+    # PEEKTEXT, PEEKDATA, POKETEXT, POKEDATA.
+    requests = "request==1||request==2||request==4||request==5"
+    for call in ("ptrace", "process_vm_readv", "process_vm_writev"):
+        condition = requests if call == "ptrace" else ""
+        enter = f"syscalls/sys_enter_{call}"
+        points += [
+            Tracepoint(
+                enter, FOREIGN_ENTER, ("pid",), by_anybody=True, filter=condition, serves=serves
+            ),
+            Tracepoint(
+                f"syscalls/sys_exit_{call}", FOREIGN_EXIT, ("ret",), by_anybody=True, serves=serves
+            ),
+        ]
     return tuple(points)
 
 
@@ -184,5 +211,24 @@ TABLE: Final = (
         filter="code>0&&(sig==7||sig==11)",
         serves="telling a fault that ended in SIGBUS or SIGSEGV",
     ),
+    Tracepoint(
+        "kmem/rss_stat",
+        RSS_ANON,
+        ("size",),
+        # MM_ANONPAGES of the thread's own address space: read faults of files make none.
+        filter="member==1&&curr==1",
+        serves="private copies that get_user_pages makes (O_DIRECT)",
+    ),
+    *(
+        Tracepoint(
+            f"vmscan/{name}",
+            RECLAIM,
+            ("nr_scanned",),
+            by_anybody=True,
+            serves="pages that reclaim unmapped and kept",
+        )
+        for name in ("mm_vmscan_lru_shrink_inactive", "mm_vmscan_reclaim_pages")
+    ),
     *_system_calls(),
+    *_foreign_access(),
 )

@@ -208,6 +208,8 @@ class Session:
         for point, _ in self.available.events:
             if point.by_device:
                 by_device.enable(point, f"s_dev=={dev}")
+            elif point.by_anybody:
+                by_device.enable(point, point.filter)
             else:
                 by_pid.enable(point, point.filter)
 

@@ -105,6 +105,18 @@ class SystemCalls:
             return thread.call_args[2] == _MADV_POPULATE_WRITE
         return prot & PROT_WRITE != 0 and not shared
 
+    def populated(self, thread: Thread, ino: int, first: int, last: int) -> tuple[Vma, int] | None:
+        """Return mapping and address of the page that a populating call reaches next."""
+        lowest = thread.populate_next
+        for vma in thread.space.vmas:
+            if vma.end <= lowest or vma.pgoff is None or vma.ino not in (None, ino):
+                continue
+            page = max(first, vma.index_at(max(lowest, vma.start)))
+            address = vma.address_of(page)
+            if page <= last and address is not None:
+                return vma, address
+        return None
+
     def address_unknown(self, thread: Thread) -> bool:
         """Tell whether only the call's exit will say where its pages are: an mmap."""
         return thread.call >= 0 and thread.populate_next < 0

@@ -38,7 +38,9 @@ class Thread:
         "exec_window",
         "pf_added",
         "pf_address",
+        "pf_ambiguous",
         "pf_arounds",
+        "pf_copied",
         "pf_error",
         "pf_faults",
         "pf_index",
@@ -83,5 +85,6 @@ class Thread:
         self.pf_ino = -1
         self.pf_index = 0
         self.pf_faults = self.pf_retries = self.pf_signal = 0
-        self.pf_added = self.pf_mapped_last = self.pf_reported = False
+        self.pf_added = self.pf_mapped_last = self.pf_reported = self.pf_copied = False
+        self.pf_ambiguous = False
         self.pf_arounds: list[tuple[int, int]] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from xipfs.accounting.charges import Charge, PteKind
+from xipfs.accounting.effects import Effect
 from xipfs.errors import UsageError
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.item_log import ItemLog
@@ -16,13 +17,14 @@ from xipfs.trace import events as ev
 from xipfs.trace.events import MINOR, TRAP, Fault
 
 ROW = [5, 1, 20, 21, "a prog", 0xFFFF_FFFF_FFFF_F008, 3, 7, "write", "user", 0, MINOR, TRAP]
-ROW += ["xip", 0, 1, "move", "fault", None, None]
+ROW += ["xip", 0, 1, "move", "mkwrite", "before", "special", 0, 0, -1, 0, "fault", None, None]
+EFFECT = Effect("mkwrite", "before", "special", 0, 0, -1, 0)
 
 
 def pair(time_ns: int) -> tuple[Fault, Charge]:
     address = 0xFFFF_FFFF_FFFF_F008
     fault = Fault(time_ns, 1, 20, 21, address, 3, 7, True, False, True, False, MINOR, TRAP)
-    return fault, Charge(time_ns, 20, 3, 7, PteKind.XIP, True, False, 1, cause="move")
+    return fault, Charge(time_ns, 20, 3, 7, PteKind.XIP, True, False, 1, False, "move", EFFECT)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -34,7 +36,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     with TraceReader(path) as trace:
         assert trace.rows == 2
-        assert trace.metadata["schema"] == 2
+        assert trace.metadata["schema"] == 3
         assert trace.metadata["losses"] == {"faults": 2}
         assert trace.metadata["items"]["fault"].startswith("one real fault")
         (batch,) = trace.batches()

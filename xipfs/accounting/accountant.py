@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from xipfs.accounting.bulk_charging import BulkCharger
 from xipfs.accounting.causes import Causes
 from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ledger, PteKind
+from xipfs.accounting.effects import Look
 from xipfs.accounting.fault_around import map_around
 from xipfs.accounting.hints import Hints, Page
 from xipfs.accounting.kernel_ptes import KernelPtes
@@ -77,6 +78,8 @@ class Accountant:
         self.unfollowed: Counter[str] = Counter()
         #: Told each fault with its charge, or many with theirs.
         self.on_charge: Callable[[ev.Fault, Charge], None] | None = None
+        #: Whether charges tell their effects, and faults are charged one by one for that.
+        self.detailed = False
         self.on_charges: Callable[[FaultBatch, ChargeBatch], None] | None = None
         #: Told each other event before it is applied, and what of xipfs's doing caused it.
         self.on_event: Callable[[ev.Event, str], None] | None = None
@@ -125,13 +128,11 @@ class Accountant:
                     charges.append(charge)
         return charges
 
-    def charge(
-        self, step: list[ev.Event] | FaultBatch, *, one_by_one: bool = False
-    ) -> ChargeBatch | list[Charge]:
+    def charge(self, step: list[ev.Event] | FaultBatch) -> ChargeBatch | list[Charge]:
         """``consume`` a step; plain faults many at a time where that pays."""
         if not isinstance(step, FaultBatch):
             return self.consume(step)
-        many = None if one_by_one else self._bulk.charge(step)
+        many = None if self.detailed else self._bulk.charge(step)
         return self.consume(step.expand()) if many is None else many
 
     def check(self) -> str:
@@ -327,6 +328,7 @@ class Accountant:
 
     def take(self, event: ev.Fault) -> Charge | None:
         """Take a fault in both columns; return what it is to be charged, which is not entered."""
+        look = Look(self, event) if self.detailed else None
         self.kernel.fault(event, self.mm(event.mm).find_vma(event.address))
         self.runs.fault(event)
         if event.verdict == ev.SIGSEGV:
@@ -346,6 +348,7 @@ class Accountant:
             max(faults - 1, 0),
             hint,
             cause,
+            None if look is None else look.effect(),
         )
         self.fs.touch(event.ino, event.index)
         return charge

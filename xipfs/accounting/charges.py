@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from xipfs.accounting.effects import Effect
 from xipfs.mm.access import MAPS_ANON, MAPS_NONE, MAPS_PAGECACHE, MAPS_XIP
 from xipfs.trace.fault_batch import ERROR, ERROR_WRITE, INDEX, INO, PID, TIME, Cells
 
@@ -46,6 +47,8 @@ class Charge(NamedTuple):
     """The modelled PTE let the access pass: the fault is xipfs's own doing (see ``hints``)."""
     cause: str = ""
     """What took the page from the kernel if xipfs did: move, evict or hint (see ``causes``)."""
+    effect: Effect | None = None
+    """What the fault did count by count, where faults are read one by one."""
 
 
 #: The kinds by what ``maps_what`` answers.

@@ -246,7 +246,8 @@ class Live:
 
     def _account(self, step: list[Event] | FaultBatch) -> None:
         # A recording holds each fault-around at its place between the faults.
-        charges = self.accountant.charge(step, one_by_one=self.recorder.active)
+        self.accountant.detailed = self.recorder.active or self.fault_log.active
+        charges = self.accountant.charge(step)
         if isinstance(charges, ChargeBatch):
             self.heat.add_many(charges)
         else:

@@ -12,9 +12,10 @@ from itertools import islice
 from typing import Any, Final
 
 from xipfs.accounting.charges import Charge, ChargeBatch
+from xipfs.accounting.effects import Effect
 from xipfs.stats.trace_file import FAULT_COLUMNS
 from xipfs.trace.events import Fault
-from xipfs.trace.fault_batch import FaultBatch, fault_of
+from xipfs.trace.fault_batch import FaultBatch
 
 #: Some 60 MB of faults; at 20,000 a second a reader may stay away for 6 s.
 KEPT_FAULTS: Final = 1 << 17
@@ -22,6 +23,7 @@ KEPT_FAULTS: Final = 1 << 17
 ANSWER_FAULTS: Final = 1 << 14
 #: A reader that has not come for so long is taken to be gone.
 IDLE_S: Final = 60.0
+_NO_EFFECT: Final = ("",) * len(Effect._fields)
 
 
 class FaultLog:
@@ -41,12 +43,15 @@ class FaultLog:
             self._kept.append((fault, charge, self._comm(fault.pid)))
 
     def add_many(self, batch: FaultBatch, charges: ChargeBatch) -> None:
-        """``add`` for each fault of a batch."""
-        if self._asked_s is None:
-            self.next_number += len(batch)
-            return
-        for row, charge in zip(batch.cells.tolist(), charges, strict=True):
-            self.add(fault_of(row), charge)
+        """Number the faults of a batch; while somebody reads there are none."""
+        assert self._asked_s is None, "batches do not tell what a reader wants to know"
+        assert len(batch) == len(charges), (len(batch), len(charges))
+        self.next_number += len(batch)
+
+    @property
+    def active(self) -> bool:
+        """Whether somebody reads."""
+        return self._asked_s is not None
 
     def rest(self, now_s: float) -> None:
         """Stop keeping when no reader has come for long."""
@@ -103,4 +108,5 @@ class FaultLog:
             int(charge.major),
             charge.extra,
             charge.cause,
+            *(_NO_EFFECT if charge.effect is None else charge.effect),
         )

@@ -22,7 +22,7 @@ from typing import Any, Final
 from xipfs.errors import UsageError, XipfsError
 from xipfs.stats.trace_items import MEANINGS
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 GROUP_ROWS: Final = 1 << 16
 _MAGIC: Final = b"PAR1"
 _PREFIX: Final = "xipfs."
@@ -54,6 +54,34 @@ COLUMNS: Final[dict[str, tuple[str, str, str]]] = {
     "major": ("int8", "0 or 1", "VM_MIXEDMAP would have read the page from storage"),
     "extra": ("int32", "fault", "further faults that VM_MIXEDMAP would have taken"),
     "cause": ("string", "name", "move, evict or hint if xipfs itself had taken the page away"),
+    "handled": (
+        "string",
+        "name",
+        (
+            "what the real kernel did: mapped, cow (a private copy), mkwrite (a shared page made "
+            "writable), protection (another access that the PTE refused), or sigbus (nothing)"
+        ),
+    ),
+    "pte_made": (
+        "string",
+        "name",
+        (
+            "own: this fault made the kernel's PTE; before: it was there, by an earlier fault or "
+            "by a fault-around (rows of item around); or unknown"
+        ),
+    ),
+    "pte": ("string", "name", "VM_MIXEDMAP's PTE: special (counts no page), counted, or none"),
+    "ref_change": (
+        "int32",
+        "reference",
+        (
+            "of the refcount of the counted page that VM_MIXEDMAP's PTE maps now; 2 where the "
+            "page cache took the page in as well; 0 for a special PTE"
+        ),
+    ),
+    "map_change": ("int32", "PTE", "of that page's mapcount"),
+    "rss_file_change": ("int32", "page of 4096 bytes", "of the address space's rss, file pages"),
+    "rss_anon_change": ("int32", "page of 4096 bytes", "of its rss, anonymous pages"),
     "item": ("string", "name", "what the row is: fault, or one that metadata key items explains"),
     "pages": ("int64", "page of 4096 bytes", "number of pages; null for a fault"),
     "detail": ("string", "JSON", "further members of an item, explained in the same place"),

@@ -46,7 +46,7 @@ def test_the_model_works_without_fuse_and_without_a_compiler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("xipfs.units", 1), ("xipfs.options", 1), ("xipfs.fuse.notify", 1)]
+    ("name", "least"), [("xipfs.units", 1), ("xipfs.options", 1), ("xipfs.migrate.engine", 2)]
 )
 def test_examples_in_docstrings(name: str, least: int) -> None:
     failed, tried = doctest.testmod(importlib.import_module(name))

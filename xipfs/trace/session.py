@@ -98,6 +98,7 @@ def clean_orphans(tracing: Path = TRACING) -> list[str]:
         with contextlib.suppress(OSError):
             # First of all: whoever holds one of its files keeps it, but not what it costs.
             (path / "events/enable").write_text("0")
+        with contextlib.suppress(OSError):
             path.rmdir()
             removed.append(path.name)
     return removed

@@ -141,7 +141,7 @@ def test_the_next_mount_removes_a_killed_daemons_tracefs_instances(live: Mounts)
         ("struct_page=48", "struct_page=48; expected one of 32, 56, 64"),
         ("observe=maybe", "observe=maybe; expected one of auto, tracefs, requests, off"),
         ("rules=7.0", "no rule set '7.0'"),
-        ("policy=threshold", "policy=threshold without promote=N"),
+        ("policy=threshold", "policy=threshold without promote="),
     ],
 )
 def test_a_wrong_option_is_an_error(live: Mounts, options: str, message: str) -> None:

@@ -163,6 +163,7 @@ def test_stat_before_any_fault(live: Mounts) -> None:
         pgpromote_success                  0
         pgdemote_success                   0
         pgevict                            0
+        pgevict_policy                     0
         pgwriteback                        0
         nr_xip_pages                       0
         nr_pagecache_pages                 0

@@ -386,7 +386,7 @@ def lost_of(before: Contents, after: Contents) -> str:
             if not value.strip(b"\0"):
                 continue  # maybe a hole; what a wrong map hid may come back there
             kept = found.get(what)
-            if what == "target" and kept is not None:
+            if kept is not None:
                 kept = kept[: len(value)]  # a wrong size may have cut it short
             if kept != value:
                 return f"{what} of inode {ino}"

@@ -213,7 +213,8 @@ class MapMending(Mending):
             if pages and not any(is_leaf_of(self.block(at), inode.ino, page) for page, at in pages):
                 self.become_file(inode)
         elif stat.S_ISLNK(inode.mode):
-            self.mend_link(inode, pages)
+            if len(pages) > 1 or (pages and pages[0][0]):
+                self.become_file(inode)
         elif not stat.S_ISREG(inode.mode) and pages:
             self.become_file(inode)
         if stat.S_ISREG(inode.mode) and inode.root and not inode.orphan:
@@ -229,24 +230,35 @@ class MapMending(Mending):
         inode.parent = inode.entries = 0
         self.did("inode", inode.record_offset, "a regular file now, so that it can be read")
 
-    def mend_link(self, inode: Inode, pages: list[tuple[int, int]]) -> None:
-        """End a link's target at its first zero; without a target there is no link."""
-        if len(pages) > 1 or (pages and pages[0][0]):
-            self.become_file(inode)
+    def mend_link(self, inode: Inode) -> None:
+        """End a link's target at its first zero; without a target there is no link.
+
+        Comes when every page has a block of its own: until then its block may be another's.
+        """
+        pages = self.pages(inode)
+        if pages and pages[0][1] in self.shared:
             return
         raw = bytes(self.block(pages[0][1])) if pages else b""
         size = (raw + b"\0").index(b"\0")
-        if not 1 <= size <= layout.SYMLINK_MAX:
-            if size:
-                self.become_file(inode)
-                return
-            self.untake([number for _level, _at, number in self.tree(inode)])
-            inode.mode = inode.root = 0
+        if size > layout.SYMLINK_MAX:
+            self.become_file(inode)
+            inode.size_bytes = _BLOCK
+        elif size == 0:
+            owned = [number for _page, number in pages]
+            if inode.xattr_block:
+                owned.append(inode.xattr_block & layout.ENTRY_BLOCK_MASK)
+            inode.mode = 0
+            self.put(plain(inode))
+            self.untake(owned)
             self.did("symlink", inode.record_offset, "removed: it has no target", inode.ino)
-        elif inode.size_bytes != size or any(raw[size:]):
+            return
+        elif inode.size_bytes == size and not any(raw[size:]):
+            return
+        else:
             inode.size_bytes = size
             self.write([(pages[0][1] * _BLOCK, raw[:size].ljust(_BLOCK, b"\0"))])
             self.did("symlink", inode.record_offset, f"{size} bytes long now", inode.ino)
+        self.put(inode)
 
     def last_page(self, inode: Inode) -> int:
         """Return the number of a mended map's last page."""
@@ -274,6 +286,7 @@ class MapMending(Mending):
         try:
             number = self.take(bytes(self.block(old)), PAGE)
         except NoRoomError:
+            self.shared.add(old)
             return
         body = word & layout.ENTRY_BODY_MASK & ~layout.ENTRY_BLOCK_MASK | number
         entry = seal(read.ino, PAGE_LEVEL, position, body)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from xipfs.image import layout
-from xipfs.image.mending import FREE, STRUCTURE, Mending, NoRoomError
+from xipfs.image.mending import STRUCTURE, Mending, NoRoomError
 from xipfs.image.record import Inode, unpack_inode
 from xipfs.image.records import DAMAGED
 from xipfs.image.sound import (
@@ -113,8 +113,7 @@ class NameMending(Mending):
         inode.root, inode.height, inode.entries = root, height, len(kept)
         inode.blocks = len(blocks) + len(nodes) + bool(inode.xattr_block)
         self.put(inode)
-        for number in old:
-            self.used[number] = FREE
+        self.untake(old)
         what = f"built anew with {len(kept)} names"
         self.did("directory", inode.record_offset, what, inode.ino)
 

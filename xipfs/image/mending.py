@@ -48,6 +48,8 @@ class Mending:
         self.used[superblock.data_end :] = STRUCTURE
         self.records = Records(0)
         self.table = Inode(layout.TABLE_INO)
+        #: Blocks that could not be parted, since none was free: nobody may write or free them.
+        self.shared: set[int] = set()
         self._cursor = superblock.data_start
 
     def did(self, name: str, offset: int, what: str, ino: int | None = None) -> None:
@@ -90,8 +92,8 @@ class Mending:
         return number
 
     def untake(self, blocks: list[int]) -> None:
-        """Give blocks back."""
-        self.used[blocks] = FREE
+        """Give blocks back, but for those that another one uses as well."""
+        self.used[[number for number in blocks if number not in self.shared]] = FREE
 
     def build_map(self, ino: int, pages: dict[int, int]) -> tuple[int, int, list[int]]:
         """Build a map of these pages (number: block) in new nodes; (root, height, nodes)."""

@@ -118,7 +118,12 @@ def is_plain(inode: Inode) -> bool:
 def plain(inode: Inode) -> Inode:
     """Return the inode with only those fields set that its type can have."""
     if inode.mode == 0:
-        return Inode(inode.ino, generation=inode.generation, next_ino=inode.next_ino)
+        return Inode(
+            inode.ino,
+            generation=inode.generation,
+            next_ino=inode.next_ino,
+            record_offset=inode.record_offset,
+        )
     kept = dataclasses.replace(inode)
     if not inode.orphan:
         kept.next_ino = kept.previous_ino = 0

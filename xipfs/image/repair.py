@@ -24,6 +24,7 @@ from xipfs.image.mending import FREE
 from xipfs.image.reconnect import Reconnecting
 from xipfs.image.record import Inode
 from xipfs.image.records import Flags
+from xipfs.image.sound import is_leaf_of
 from xipfs.image.superblock import encode, load
 from xipfs.memory.region import Medium
 
@@ -86,8 +87,10 @@ class _Repair(TableMending, NameMending):
         # From here on it is known which blocks are free.
         self.find_lost_names()
         self.complete_table()
-        self.mend_root()
+        old_root = self.mend_root()
         self.part_all_doubles()
+        self.untake(old_root)
+        self.mend_links()
         for ino in self.records.in_use():
             if self.records.kinds[ino] == _DIRECTORY:
                 self.mend_directory(self.inode_of(ino))
@@ -149,12 +152,17 @@ class _Repair(TableMending, NameMending):
                     self.write([(offset, bytes(layout.INODE_SIZE))])
                     self.did("reserved", offset, f"zeroed: inode {ino} was never used")
 
-    def mend_root(self) -> None:
-        """Let inode 1 be a directory, whatever it is."""
+    def mend_root(self) -> list[int]:
+        """Let inode 1 be a directory, whatever it is; return the blocks that it gave up."""
         root = self.inode_of(layout.ROOT_INO)
         if stat.S_ISDIR(root.mode):
-            return
-        old = [number for _level, _at, number in self.tree(root)]
+            return []
+        doubles = {page for ino, page in self.doubles if ino == layout.ROOT_INO}
+        old = [
+            number
+            for level, at, number in self.tree(root)
+            if (level or at not in doubles) and number not in self.stolen
+        ]
         fresh = Inode(layout.ROOT_INO, mode=stat.S_IFDIR | 0o755, generation=root.generation)
         fresh.parent = layout.ROOT_INO
         fresh.pagecache = self.superblock.default_pagecache
@@ -162,25 +170,34 @@ class _Repair(TableMending, NameMending):
         if root.xattr_block:
             old.append(root.xattr_block & layout.ENTRY_BLOCK_MASK)
         self.put(fresh)
-        self.untake([number for number in old if number not in self.stolen])
         self.records.note(fresh)
         self.did("inode", root.record_offset, "an empty root directory", layout.ROOT_INO)
+        return old
 
     def part_all_doubles(self) -> None:
         """Give every page whose block another one owns a block of its own."""
         if self.stolen:
             for ino in self.records.in_use():
-                inode = self.inode_of(ino)
-                if stat.S_ISREG(inode.mode):
-                    self.doubles += [
-                        (ino, page)
-                        for page, number in self.pages(inode)
-                        if number in self.stolen and (ino, page) not in self.doubles
-                    ]
+                self.doubles += [
+                    (ino, page)
+                    for page, number in self.pages(self.inode_of(ino))
+                    if number in self.stolen
+                    and (ino, page) not in self.doubles
+                    and not is_leaf_of(self.block(number), ino, page)
+                ]
         for ino, page in self.doubles:
             inode = self.inode_of(ino)
             if inode.mode:
                 self.part_doubles(inode, page)
+
+    def mend_links(self) -> None:
+        """Judge the symbolic links' targets."""
+        for ino in self.records.in_use():
+            if self.records.kinds[ino] == stat.S_IFLNK >> 12:
+                inode = self.inode_of(ino)
+                self.mend_link(inode)
+                if not stat.S_ISLNK(inode.mode):
+                    self.records.note(self.inode_of(ino))
 
     def mend_lists(self) -> None:
         """Link the free inodes and the orphans anew where their lists are not whole."""

@@ -37,6 +37,7 @@ class Outcome:
     pages_unknown: int = 0
     mapcounts_compared: int = 0
     copies_compared: int = 0
+    pages_reclaimed: int = 0
     brackets: int = 0
     bracket_faults: int = 0
     """Faults of which the program's own count was compared with the records."""
@@ -170,6 +171,9 @@ class Runner:
             for name in ("pages_differ", "mapcounts_differ", "copies_differ", "invariants_broken")
             if answer[name]
         }
+        # The machine may reclaim at any time (DAMON), which is no program's doing.
+        reclaimed = 0 if self._direct else answer["pages_unknown"].pop("memory was reclaimed", 0)
+        self.outcome.pages_reclaimed += reclaimed
         unknown = sum(answer["pages_unknown"].values())
         if wrong or (unknown and self._direct is None):
             told = [line["differences"] for line in answer["processes"] if line["differences"]]

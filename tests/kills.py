@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import mmap
 import os
 import random
 import select
@@ -25,102 +24,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import kill_worker
+from forked import ForkedMount, Forker, in_process
 from imagecheck import check
-from live import INSTANCES, PAGE, LiveMount, is_mounted, new_image, xipfs
+from kill_worker import Operation, bytes_of
+from live import INSTANCES, LiveMount, is_mounted, new_image
 
 IMAGE_BYTES = 32 << 20
-MAX_FILE_BYTES = 40 * PAGE
 WORKERS = 2
 WORD = 8
 #: A worker whose mount is dead must come back with an error, not hang.
 STUCK_S = 20
 PR_SET_PDEATHSIG = 1
 
-Operation = list[Any]
 Content = dict[str, bytes]
 
 
 class KillError(Exception):
     """A promise was broken, or something stayed behind."""
-
-
-# The workers
-
-
-def choose(rng: random.Random, files: dict[str, int]) -> Operation:
-    """Return a random operation on a worker's files, given as name: size."""
-    name = rng.choice(sorted(files)) if files and rng.random() < 0.8 else f"f{rng.randrange(12)}"
-    offset = rng.randrange(MAX_FILE_BYTES - 3 * PAGE)
-    kinds = ["write", "write", "write", "append"]
-    if name in files:
-        kinds += ["store", "truncate", "migrate", "migrate", "rename", "unlink"]
-    kind = rng.choice(kinds)
-    if kind == "append" or (kind == "store" and files[name] < 2 * PAGE):
-        kind, offset = "write", min(files.get(name, 0), MAX_FILE_BYTES - 3 * PAGE)
-    seed, size = rng.randrange(1 << 30), rng.choice([5, 700, PAGE, 2 * PAGE + 9])
-    if kind == "store":
-        pages = files[name] // PAGE
-        return ["write", name, rng.randrange(pages) * PAGE, 512, seed, "store"]
-    if kind == "write":
-        return ["write", name, offset, size, seed, "fsync"]
-    if kind == "truncate":
-        return ["truncate", name, rng.randrange(MAX_FILE_BYTES)]
-    if kind == "migrate":
-        return ["migrate", name, rng.choice(["xip", "pagecache"])]
-    if kind == "rename":
-        return ["rename", name, f"f{rng.randrange(12)}"]
-    return ["unlink", name]
-
-
-def bytes_of(seed: int, size: int) -> bytes:
-    """Return what a write with this seed writes."""
-    return random.Random(seed).randbytes(size)
-
-
-def perform(operation: Operation, control: Path) -> None:
-    """Carry one operation out in the working directory; when it returns, it is promised."""
-    kind, name, *rest = operation
-    if kind == "write":
-        offset, size, seed, how = rest
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT)
-        try:
-            if how == "store":
-                with mmap.mmap(descriptor, 0) as mapped:
-                    mapped[offset : offset + size] = bytes_of(seed, size)
-                    mapped.flush()
-            else:
-                os.pwrite(descriptor, bytes_of(seed, size), offset)
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    elif kind == "truncate":
-        os.truncate(name, rest[0])
-    elif kind == "rename":
-        os.rename(name, rest[0])
-    elif kind == "unlink":
-        os.unlink(name)
-    else:
-        request = {"op": "migrate", "ino": os.stat(name).st_ino, "to": rest[0]}
-        descriptor = os.open(control, os.O_RDWR)
-        try:
-            os.write(descriptor, json.dumps(request).encode())
-            while os.read(descriptor, 1 << 16):
-                pass
-        finally:
-            os.close(descriptor)
-
-
-def work(directory: Path, control: Path, seed: int) -> None:
-    """Work until the mount dies, telling each operation before and after, as lines of JSON."""
-    os.chdir(directory)
-    rng = random.Random(seed)
-    files = {entry.name: entry.stat().st_size for entry in os.scandir(".")}
-    while True:
-        operation = choose(rng, files)
-        print(json.dumps(["begin", *operation]), flush=True)
-        perform(operation, control)
-        print(json.dumps(["done"]), flush=True)
-        files = {entry.name: entry.stat().st_size for entry in os.scandir(".")}
 
 
 # What must be there
@@ -195,7 +116,8 @@ class Outcome:
 class Killer:
     """One image, mounted and killed ``times`` times."""
 
-    def __init__(self, scratch: Path, seed: int, options: list[str]) -> None:
+    def __init__(self, scratch: Path, seed: int, options: list[str], forker: Forker) -> None:
+        self._forker = forker
         self._scratch = scratch
         self._rng = random.Random(seed)
         self._options = options
@@ -207,7 +129,8 @@ class Killer:
     @contextlib.contextmanager
     def _mounted(self) -> Iterator[LiveMount]:
         self._serial += 1
-        mount = LiveMount(self._image, self._scratch / f"mnt{self._serial}", self._options)
+        directory = self._scratch / f"mnt{self._serial}"
+        mount = ForkedMount(self._forker, self._image, directory, self._options)
         try:
             yield mount
             self._unmount(mount)
@@ -222,20 +145,19 @@ class Killer:
         # Whoever looks through all mounts of a machine keeps one busy for a moment.
         deadline = time.monotonic() + STUCK_S
         while is_mounted(mount.directory):
-            done = xipfs("umount", mount.directory, check=False)
-            if done.returncode == 0:
+            code, said = in_process("umount", mount.directory)
+            if code == 0:
                 return
             if time.monotonic() > deadline:
                 who = ", ".join(holders(mount.directory)) or "nobody that /proc shows"
-                raise KillError(f"{done.stderr.strip()}; held by {who}")
+                raise KillError(f"{said}; held by {who}")
             time.sleep(0.1)
 
     def _fsck(self, when: str) -> None:
         """Raise KillError unless xipfs fsck finds nothing."""
-        done = xipfs("fsck", "-n", self._image, check=False)
-        if done.returncode != 0:
-            said = (done.stdout + done.stderr).strip()
-            raise KillError(f"fsck {when}: exit code {done.returncode}: {said}")
+        code, said = in_process("fsck", "-n", self._image)
+        if code != 0:
+            raise KillError(f"fsck {when}: exit code {code}: {said}")
 
     def once(self) -> None:
         """Mount, work, kill, mount again, compare; raises KillError."""
@@ -265,7 +187,7 @@ class Killer:
         control = mount / ".xipfs" / "control"
         workers = [
             subprocess.Popen(
-                [sys.executable, __file__, str(directory), str(control)]
+                [sys.executable, kill_worker.__file__, str(directory), str(control)]
                 + [str(self._rng.randrange(1 << 30))],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -273,24 +195,37 @@ class Killer:
             )
             for directory in directories
         ]
-        # All work now; the moment is random within what some dozens of operations take.
-        for worker in workers:
-            assert worker.stdout is not None
-            select.select([worker.stdout], [], [], STUCK_S)
-        time.sleep(self._rng.uniform(0.0, 0.5))
+        heads = self._let_work(workers)
         self._dead_pid = mount.pid
         mount.kill()
         told = []
-        for worker in workers:
+        for worker, head in zip(workers, heads, strict=True):
             try:
                 said, _ = worker.communicate(timeout=STUCK_S)
             except subprocess.TimeoutExpired:
                 mount.abort()
                 worker.kill()
                 raise KillError(f"a program hung on the dead mount for {STUCK_S} s") from None
-            told.append([json.loads(line) for line in said.splitlines()])
+            told.append([json.loads(line) for line in (head + said).splitlines()])
         self._unmount(mount)
         return told
+
+    def _let_work(self, workers: list[subprocess.Popen[bytes]]) -> list[bytes]:
+        """Return what each said until the moment of the kill.
+
+        It is random within an operation of the first, which is random among some dozens: on a slow
+        machine as much has happened until then as on a fast one.
+        """
+        wanted = self._rng.randrange(1, 80)
+        heads = [b""] * len(workers)
+        deadline = time.monotonic() + STUCK_S
+        while heads[0].count(b"\n") < wanted and time.monotonic() < deadline:
+            for number, worker in enumerate(workers):
+                assert worker.stdout is not None
+                if select.select([worker.stdout], [], [], 0.01)[0]:
+                    heads[number] += os.read(worker.stdout.fileno(), 1 << 16)
+        time.sleep(self._rng.uniform(0.0, 0.02))
+        return heads
 
     def _judge(self, number: int, lines: list[Any], found: Content) -> None:
         pending: Operation | None = None
@@ -335,16 +270,12 @@ def run(
     scratch: Path, times: int, seed: int, options: list[str], progress: Callable[[int], None]
 ) -> Outcome:
     """Kill ``times`` times; raises KillError at the first broken promise."""
-    killer = Killer(scratch, seed, options)
-    for number in range(times):
-        try:
-            killer.once()
-        except KillError as error:
-            raise KillError(f"kill {number + 1} of seed {seed}: {error}") from error
-        progress(number + 1)
-    return killer.outcome
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(OSError):
-        work(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    with Forker() as forker:
+        killer = Killer(scratch, seed, options, forker)
+        for number in range(times):
+            try:
+                killer.once()
+            except KillError as error:
+                raise KillError(f"kill {number + 1} of seed {seed}: {error}") from error
+            progress(number + 1)
+        return killer.outcome

@@ -92,7 +92,7 @@ class LiveMount:
         self.killed = False
         directory.mkdir(exist_ok=True)
         words = [word for option in options for word in ("-o", option)]
-        xipfs("mount", image, directory, "--log", self.log, *words)
+        self._start(words)
         self.mount: Mount = mount_at(directory)
         pid = serving_pid(self.mount)
         assert pid is not None, "nobody serves the mount"
@@ -108,6 +108,10 @@ class LiveMount:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+
+    def _start(self, words: Sequence[str]) -> None:
+        """Have the mount made; ``words`` are its options."""
+        xipfs("mount", self.image, self.directory, "--log", self.log, *words)
 
     def __truediv__(self, name: str) -> Path:
         return self.directory / name
@@ -192,6 +196,10 @@ class LiveMount:
         except subprocess.TimeoutExpired as error:
             stuck = str(error)
         finally:
+            # Whoever cleans dead mounts up on this machine may have ended it just now.
+            deadline = time.monotonic() + 10
+            while not stuck and self.running() and time.monotonic() < deadline:
+                time.sleep(0.02)
             outlived = self.running()
             cleans_up = not self.killed
             self._force()

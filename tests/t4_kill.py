@@ -24,19 +24,19 @@ def test_what_was_promised_survives_the_daemon(tmp_path: Path, observe: str) -> 
     options = [f"observe={observe}", "ram=128K"]
     outcome = kills.run(tmp_path, 10, seed, options, progress=seen.append)
     assert outcome.kills == len(seen) == 10
-    assert outcome.operations > 100
+    assert outcome.operations > 20
 
 
 @pytest.mark.parametrize("to", [PageKind.PAGECACHE, PageKind.XIP], ids=lambda to: str(to.value))
 def test_a_kill_at_a_step_of_a_migration(tmp_path: Path, to: PageKind) -> None:
-    """Every seventh step, and each that a dirty page's way home takes: there the mount got stuck.
+    """Every ninth step, and those that a dirty page's way home takes: there the mount got stuck.
 
     ``tools/kill`` goes through all of them.
     """
     seed = int(os.environ.get("XIPFS_SEED", "7"))
     print(f"replay: XIPFS_SEED={seed} pytest {__file__}")
     seen: list[killpoints.Point] = []
-    steps = sorted({5, 6, 7} | set(range(1 + seed % 7, 200, 7)))
+    steps = sorted({4, 5, 6} | set(range(1 + seed % 9, 300, 9)))
     killpoints.run(tmp_path, to, iter(steps), seen.append)
     assert seen[-1].what is None, "the migration has more steps than were looked at"
     assert len(seen) > 8, seen

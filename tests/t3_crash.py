@@ -98,6 +98,13 @@ def test_states_told_apart_late_are_those_enumerated_one_by_one(name: str) -> No
         check_by_the_text(bytes(again.now))
 
 
+def test_what_was_cut_off_stays_away_when_a_resident_page_grows() -> None:
+    """The end moves at once, the frame goes home later: the home must have zeros before."""
+    tally = explored(Workload(("truncate b 9", "store and msync b"), "none"))
+    assert tally.violations == []
+    assert tally.exhaustive_points == tally.points
+
+
 def test_mkfs_cut_anywhere_leaves_no_image_or_a_whole_one() -> None:
     tally = explore_mkfs()
     assert tally.violations == []

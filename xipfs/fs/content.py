@@ -250,7 +250,11 @@ class Content:
             cache.mark_dirty(page)
 
     def _zero_behind_end(self, inode: Inode) -> None:
-        """Zero from the end of the file to the end of its page, in the frame or the home."""
+        """Zero from the end of the file to the end of its page, in the home and in a frame.
+
+        The home too if there is a frame: the new end is durable before the frame goes home, and a
+        cut in between must not show again what was cut off.
+        """
         used = inode.size_bytes & _OFFSET_MASK
         index = inode.size_bytes >> PAGE_SHIFT
         body = self._core.volume.maps.entry(inode, index) if used else 0
@@ -263,7 +267,6 @@ class Content:
             if frame[used:] != zeros:
                 frame[used:] = zeros
                 self._core.cache.mark_dirty(page)
-            return
         medium = self._core.medium
         at = ((body & layout.ENTRY_BLOCK_MASK) << BLOCK_SHIFT) + used
         if medium.load(at, len(zeros)) != zeros:

@@ -22,7 +22,7 @@ VERBS: Final[dict[str, str]] = {
     "mkfs": "make an image, optionally from a directory tree",
     "mount": "mount an image; faults of mapped files are accounted from then on",
     "umount": "unmount and wait until the image is closed",
-    "fsck": "check an image that is not mounted, changing nothing",
+    "fsck": "check an image that is not mounted, and repair it if asked to",
     "stat": "show what faults were charged, and where pages are",
     "pages": "show a file's pages: XIP, pagecache, hole",
     "run": "run a program and report its faults; with --exact no page comes without one",

@@ -5,8 +5,8 @@ the kernel caches nothing of them:
 
 - ``stats.json``: one consistent snapshot, taken when the file is opened; ``metrics``: the same
   as OpenMetrics text.
-- ``pages.INO.json``, ``hottest.N.json``: questions with a number in their name, answered the same
-  way (and so on a read-only mount too).
+- ``pages.INO.json``, ``hottest.N.json`` and others (``Live.questions``): questions with a number in
+  their name, answered the same way (and so on a read-only mount too).
 - ``control``, for what changes something: write one JSON object ``{"op": NAME, ...}``, then read
   JSON lines until the end of file; the last has ``"result"`` or ``"error"``, those before it
   ``"progress"``. When the last was read, another request may be written.

@@ -6,9 +6,10 @@ not fit, never by a later write-back.
 
 What a cut can leave: words of an overwritten page are old or new; a fresh block is filled and
 flushed before the transaction that links it, whose first fence makes it durable, so no other
-file's bytes ever show; size, times and map entries change together or not at all. Bytes behind the end of a file may be anything
-(a mapping can store there, a cut append leaves some), so whoever moves the end up zeroes from the
-old end to the end of its page first; that is the one place where it is done.
+file's bytes ever show; size, times and map entries change together or not at all. Bytes behind the
+end of a file may be anything (a mapping can store there, a cut append leaves some), so whoever
+moves the end up zeroes from the old end to the end of its page first; that is the one place where
+it is done.
 """
 
 from __future__ import annotations

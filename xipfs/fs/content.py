@@ -264,10 +264,8 @@ class Content:
         zeros = bytes(PAGE_SIZE - used)
         page = self._core.cache.get(inode.ino, index)
         if page is not None:
-            frame = self._core.cache.bytes_of(page)
-            if frame[used:] != zeros:
-                frame[used:] = zeros
-                self._core.cache.mark_dirty(page)
+            # Both get the same bytes: a clean frame stays clean.
+            self._core.cache.bytes_of(page)[used:] = zeros
         medium = self._core.medium
         at = ((body & layout.ENTRY_BLOCK_MASK) << BLOCK_SHIFT) + used
         if medium.load(at, len(zeros)) != zeros:

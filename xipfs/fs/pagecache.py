@@ -228,13 +228,10 @@ class PageCache:
         self.write_home(np.array(due, np.int64))
         return len(due)
 
-    def write_home(self, pfns: Pfns) -> int:
-        """Store and flush the dirty ones of ``pfns``, run by run; return how many there were.
-
-        The next fence makes them durable.
-        """
+    def write_home(self, pfns: Pfns) -> None:
+        """Store and flush the dirty ones of ``pfns``, run by run; durable with the next fence."""
         if not self._dirty:
-            return 0
+            return
         dirty, homes = self._frames.by_home(self._frames.with_flag(pfns, DIRTY))
         for start, stop in _runs(homes):
             for part, rows in _rows(dirty[start:stop]):
@@ -245,7 +242,6 @@ class PageCache:
         for pfn in dirty.tolist():
             del self._dirty[pfn]
         self.written_home += dirty.size
-        return dirty.size
 
     def sync_file(self, ino: int) -> None:
         """Write the file's dirty pages home, durably, with all that was flushed before."""
@@ -327,7 +323,8 @@ class PageCache:
             frames.touch(pfn)
             if pfn not in victims and self._can_go(pfn):
                 victims[pfn] = None
-        return self._drop_victims(list(victims))
+        self._drop_victims(list(victims))
+        return len(victims)
 
     def _can_go(self, pfn: Pfn) -> bool:
         """Return whether nobody but the cache refers to the frame, its PTEs zapped for that."""
@@ -337,7 +334,7 @@ class PageCache:
         self.on_unmap(Ino(self._frames.ino[pfn]), PageIndex(self._frames.index[pfn]), 1)
         return memory.ref[pfn] == 1
 
-    def _drop_victims(self, victims: list[Pfn]) -> int:
+    def _drop_victims(self, victims: list[Pfn]) -> None:
         frames = self._frames
         gone = np.array(victims, np.int64)
         self.write_home(gone)
@@ -353,7 +350,6 @@ class PageCache:
                 if len(self._evicted_fills) > _EVICTED_FILLS_MAX:
                     self._evicted_fills.popitem(last=False)
             self.on_evict(ino, index)
-        return len(pages)
 
 
 def _runs(numbers: Numbers) -> Iterator[tuple[int, int]]:

@@ -73,6 +73,7 @@ def test_words_and_limits_are_those_of_the_text() -> None:
     for word, text in (
         (layout.STATE_CLEAN, "XIPClean"),
         (layout.STATE_MOUNTED, "XXIPMunt"),
+        (layout.STATE_REPAIR, "XXRepair"),
         (layout.JOURNAL_MARK, "XPCommit"),
     ):
         assert word.to_bytes(8, "little") == text.encode()
@@ -88,6 +89,7 @@ def test_words_and_limits_are_those_of_the_text() -> None:
 def test_an_entry_s_bits_are_those_of_the_text() -> None:
     assert layout.ENTRY_BLOCK_MASK == (1 << 40) - 1, "bits 0-39"
     assert layout.ENTRY_PAGECACHE == 1 << 40
-    assert layout.ENTRY_HOME_MASK == 0b111 << 41, "bits 41-43"
+    assert layout.ENTRY_HOME_SHIFT == 41, "bits 41-43"
+    assert layout.ENTRY_BODY_MASK == (1 << 48) - 1
     assert layout.ENTRY_CHECK_SHIFT == 48
     assert (layout.HOME_RAW, layout.HOME_COMPRESSED, layout.HOME_NODE) == (1, 2, 3)

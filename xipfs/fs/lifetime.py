@@ -39,9 +39,9 @@ class Lifetime:
         except FsError:
             wrong = True
         if wrong:
-            offset = layout.STATE_BLOCK << layout.BLOCK_SHIFT
+            offset = (layout.STATE_BLOCK << layout.BLOCK_SHIFT) + layout.TABLE_INODE_OFFSET
             raise ImageError(
-                f"inode 1 is no directory (its table is at offset {offset + 128})",
+                f"inode 1 is no directory (its table is at offset {offset})",
                 remedy="run fsck.xipfs",
             )
         self._closed = False

@@ -78,7 +78,6 @@ INODE_XATTR_OFFSET: Final = 80
 ENTRY_BLOCK_MASK: Final = (1 << 40) - 1
 ENTRY_PAGECACHE: Final = 1 << 40
 ENTRY_HOME_SHIFT: Final = 41
-ENTRY_HOME_MASK: Final = 7 << ENTRY_HOME_SHIFT
 HOME_RAW: Final = 1  # the block holds the page's bytes
 HOME_COMPRESSED: Final = 2  # reserved: refused by this version
 HOME_NODE: Final = 3  # the block is a map node

@@ -17,7 +17,7 @@ from xipfs.errors import ImageError
 from xipfs.image import layout
 from xipfs.image.filemap import Entries, seal
 from xipfs.image.mending import FREE, PAGE, STRUCTURE, Mending, NoRoomError
-from xipfs.image.record import Inode, pack_inode, unpack_inode
+from xipfs.image.record import FILE_TYPES, Inode, pack_inode, unpack_inode
 from xipfs.image.records import plain
 from xipfs.image.sound import (
     PAGE_LEVEL,
@@ -31,7 +31,6 @@ from xipfs.image.sound import (
 )
 
 _BLOCK: Final = layout.BLOCK_SIZE
-_TYPES: Final = (1, 2, 4, 6, 8, 10, 12)
 _REGULAR: Final = stat.S_IFREG | 0o600
 
 
@@ -305,7 +304,7 @@ def salvaged(ino: int, raw: bytes, offset: int) -> Inode:
     size, atime, mtime, ctime, root, _blocks, xattrs, parent = fields[10:18]
     if not any(raw):
         return Inode(ino, record_offset=offset)
-    if mode >> 12 not in _TYPES:
+    if mode & ~0o7777 not in FILE_TYPES:
         mode = _REGULAR if root else 0
     return Inode(
         ino,

@@ -12,9 +12,8 @@ from xipfs.errors import ImageError
 from xipfs.image import layout
 from xipfs.image.metadata import Block
 
-#: The file types there are; 0 is a free inode and the table's own.
-_TYPES: Final = {
-    0,
+#: The file types there are; mode 0 is a free inode and the table's own.
+FILE_TYPES: Final = {
     stat.S_IFIFO,
     stat.S_IFCHR,
     stat.S_IFDIR,
@@ -111,7 +110,7 @@ def unpack_inode(ino: int, block: Block, number: int, offset: int) -> Inode:
     size, atime, mtime, ctime, root, blocks, xattr_block = fields[10:17]
     parent, next_ino, previous_ino, entries, zero = fields[17:]
     sound = kind <= 1 and flags <= 1 and height <= layout.MAX_HEIGHT and zero == 0
-    sound = sound and mode & ~0o7777 in _TYPES and (mode == 0 or mode > 0o7777)
+    sound = sound and (mode == 0 or mode & ~0o7777 in FILE_TYPES)
     sound = sound and size <= layout.MAX_FILE_BYTES and blocks <= layout.MAX_BLOCKS
     if zlib.crc32(record[4:], _seed(ino)) != crc or not sound:
         raise ImageError(

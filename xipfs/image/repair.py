@@ -34,8 +34,6 @@ _TABLE: Final = _STATE + layout.TABLE_INODE_OFFSET
 _COUNTERS: Final = _STATE + layout.COUNTERS_OFFSET
 _STATE_USED: Final = layout.TABLE_INODE_OFFSET + layout.INODE_SIZE
 _DIRECTORY: Final = stat.S_IFDIR >> 12
-_FREE_RECORDS: Final = bytes(_BLOCK)
-
 
 #: Findings whose repair is never a choice: what is right follows from the rest of the image.
 SAFE: Final = {"superblock", "mount-flag", "counters", "reserved", "bitmap", "list", "links"}

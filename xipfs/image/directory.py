@@ -33,6 +33,17 @@ _CRC_START: Final = 4
 _HALF: Final = (layout.BLOCK_SIZE - _HEADER) // 2
 
 
+def name_hash(key: bytes, name: bytes) -> int:
+    """Return a name's place in the order of readdir: 1 .. 2^62 - 1."""
+    digest = hashlib.blake2b(name, digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little") % ((1 << layout.HASH_BITS) - 1) + 1
+
+
+def possible_name(name: bytes) -> bool:
+    """Whether a program could have made that name, of at most 255 bytes."""
+    return bool(name) and name not in (b".", b"..") and b"/" not in name and b"\0" not in name
+
+
 @dataclass(frozen=True, slots=True)
 class DirectoryEntry:
     """A name in a directory; ``kind`` is the file type of stat(2) shifted right by 12 (DT_*)."""
@@ -85,13 +96,8 @@ class _Leaf:
     def readable(self) -> Iterator[DirectoryEntry]:
         """Yield the entries; raise ImageError at one that no name of this leaf could have."""
         for entry in self.entries():
-            name = entry.name
-            if (
-                entry.cookie >> (layout.HASH_BITS - self.depth) != self.prefix
-                or name in (b".", b"..")
-                or b"/" in name
-                or b"\0" in name
-            ):
+            here = entry.cookie >> (layout.HASH_BITS - self.depth) == self.prefix
+            if not here or not possible_name(entry.name):
                 raise _damaged(self.owner, self.block)
             yield entry
 
@@ -109,8 +115,7 @@ class Directories:
 
     def hash(self, name: bytes) -> int:
         """Return the name's place in the order of readdir: 1 .. 2^62 - 1."""
-        digest = hashlib.blake2b(name, digest_size=8, key=self._hash_key).digest()
-        return int.from_bytes(digest, "little") % ((1 << layout.HASH_BITS) - 1) + 1
+        return name_hash(self._hash_key, name)
 
     def lookup(self, directory: Inode, name: bytes) -> DirectoryEntry | None:
         """Return the entry called ``name``, or None."""
@@ -234,7 +239,7 @@ class Directories:
         count = layout.LEAF_HEADER.unpack_from(leaf.data)[1] + added
         if not 0 <= count < layout.BLOCK_SIZE:
             raise _damaged(leaf.owner, leaf.block)
-        header = _header(directory.ino, leaf.index, count, data[_HEADER:])
+        header = leaf_header(directory.ino, leaf.index, count, data[_HEADER:])
         self._metadata.write(leaf.block, 0, header)
         if start < len(data):
             self._metadata.write(leaf.block, start, data[start:])
@@ -244,7 +249,7 @@ class Directories:
         self._metadata.fresh(block)
         body = b"".join(records)
         index = (1 << depth) + prefix - 1
-        header = _header(directory.ino, index, len(records), body)
+        header = leaf_header(directory.ino, index, len(records), body)
         self._metadata.write(block, 0, header + body)
         self._maps.assign_one(directory, index, self._maps.raw_home(block))
         directory.blocks += 1
@@ -305,7 +310,7 @@ class Directories:
             # All leaves went and the map with them: the root's needs no node again.
             self._maps.assign_one(directory, 0, self._maps.raw_home(leaf.block))
         count = sum(1 for old in merged for _ in old.entries()) - 1
-        header = _header(directory.ino, index, count, records)
+        header = leaf_header(directory.ino, index, count, records)
         self._metadata.write(leaf.block, 0, header + records)
         return True
 
@@ -316,7 +321,7 @@ class Directories:
         return bool(has_node) or self._allocator.free_blocks >= directory.height
 
 
-def _header(owner: int, index: int, count: int, body: bytes) -> bytes:
+def leaf_header(owner: int, index: int, count: int, body: bytes) -> bytes:
     """Return a leaf's 32-byte header for the records in ``body``."""
     used = _HEADER + len(body)
     rest = layout.LEAF_HEADER.pack(0, count, used, owner, index, 0)[_CRC_START:]

@@ -25,10 +25,10 @@ from xipfs.image.sound import (
     entry_block,
     is_leaf_of,
     is_xattrs_of,
-    pack_xattrs,
     read_xattrs,
     sound_pages,
 )
+from xipfs.image.xattrs import pack_xattrs
 
 _BLOCK: Final = layout.BLOCK_SIZE
 _REGULAR: Final = stat.S_IFREG | 0o600

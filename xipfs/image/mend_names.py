@@ -7,17 +7,17 @@ its inode, one record, decides between the two.
 
 from __future__ import annotations
 
+import dataclasses
 import stat
-import zlib
 from collections.abc import Iterable
 from typing import Final
 
 from xipfs.image import layout
+from xipfs.image.directory import DirectoryEntry, leaf_header
 from xipfs.image.mending import STRUCTURE, Mending, NoRoomError
 from xipfs.image.record import Inode, unpack_inode
 from xipfs.image.records import DAMAGED
 from xipfs.image.sound import (
-    Name,
     is_leaf_of,
     leaf_place,
     read_leaf,
@@ -32,11 +32,11 @@ _DIRECTORY: Final = stat.S_IFDIR >> 12
 class NameMending(Mending):
     """Repairs one directory after another; all inodes are read before."""
 
-    lost_names: dict[int, list[Name]]
+    lost_names: dict[int, list[DirectoryEntry]]
 
     def mend_directory(self, inode: Inode) -> None:
         """Keep every name that can be recognised and means something; count the links."""
-        names: dict[bytes, Name] = {}
+        names: dict[bytes, DirectoryEntry] = {}
         spans: list[tuple[int, int]] = []
         sound = True
         for page, number in self.pages(inode):
@@ -69,7 +69,7 @@ class NameMending(Mending):
         for kept in names.values():
             self.records.link(inode.ino, kept.ino)
 
-    def saved(self, ino: int, page: int, number: int) -> list[Name]:
+    def saved(self, ino: int, page: int, number: int) -> list[DirectoryEntry]:
         """Return the names of a leaf that is not right, unless it is another directory's."""
         raw = self.block(number)
         if not is_leaf_of(raw, ino, page):
@@ -78,7 +78,9 @@ class NameMending(Mending):
                 return []
         return list(saved_names(self.superblock, raw))
 
-    def meaning(self, ino: int, name: Name, names: dict[bytes, Name]) -> Name | None:
+    def meaning(
+        self, ino: int, name: DirectoryEntry, names: dict[bytes, DirectoryEntry]
+    ) -> DirectoryEntry | None:
         """Return the name as it must be; None if it is taken or what it names is not there."""
         records = self.records
         if name.name in names or not layout.ROOT_INO < name.ino < records.limit:
@@ -93,13 +95,13 @@ class NameMending(Mending):
             return None
         if kind == _DIRECTORY:
             records.named_in[name.ino] = ino
-        return name._replace(kind=kind)
+        return dataclasses.replace(name, kind=kind)
 
-    def rebuild(self, inode: Inode, names: Iterable[Name]) -> None:
+    def rebuild(self, inode: Inode, names: Iterable[DirectoryEntry]) -> None:
         """Write the directory's leaves and map anew, then let its inode point there."""
         old = [number for _level, _position, number in self.tree(inode)]
         leaves: dict[int, bytes] = {}
-        kept = sorted(names, key=lambda name: name.hash_)
+        kept = sorted(names, key=lambda name: name.cookie)
         if kept:
             _place(inode.ino, 0, 0, kept, leaves)
         blocks: dict[int, int] = {}
@@ -150,17 +152,17 @@ def _whole(spans: list[tuple[int, int]]) -> bool:
     return not spans or reached == 1 << layout.HASH_BITS
 
 
-def _place(ino: int, depth: int, prefix: int, names: list[Name], leaves: dict[int, bytes]) -> None:
+def _place(
+    ino: int, depth: int, prefix: int, names: list[DirectoryEntry], leaves: dict[int, bytes]
+) -> None:
     """Put names, sorted by hash, into the leaf of this place or into the two below it."""
     body = b"".join(name.pack() for name in names)
     if len(body) <= _BLOCK - _HEADER:
         page = (1 << depth) + prefix - 1
-        header = layout.LEAF_HEADER.pack(0, len(names), _HEADER + len(body), ino, page, 0)[4:]
-        crc = zlib.crc32(body, zlib.crc32(header))
-        leaves[page] = crc.to_bytes(4, "little") + header + body
+        leaves[page] = leaf_header(ino, page, len(names), body) + body
         return
     middle = (prefix << 1 | 1) << layout.HASH_BITS - depth - 1
-    low = [name for name in names if name.hash_ < middle]
+    low = [name for name in names if name.cookie < middle]
     _place(ino, depth + 1, prefix << 1, low, leaves)
     _place(ino, depth + 1, prefix << 1 | 1, names[len(low) :], leaves)
 

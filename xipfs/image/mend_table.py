@@ -15,11 +15,12 @@ import numpy as np
 
 from xipfs.errors import ImageError
 from xipfs.image import layout
+from xipfs.image.directory import DirectoryEntry
 from xipfs.image.mend_maps import MapMending, salvaged
 from xipfs.image.mending import FREE, STRUCTURE
 from xipfs.image.record import Inode, pack_inode, unpack_inode
 from xipfs.image.records import Records, plain_table
-from xipfs.image.sound import Name, read_leaf
+from xipfs.image.sound import read_leaf
 
 _BLOCK: Final = layout.BLOCK_SIZE
 _TABLE: Final = layout.STATE_BLOCK * _BLOCK + layout.TABLE_INODE_OFFSET
@@ -38,7 +39,7 @@ class TableMending(MapMending):
     #: The table's blocks by page; those that could not be found are missing.
     table_pages: dict[int, int]
     #: Names of directories' leaves that no map leads to, by directory.
-    lost_names: dict[int, list[Name]]
+    lost_names: dict[int, list[DirectoryEntry]]
 
     def mend_table(self) -> None:
         """Repair the table's map; find its pages that the map has lost."""

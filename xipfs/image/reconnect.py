@@ -10,7 +10,6 @@ from typing import Final
 
 from xipfs.errors import FsError
 from xipfs.image import layout
-from xipfs.image.directory import DirectoryEntry
 from xipfs.image.mending import Mending
 from xipfs.image.record import Inode
 from xipfs.image.volume import Volume
@@ -98,8 +97,7 @@ class Reconnecting:
         made.mode, made.nlink, made.parent = stat.S_IFDIR | 0o700, 2, root.ino
         made.uid, made.gid, made.pagecache = root.uid, root.gid, root.pagecache
         made.atime_ns = made.mtime_ns = made.ctime_ns = root.mtime_ns
-        entry = DirectoryEntry(name, made.ino, _DIRECTORY, volume.directories.hash(name))
-        volume.directories.insert(root, entry.name, entry.ino, entry.kind)
+        volume.directories.insert(root, name, made.ino, _DIRECTORY)
         root.nlink += 1
         volume.inodes.put(root)
         volume.inodes.put(made)

@@ -6,15 +6,15 @@ is right and what can be saved, and raise nothing.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from xipfs.image import layout
+from xipfs.image.directory import DirectoryEntry, name_hash, possible_name
 from xipfs.image.filemap import Entries, seal, seal_pages
 from xipfs.image.metadata import Block
 from xipfs.image.superblock import Superblock
@@ -24,21 +24,6 @@ from xipfs.image.xattrs import NAMESPACES
 PAGE_LEVEL: Final = 0
 XATTR_LEVEL: Final = 7
 _RECORD: Final = layout.LEAF_RECORD.size
-
-
-class Name(NamedTuple):
-    """A record of a directory: ``kind`` is the file type (DT_*)."""
-
-    name: bytes
-    ino: int
-    kind: int
-    hash_: int
-
-    def pack(self) -> bytes:
-        """Return the record, padded to 8 bytes."""
-        record = layout.LEAF_RECORD.pack(self.hash_, self.ino, self.kind, len(self.name))
-        record += self.name
-        return record + bytes(-len(record) % 8)
 
 
 def entry_block(
@@ -67,22 +52,6 @@ def sound_pages(
     return sound
 
 
-def name_hash(superblock: Superblock, name: bytes) -> int:
-    """Return a name's place in its directory."""
-    digest = hashlib.blake2b(name, digest_size=8, key=superblock.hash_key).digest()
-    return int.from_bytes(digest, "little") % ((1 << layout.HASH_BITS) - 1) + 1
-
-
-def possible_name(name: bytes) -> bool:
-    """Whether a program could have made that name."""
-    return (
-        0 < len(name) <= layout.NAME_MAX
-        and name not in (b".", b"..")
-        and b"/" not in name
-        and b"\0" not in name
-    )
-
-
 def leaf_place(page: int) -> tuple[int, int]:
     """Return the depth and the prefix of the leaf at that page of a directory's map."""
     depth = (page + 1).bit_length() - 1
@@ -95,7 +64,9 @@ def is_leaf_of(raw: Block, ino: int, page: int) -> bool:
     return (owner, place) == (ino, page)
 
 
-def read_leaf(superblock: Superblock, raw: Block, ino: int, page: int) -> list[Name] | None:
+def read_leaf(
+    superblock: Superblock, raw: Block, ino: int, page: int
+) -> list[DirectoryEntry] | None:
     """Return the records of a leaf that is right in every bit, None of any other."""
     crc, count, used, owner, place, zero = layout.LEAF_HEADER.unpack_from(raw)
     depth, prefix = leaf_place(page)
@@ -106,11 +77,11 @@ def read_leaf(superblock: Superblock, raw: Block, ino: int, page: int) -> list[N
         or zlib.crc32(raw[4:used]) != crc
     ):
         return None
-    names: list[Name] = []
+    names: list[DirectoryEntry] = []
     at = layout.LEAF_HEADER.size
     while at + _RECORD <= used:
         name = _name_at(superblock, raw, at)
-        if name is None or name.hash_ >> (layout.HASH_BITS - depth) != prefix:
+        if name is None or name.cookie >> (layout.HASH_BITS - depth) != prefix:
             return None
         names.append(name)
         end = at + _RECORD + len(name.name)
@@ -120,7 +91,7 @@ def read_leaf(superblock: Superblock, raw: Block, ino: int, page: int) -> list[N
     return names if at == used and len(names) == count else None
 
 
-def saved_names(superblock: Superblock, raw: Block) -> Iterator[Name]:
+def saved_names(superblock: Superblock, raw: Block) -> Iterator[DirectoryEntry]:
     """Yield what can be recognised in a damaged leaf: records whose hash is their name's."""
     at = layout.LEAF_HEADER.size
     while at + _RECORD < layout.BLOCK_SIZE:
@@ -133,13 +104,17 @@ def saved_names(superblock: Superblock, raw: Block) -> Iterator[Name]:
         at += -at % 8
 
 
-def _name_at(superblock: Superblock, raw: Block, at: int) -> Name | None:
+def _name_at(superblock: Superblock, raw: Block, at: int) -> DirectoryEntry | None:
     hash_, ino, kind, length = layout.LEAF_RECORD.unpack_from(raw, at)
     start = at + _RECORD
     name = bytes(raw[start : start + length])
-    if len(name) != length or not possible_name(name) or name_hash(superblock, name) != hash_:
+    if (
+        len(name) != length
+        or not possible_name(name)
+        or name_hash(superblock.hash_key, name) != hash_
+    ):
         return None
-    return Name(name, ino, kind, hash_)
+    return DirectoryEntry(name, ino, kind, hash_)
 
 
 def is_xattrs_of(raw: Block, ino: int) -> bool:
@@ -165,14 +140,3 @@ def read_xattrs(raw: Block, ino: int) -> tuple[dict[bytes, bytes], bool]:
         sound = sound and name not in found
         found.setdefault(name, bytes(raw[start + name_size : at]))
     return found, sound and len(found) == count and at == used
-
-
-def pack_xattrs(ino: int, attributes: dict[bytes, bytes]) -> bytes:
-    """Return the used bytes of a block that holds these attributes."""
-    body = b"".join(
-        layout.XATTR_RECORD.pack(len(name), len(value)) + name + value
-        for name, value in attributes.items()
-    )
-    used = layout.XATTR_HEADER.size + len(body)
-    rest = layout.XATTR_HEADER.pack(0, len(attributes), used, ino)[4:] + body
-    return zlib.crc32(rest).to_bytes(4, "little") + rest

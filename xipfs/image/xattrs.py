@@ -25,6 +25,16 @@ _LEVEL: Final = 7
 NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 
 
+def pack_xattrs(ino: int, attributes: dict[bytes, bytes]) -> bytes:
+    """Return the used bytes of a block that holds these attributes."""
+    body = b"".join(
+        layout.XATTR_RECORD.pack(len(name), len(value)) + name + value
+        for name, value in attributes.items()
+    )
+    rest = layout.XATTR_HEADER.pack(0, len(attributes), _HEADER + len(body), ino)[4:] + body
+    return zlib.crc32(rest).to_bytes(4, "little") + rest
+
+
 class Xattrs:
     """Reads and writes an inode's attributes; the caller puts the inode."""
 
@@ -67,10 +77,6 @@ class Xattrs:
         )
         if used > layout.BLOCK_SIZE:
             raise FsError(errno.ENOSPC, f"attributes of {used} bytes exceed one block")
-        body = b"".join(
-            layout.XATTR_RECORD.pack(len(name), len(value)) + name + value
-            for name, value in attributes.items()
-        )
         if inode.xattr_block:
             block = self._block(inode)
         else:
@@ -79,8 +85,7 @@ class Xattrs:
             self._allocator.owners.meet(inode.ino, block)
             inode.xattr_block = seal(inode.ino, _LEVEL, 0, FileMap.raw_home(block))
             inode.blocks += 1
-        rest = layout.XATTR_HEADER.pack(0, len(attributes), used, inode.ino)[4:] + body
-        self._metadata.write(block, 0, zlib.crc32(rest).to_bytes(4, "little") + rest)
+        self._metadata.write(block, 0, pack_xattrs(inode.ino, attributes))
 
     def drop(self, inode: Inode) -> None:
         """Free the attributes' block, if any."""

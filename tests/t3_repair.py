@@ -17,7 +17,9 @@ from xipfs.cli import main
 from xipfs.cli.fsck import fsck_main
 from xipfs.errors import ImageError
 from xipfs.image.check import FINDINGS, check
+from xipfs.image.filemap import seal
 from xipfs.image.repair import SAFE, repair
+from xipfs.image.volume import Volume
 
 ROOT = 1
 Damage = Callable[[bytearray, Places], None]
@@ -43,9 +45,9 @@ def raw(offset: int, data: bytes) -> Damage:
 
 
 def point_to_another_file(image: bytearray, places: Places) -> None:
-    """Let page 3 of a file with nodes lie in the block of a file of one page, sealed."""
-    nodes = [field for field in places.by_structure["node1.entry"] if field.entry]
-    target = next(field for field in nodes if field.entry and field.entry[2] == 600)
+    """Let page 600 of a file with nodes lie in the block of a file of one page, sealed."""
+    entries = places.by_structure["node1.entry"]
+    target = next(field for field in entries if field.entry and field.entry[2] == 600)
     block = sorted(places.pages)[0]
     old = int.from_bytes(image[target.offset : target.offset + 8], "little")
     new = old >> 40 << 40 | block
@@ -203,41 +205,63 @@ def test_lost_pages_of_the_inode_table_are_found_again() -> None:
     assert {name for name, _attr, _cookie in fs.readdir(ROOT, 0)} >= {b"tall", b"first again"}
 
 
+@pytest.mark.parametrize(
+    ("entry", "found", "done"),
+    [
+        ((4, 0, 600), "page 600", "page 600 is a hole now"),
+        ((4, 1, 1), "page 512 to 1023", "pages 512 to 1023 are holes now"),
+    ],
+)
 def test_a_hole_names_the_file_and_its_pages(
-    path: Path, capsys: pytest.CaptureFixture[str]
+    entry: tuple[int, int, int],
+    found: str,
+    done: str,
+    path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Page 600 of inode 4, alone, and its second node with pages 512 to 1023."""
+    """Page 600 of inode 4, and its second node."""
+    ino, level, position = entry
     image, places = template("xip")
-    entries = [f for f in places.by_structure["node1.entry"] if f.entry == (4, 0, 600)]
+    entries = places.by_structure[f"node{level + 1}.entry"]
+    offset = next(field.offset for field in entries if field.entry == entry)
     mutant = bytearray(image)
-    mutant[entries[0].offset] ^= 1
+    mutant[offset] ^= 1
     path.write_bytes(mutant)
     assert main(["fsck", "-y", str(path)]) == 1
     out = capsys.readouterr().out
-    offset = entries[0].offset
-    assert f"map at offset {offset} inode 4: entry of level 0, position 600: page 600\n" in out
-    assert f"repaired: map at offset {offset} inode 4: page 600 is a hole now\n" in out
+    where = f"map at offset {offset} inode {ino}"
+    assert f"{where}: entry of level {level}, position {position}: {found}\n" in out
+    assert f"repaired: {where}: {done}\n" in out
 
 
 def test_a_full_image_keeps_what_cannot_be_parted(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image = bytearray(damaged(point_to_another_file))
+    """A second file claims the only page of another, and no block is free for a copy."""
     fs = open_image(medium := Memory(template("xip")[0], writable=True))
+    owner = fs.mknod(ROOT, b"owner", 0o100644, 0, 0, 0).ino
+    fs.write(owner, 0, b"mine" * (BLOCK // 4))
+    claimer = fs.mknod(ROOT, b"claimer", 0o100644, 0, 0, 0).ino
     filler = fs.mknod(ROOT, b"filler", 0o100644, 0, 0, 0).ino
     while fs.statfs().blocks_free > 3:
         fs.write(filler, fs.getattr(filler).size_bytes, bytes(BLOCK))
     while fs.statfs().blocks_free:
         fs.write(fs.mknod(ROOT, b"f%d" % fs.statfs().blocks_free, 0o100644, 0, 0, 0).ino, 0, b"x")
     fs.close()
-    image[:] = medium.content
-    point_to_another_file(image, template("xip")[1])
-    fs = open_image(Memory(image, writable=False))
-    assert fs.statfs().blocks_free == 0
-    path.write_bytes(image)
+    volume = Volume(medium, "image")
+    body = volume.maps.entry(volume.inodes.get(owner), 0)
+    with volume.transaction():
+        inode = volume.inodes.get(claimer)
+        inode.root, inode.blocks, inode.size_bytes = seal(claimer, 0, 0, body), 1, BLOCK
+        volume.inodes.put(inode)
+    path.write_bytes(medium.content)
     code, found = fsck(path, "-y", capsys=capsys)
-    assert found >= {"shared-block"}
-    assert code in (1, 5)
+    assert (code, "shared-block" in found) == (5, True)
+    code, left = fsck(path, "-n", capsys=capsys)
+    assert (code, "shared-block" in left) == (4, True)
+    for first in (owner, claimer):
+        fs = open_image(Memory(path.read_bytes(), writable=False))
+        assert bytes(fs.read(first, 0, BLOCK)) == b"mine" * (BLOCK // 4), "whoever is asked first"
 
 
 # Cuts

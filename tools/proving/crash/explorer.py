@@ -214,8 +214,9 @@ class Explorer:
         state.at_fence = None
         tree = self._sound_tree(state, fs)
         assert tree in expected.trees, f"a third tree: {tree}"
-        closed = flag == layout.STATE_CLEAN and expected.closed is not None
-        allowed = expected.closed if closed and expected.closed else expected.allowed
+        allowed = expected.allowed
+        if flag == layout.STATE_CLEAN and expected.closed is not None:
+            allowed = expected.closed
         contents = judge_contents(state, tree, allowed)
         if nested:
             return
@@ -261,6 +262,27 @@ class Explorer:
                 self._twins.clear()
             found = self._twins[steps] = (tree, contents_of(world.fs, tree))
         return found
+
+
+def judge_states(
+    tally: Tally, medium: EmulatedMedium, where: str, judge: Callable[[Undecided], None]
+) -> None:
+    """Have every state of a cut of ``medium`` now judged; note the first that ``judge`` refuses."""
+    point = Point.of(medium)
+    tally.points += 1
+    tally.media_states += point.states
+    choices: list[int] = []
+    while True:
+        state = Undecided(point, choices)
+        tally.runs += 1
+        try:
+            judge(state)
+        except Exception as error:  # whatever it raises is a violation
+            tally.violations.append(f"{where}: {choices}: {error!r}")
+            return
+        if not next_choices(choices, state.counts):
+            tally.exhaustive_points += 1
+            return
 
 
 def _synced(step: Step, tree: Tree) -> set[int] | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from proving.crash.explorer import Tally
-from proving.crash.medium import Point, Undecided, Watched, next_choices
+from proving.crash.explorer import Tally, judge_states
+from proving.crash.medium import Undecided, Watched
 from proving.crash.tree import NAME, open_medium, tree_of
 from proving.crash.workloads import BLOCKS, make_medium
 from xipfs.errors import ImageError
@@ -23,22 +23,8 @@ def explore_mkfs() -> Tally:
 
 
 def _judge(tally: Tally, medium: Watched, *, whole: bool) -> None:
-    point = Point.of(medium)
-    tally.points += 1
-    tally.media_states += point.states
-    choices: list[int] = []
-    while True:
-        state = Undecided(point, choices)
-        tally.runs += 1
-        try:
-            _judge_state(state, whole=whole)
-        except Exception as error:
-            where = "done" if whole else f"fence {medium.fences + 1}"
-            tally.violations.append(f"mkfs: {where}: {choices}: {error!r}")
-            return
-        if not next_choices(choices, state.counts):
-            tally.exhaustive_points += 1
-            return
+    where = "done" if whole else f"fence {medium.fences + 1}"
+    judge_states(tally, medium, f"mkfs: {where}", lambda state: _judge_state(state, whole=whole))
 
 
 def _judge_state(state: Undecided, *, whole: bool) -> None:

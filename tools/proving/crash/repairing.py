@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from proving.crash.explorer import Tally
-from proving.crash.medium import Point, Settled, Undecided, Watched, next_choices
+from proving.crash.explorer import Tally, judge_states
+from proving.crash.medium import Settled, Undecided, Watched
 from proving.crash.tree import (
     NAME,
     ROOT,
@@ -104,22 +104,8 @@ class _Repair:
         self._judge(medium, (layout.STATE_CLEAN,))
 
     def _judge(self, medium: Watched, flags: tuple[int, ...]) -> None:
-        point = Point.of(medium)
-        self._tally.points += 1
-        self._tally.media_states += point.states
-        choices: list[int] = []
-        while True:
-            state = Undecided(point, choices)
-            self._tally.runs += 1
-            try:
-                self._judge_state(state, flags)
-            except Exception as error:
-                where = f"repair {self._name}: fence {medium.fences + 1}: {choices}"
-                self._tally.violations.append(f"{where}: {error!r}")
-                return
-            if not next_choices(choices, state.counts):
-                self._tally.exhaustive_points += 1
-                return
+        where = f"repair {self._name}: fence {medium.fences + 1}"
+        judge_states(self._tally, medium, where, lambda state: self._judge_state(state, flags))
 
     def _judge_state(self, state: Undecided, flags: tuple[int, ...]) -> None:
         flag = int.from_bytes(state.load(_STATE, 8), "little")

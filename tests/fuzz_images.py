@@ -11,9 +11,8 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from media import PowerCut, RecordingMedium
+from media import PowerCut, RecordingMedium, open_medium
 
 from xipfs.clock import ManualClock
 from xipfs.errors import FsError
@@ -33,17 +32,6 @@ WORD = (1 << 64) - 1
 def page_of(ino: int, page: int) -> bytes:
     """Return the bytes that page of that file holds."""
     return TAG.pack(MARK, ino, page) * (BLOCK // TAG.size)
-
-
-def _open(medium: RecordingMedium) -> Filesystem:
-    return Filesystem(
-        medium,
-        image_path=Path("image"),
-        ram_bytes=16 * BLOCK,
-        struct_page_bytes=64,
-        clock=ManualClock(10**9),
-        lock=None,
-    )
 
 
 def _file(fs: Filesystem, parent: int, name: bytes, pages: list[int]) -> int:
@@ -90,7 +78,7 @@ def _build(pagecache: bool, names: int, ending: str) -> bytes:
     )
     medium = RecordingMedium(bytes(BLOCKS * BLOCK))
     make_image(medium, superblock, ManualClock(10**9))
-    fs = _open(medium)
+    fs = open_medium(medium, clock=ManualClock(10**9))
     _fill(fs, names=names)
     if ending == "clean":
         fs.close()

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from fuzz_images import BLOCK, LONG_NAME, MARK, TAG, TEMPLATES, Field, Places, template
+from fuzz_images import BLOCK, LONG_NAME, MARK, TAG, TEMPLATES, Field, Places, page_of, template
+from media import open_medium
 
 from xipfs.clock import ManualClock
 from xipfs.errors import FsError, ImageError
@@ -395,14 +396,7 @@ def lost_of(before: Contents, after: Contents) -> str:
 
 def mount(medium: Memory) -> Filesystem:
     """Open the image as a mount does."""
-    return Filesystem(
-        medium,
-        image_path=Path("image"),
-        ram_bytes=8 * BLOCK,
-        struct_page_bytes=64,
-        clock=ManualClock(2 * 10**9),
-        lock=None,
-    )
+    return open_medium(medium, ram_pages=8, clock=ManualClock(2 * 10**9))
 
 
 @contextlib.contextmanager
@@ -508,14 +502,14 @@ def change(fs: Filesystem) -> None:
     with _errors():
         made = fs.mknod(1, b"made", 0o100644, 0, 0, 0).ino
         for page in (0, 1, 5):
-            fs.write(made, page * BLOCK, TAG.pack(MARK, made, page) * (BLOCK // TAG.size))
+            fs.write(made, page * BLOCK, page_of(made, page))
         fs.setxattr(made, b"user.made", b"yes")
         fs.promote(made, 1)
         fs.demote(made, 1)
     for name in (b"tall", b"first", b"one page"):
         with _errors():
             attr = fs.lookup(1, name)
-            fs.write(attr.ino, 2 * BLOCK, TAG.pack(MARK, attr.ino, 2) * (BLOCK // TAG.size))
+            fs.write(attr.ino, 2 * BLOCK, page_of(attr.ino, 2))
             fs.setattr(attr.ino, size_bytes=BLOCK + 1)
             fs.removexattr(attr.ino, b"user.colour")
         with _errors():

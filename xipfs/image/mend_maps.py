@@ -7,7 +7,6 @@ the owner keeps it. A page says nothing: whoever is read first keeps it, the oth
 
 from __future__ import annotations
 
-import dataclasses
 import stat
 from typing import Final
 
@@ -51,7 +50,7 @@ class MapMending(Mending):
             self.mend_map(inode)
             self.mend_xattrs(inode)
             self.mend_type(inode)
-        inode = dataclasses.replace(plain(inode), record_offset=offset)
+        inode = plain(inode)
         if pack_inode(inode) != raw:
             self.put(inode)
             self.did("inode", offset, "fields put right", ino)

@@ -7,7 +7,6 @@ a move) are among the rest. Small batches are not worth it and left to the accou
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -22,6 +21,7 @@ from xipfs.accounting.kernel_states import NONE
 from xipfs.mm import bulk_loop as bulk
 from xipfs.mm import bulk_zap
 from xipfs.mm.access import MAPS_ANON, MAPS_PAGECACHE, MAPS_XIP, Access
+from xipfs.mm.bulk import numba_is_installed
 from xipfs.mm.bulk_learn import Outcomes, Situation, add_to_counters
 from xipfs.mm.machine import MM_FILEPAGES
 from xipfs.mm.vma import Vma
@@ -84,7 +84,7 @@ class BulkCharger:
             self._compiling.join()
 
     def _start_compiling(self) -> None:
-        if self._compiling is None and importlib.util.find_spec("numba") is not None:
+        if self._compiling is None and numba_is_installed():
             self._compiling = threading.Thread(target=self._compile, daemon=True)
             self._compiling.start()
 

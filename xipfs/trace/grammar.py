@@ -122,7 +122,7 @@ class Grammar:
         self._processes.forget_dead(now_ns)
 
     def _unknown(self, row: Row, kind: int) -> Thread | None:
-        traced = kind not in (records.FAULT, records.MAP_PAGES)
+        traced = kind not in _OF_FILES
         thread = self._processes.unknown(row[1] >> 32, traced)
         if thread is None and not traced:
             self._unfollowed["fault of a thread that has exited"] += 1

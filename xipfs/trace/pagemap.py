@@ -25,9 +25,7 @@ _SWAPPED: Final = np.uint64(1 << 62)
 _FILE: Final = np.uint64(1 << 61)
 _PFN: Final = np.uint64((1 << 55) - 1)
 _KPAGECOUNT: Final = Path("/proc/kpagecount")
-_SMAPS_HEAD: Final = re.compile(
-    r"^([0-9a-f]+)-([0-9a-f]+) \S{4} [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) "
-)
+_SMAPS_HEAD: Final = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S{4} [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ")
 
 Words = npt.NDArray[np.uint64]
 
@@ -96,7 +94,7 @@ def rss_bytes(pid: int, dev: int) -> int | None:
     for line in text.splitlines():
         head = _SMAPS_HEAD.match(line)
         if head is not None:
-            ours = (int(head[3], 16) << 20 | int(head[4], 16)) == dev
+            ours = (int(head[1], 16) << 20 | int(head[2], 16)) == dev
         elif ours and line.startswith("Rss:"):
             total += int(line.split()[1]) << 10
     return total

@@ -23,7 +23,6 @@ _END: Final = 1 << 64
 _MAP_TYPE: Final = 0x0F
 _MAP_PRIVATE: Final = 0x02
 _MAP_ANONYMOUS: Final = 0x20
-_MAP_POPULATE: Final = 0x8000
 _MREMAP_DONTUNMAP: Final = 4
 _MADV_REMOVE: Final = 9
 _MADV_DONTFORK: Final = 10

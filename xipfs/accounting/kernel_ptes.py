@@ -61,6 +61,8 @@ from xipfs.trace import events as ev
 from xipfs.trace.extents import Extents, joined
 from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
+#: Above every address.
+_END: Final = 1 << 57
 _CLOUDS: Final = {ev.COPIED: COPIED, ev.FOREIGN: FOREIGN, ev.AMBIGUOUS: AMBIGUOUS}
 #: A larger range (16 GiB) is not doubted page by page; its address space as a whole is.
 DOUBT_PAGES_MAX: Final = 4 << 20
@@ -187,9 +189,8 @@ class KernelPtes:
         """The address space is gone."""
         tables = self._tables.pop(mm, None)
         if tables is not None:
-            for address, _ in tables.populated(0, 1 << 57):
-                tables.set(address, NONE)
-            tables.free(0, 1 << 57)
+            tables.replace(0, _END, NONE)
+            tables.free(0, _END)
         self._extents.pop(mm, None)
         self._threads.pop(mm, None)
         self.pids.pop(mm, None)

@@ -21,7 +21,7 @@ from xipfs.accounting.kernel_states import NONE
 from xipfs.mm import bulk_loop as bulk
 from xipfs.mm import bulk_zap
 from xipfs.mm.access import MAPS_ANON, MAPS_PAGECACHE, MAPS_XIP, Access
-from xipfs.mm.bulk import numba_is_installed
+from xipfs.mm.bulk import NO_INTS, lend, numba_is_installed
 from xipfs.mm.bulk_learn import Outcomes, Situation, add_to_counters
 from xipfs.mm.machine import MM_FILEPAGES
 from xipfs.mm.vma import Vma
@@ -167,58 +167,37 @@ class _Call:
         return charges
 
     def _run(self, run: Run) -> int:
-        """Lend the machine's arrays to the loop once, and settle what it took from free lists."""
-        machine = self.books.machine
-        memory = machine.memory
-        free_lists = (memory.ram_free, memory.anon_free, machine.table_pool.free)
-        lent = [free_list.lend() for free_list in free_lists]
-        free = np.array([(len(stack), first, end) for stack, first, end in lent], np.int64)
-        world = bulk.World(
-            process=_NO_PROCESS,
-            page=_NO_INTS,
-            write=_NO_BOOLS,
+        def charge(world: bulk.World) -> int:
+            return run(
+                loop.Charging(
+                    world,
+                    self.cells,
+                    self.process,
+                    self.marked,
+                    self.rows.live,
+                    self.books.kernel.pool.array,
+                    self.rows.shadow_middles,
+                    self.rows.cached_middles,
+                    self.rows.frame_middles,
+                    self.results,
+                    self.sums,
+                    self.tally,
+                )
+            )
+
+        return lend(
+            self.books.machine,
+            self.outcomes,
+            charge,
+            trace=_NO_TRACE,
             first_row=self.rows.first_row,
             rows=self.rows.rows,
             middles=self.rows.middles,
-            entries=machine.table_pool.array,
-            refcount=memory.refcount,
-            mapcount=memory.mapcount,
-            page_flags=memory.page_flags,
-            frames=_NO_INTS,
-            ram_returned=lent[bulk.RAM][0],
-            anon_returned=lent[bulk.ANON][0],
-            tables_returned=lent[bulk.TABLES][0],
-            free=free,
-            outcomes=self.outcomes.table,
-            heads=self.outcomes.heads,
-            uses=self.outcomes.uses,
+            frames=NO_INTS,
             leaves_made=self.leaves_made,
             wanted=self.wanted,
-            tally=_NO_INTS,
-            zero_pfn=machine.zero_pfn,
-            pte_special=machine.pte_special,
-            mixed_zero_is_raw=machine.rules.kernel.mixed_zero_is_raw,
+            tally=NO_INTS,
         )
-        reason = run(
-            loop.Charging(
-                world,
-                self.cells,
-                self.process,
-                self.marked,
-                self.rows.live,
-                self.books.kernel.pool.array,
-                self.rows.shadow_middles,
-                self.rows.cached_middles,
-                self.rows.frame_middles,
-                self.results,
-                self.sums,
-                self.tally,
-            )
-        )
-        del world, lent
-        for free_list, left in zip(free_lists, free.tolist(), strict=True):
-            free_list.settle(left[bulk.DEPTH], left[bulk.NEXT_NUMBER])
-        return reason
 
     # What the loop stops at
 
@@ -338,6 +317,5 @@ class _Call:
             books.runs.around(number, pid, sums[loop.AROUND_SHARED], shared=True)
 
 
-_NO_INTS: Final = np.zeros(0, np.int64)
-_NO_PROCESS: Final = np.zeros(0, np.int32)
-_NO_BOOLS: Final = np.zeros(0, np.bool_)
+#: The faults' own arrays are in ``Charging``.
+_NO_TRACE: Final = (np.zeros(0, np.int32), NO_INTS, np.zeros(0, np.bool_))

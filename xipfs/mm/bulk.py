@@ -21,7 +21,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,9 @@ from xipfs.mm.vma import Vma
 from xipfs.units import PAGE_SHIFT
 
 _REGION_SHIFT = MIDDLE_SHIFT - PAGE_SHIFT
+Trace = tuple[npt.NDArray[np.int32], loop.Ints, npt.NDArray[np.bool_]]
+"""Process, page and write of each access."""
+NO_INTS: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,56 @@ def compiled_run() -> Callable[[loop.World], int]:
     options: dict[str, Any] = {"nogil": True, "_nrt": False}
     compiled: Callable[[loop.World], int] = numba.njit(**options)(loop.run)
     return compiled
+
+
+def lend(
+    machine: Machine,
+    outcomes: Outcomes,
+    run: Callable[[loop.World], int],
+    *,
+    trace: Trace,
+    first_row: loop.Ints,
+    rows: loop.Ints,
+    middles: loop.Ints,
+    frames: loop.Ints,
+    leaves_made: loop.Ints,
+    wanted: loop.Ints,
+    tally: loop.Ints,
+) -> int:
+    """Lend the machine's arrays to ``run`` once, and settle what it took from free lists."""
+    memory = machine.memory
+    free_lists = (memory.ram_free, memory.anon_free, machine.table_pool.free)
+    lent = [free_list.lend() for free_list in free_lists]
+    free = np.array([(len(stack), first, end) for stack, first, end in lent], np.int64)
+    world = loop.World(
+        *trace,
+        first_row=first_row,
+        rows=rows,
+        middles=middles,
+        entries=machine.table_pool.array,
+        refcount=memory.refcount,
+        mapcount=memory.mapcount,
+        page_flags=memory.page_flags,
+        frames=frames,
+        ram_returned=lent[loop.RAM][0],
+        anon_returned=lent[loop.ANON][0],
+        tables_returned=lent[loop.TABLES][0],
+        free=free,
+        outcomes=outcomes.table,
+        heads=outcomes.heads,
+        uses=outcomes.uses,
+        leaves_made=leaves_made,
+        wanted=wanted,
+        tally=tally,
+        zero_pfn=machine.zero_pfn,
+        pte_special=machine.pte_special,
+        mixed_zero_is_raw=machine.rules.kernel.mixed_zero_is_raw,
+    )
+    reason = run(world)
+    del world, lent
+    for free_list, left in zip(free_lists, free.tolist(), strict=True):
+        free_list.settle(left[loop.DEPTH], left[loop.NEXT_NUMBER])
+    return reason
 
 
 def bulk_access(
@@ -219,41 +272,19 @@ class _BulkCall:
         )
 
     def _run(self, run: Callable[[loop.World], int]) -> int:
-        """Lend the machine's arrays to the loop once, and settle what it took from free lists."""
-        machine, memory = self.machine, self.machine.memory
-        free_lists = (memory.ram_free, memory.anon_free, machine.table_pool.free)
-        lent = [free_list.lend() for free_list in free_lists]
-        free = np.array([(len(stack), first, end) for stack, first, end in lent], np.int64)
-        frames = np.zeros(0, np.int64) if self.placement is None else self.placement.frames
-        world = loop.World(
-            *self.trace,
+        return lend(
+            self.machine,
+            self.outcomes,
+            run,
+            trace=self.trace,
             first_row=self.first_row,
             rows=self.rows,
             middles=self.middles,
-            entries=machine.table_pool.array,
-            refcount=memory.refcount,
-            mapcount=memory.mapcount,
-            page_flags=memory.page_flags,
-            frames=frames,
-            ram_returned=lent[loop.RAM][0],
-            anon_returned=lent[loop.ANON][0],
-            tables_returned=lent[loop.TABLES][0],
-            free=free,
-            outcomes=self.outcomes.table,
-            heads=self.outcomes.heads,
-            uses=self.outcomes.uses,
+            frames=NO_INTS if self.placement is None else self.placement.frames,
             leaves_made=self.leaves_made,
             wanted=self.wanted,
             tally=self.tally,
-            zero_pfn=machine.zero_pfn,
-            pte_special=machine.pte_special,
-            mixed_zero_is_raw=machine.rules.kernel.mixed_zero_is_raw,
         )
-        reason = run(world)
-        del world, lent
-        for free_list, left in zip(free_lists, free.tolist(), strict=True):
-            free_list.settle(left[loop.DEPTH], left[loop.NEXT_NUMBER])
-        return reason
 
     def _slow_access(self) -> None:
         """Carry out the access that the loop stopped at, and learn from it."""

@@ -32,14 +32,10 @@ class PageRuns(Generic[T]):
     def __init__(self, pages_max: int) -> None:
         self._pages_max = pages_max
         self._pages = 0
-        self._items: deque[tuple[T, int, range]] = deque()  # item, inode, its first to last page
-        self._sizes: deque[int] = deque()
+        self._items: deque[tuple[T, int, range]] = deque()  # item, inode, pages
         #: Number of the oldest item; 0 stands for none in the arrays.
         self._oldest = 1
         self._stretches: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._items)
 
     def get(self, ino: int, index: int) -> T | None:
         """Return the newest item told of the page."""
@@ -47,63 +43,35 @@ class PageRuns(Generic[T]):
         number = 0 if stretch is None else int(stretch[index & _MASK])
         return self._items[number - self._oldest][0] if number >= self._oldest else None
 
-    def count(self, ino: int, pages: range | list[int]) -> Iterator[tuple[T, int]]:
-        """Yield each item that is the newest of some of ``pages`` (ascending), and of how many."""
-        if len(pages) == 1:
-            item = self.get(ino, pages[0])
-            if item is not None:
-                yield item, 1
-            return
-        parts = [
-            stretch[where]
-            for stretch, where in (
-                (self._stretches.get((ino, number)), where) for number, where in _stretches(pages)
-            )
-            if stretch is not None
-        ]
-        if parts:
-            numbers, counts = np.unique(np.concatenate(parts), return_counts=True)
-            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-                if number >= self._oldest:
-                    yield self._items[number - self._oldest][0], count
-
-    def tell(self, ino: int, pages: range | list[int], item: T) -> None:
-        """Make ``item`` the newest of ``pages``, which ascend and are at least one."""
+    def tell(self, ino: int, pages: range, item: T) -> None:
+        """Make ``item`` the newest of ``pages``, which ascend by one and are at least one."""
         number = self._oldest + len(self._items)
         for at, where in _stretches(pages):
             stretch = self._stretches.get((ino, at))
             if stretch is None:
                 stretch = self._stretches[ino, at] = np.zeros(1 << _SHIFT, np.int64)
             stretch[where] = number
-        self._items.append((item, ino, range(pages[0], pages[-1] + 1)))
-        self._sizes.append(len(pages))
+        self._items.append((item, ino, pages))
         self._pages += len(pages)
         while self._pages > self._pages_max:
             self._forget()
 
     def _forget(self) -> None:
         """Forget the oldest item, and the arrays in which nothing newer is left."""
-        _, ino, span = self._items.popleft()
-        self._pages -= self._sizes.popleft()
+        _, ino, pages = self._items.popleft()
+        self._pages -= len(pages)
         self._oldest += 1
-        for at in range(span.start >> _SHIFT, (span.stop - 1 >> _SHIFT) + 1):
+        for at, _ in _stretches(pages):
             stretch = self._stretches.get((ino, at))
             if stretch is not None and int(stretch.max()) < self._oldest:
                 del self._stretches[ino, at]
 
 
-def _stretches(
-    pages: range | list[int],
-) -> Iterator[tuple[int, int | slice | npt.NDArray[np.int64]]]:
+def _stretches(pages: range) -> Iterator[tuple[int, int | slice]]:
     """Yield (number of a stretch, which places in it) for ``pages``."""
     if len(pages) == 1:
         yield pages[0] >> _SHIFT, pages[0] & _MASK
-    elif pages[-1] - pages[0] == len(pages) - 1:
-        for at in range(pages[0] >> _SHIFT, (pages[-1] >> _SHIFT) + 1):
-            first, last = max(pages[0], at << _SHIFT), min(pages[-1], at << _SHIFT | _MASK)
-            yield at, slice(first & _MASK, (last & _MASK) + 1)
-    else:
-        numbers = np.array(pages, np.int64)
-        of = numbers >> _SHIFT
-        for at in np.unique(of).tolist():
-            yield at, numbers[of == at] & _MASK
+        return
+    for at in range(pages[0] >> _SHIFT, (pages[-1] >> _SHIFT) + 1):
+        first, last = max(pages[0], at << _SHIFT), min(pages[-1], at << _SHIFT | _MASK)
+        yield at, slice(first & _MASK, (last & _MASK) + 1)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xipfs.trace import fault_batch as batch
-from xipfs.trace.records import FAULT, MAP_PAGES, PF_KERNEL
+from xipfs.trace.records import FAULT, PF_KERNEL
 from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
 Ints = npt.NDArray[np.int64]
@@ -69,9 +69,9 @@ NOT_PLAIN: Final = 2
 class Plain(NamedTuple):
     """All that the loop reads and writes.
 
-    ``rows``: records (see ``records``) as int64. ``places``: a hash table of rows of ``threads`` by
-    thread id, -1 where empty, its length a power of two. ``cells``: the faults put out (see
-    ``fault_batch``).
+    ``rows``: records (see ``records``) as int64, of kinds up to MAP_PAGES only. ``places``: a hash
+    table of rows of ``threads`` by thread id, -1 where empty, its length a power of two.
+    ``cells``: the faults put out (see ``fault_batch``).
     """
 
     rows: Ints
@@ -91,9 +91,6 @@ def run(plain: Plain) -> int:
     while at < len(rows):
         kind = rows[at, 1] & 0xFFFFFFFF
         place = find_thread(plain, rows[at, 1] >> 32)
-        if kind > MAP_PAGES:
-            reason = NOT_PLAIN
-            break
         if place < 0:
             reason = NEEDS_THREAD
             break

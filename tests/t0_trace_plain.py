@@ -54,9 +54,9 @@ def scene() -> Script:
 class Records:
     """Random records: each thread follows a form of its own, and the threads take turns."""
 
-    def __init__(self, choose: random.Random, script: Script) -> None:
+    def __init__(self, choose: random.Random, script: Script, odd: float) -> None:
         #: How often something else than a plain fault comes.
-        self.odd = choose.choice([0.002, 0.02, 0.3])
+        self.odd = odd
         self.choose = choose
         self.script = script
         self.forms: dict[int, Iterator[None]] = {}
@@ -150,7 +150,8 @@ def compare(seed: int, run: Run, count: int) -> int:
     """Feed both; return how many faults the loop took."""
     choose = random.Random(seed)
     alone, both = scene(), scene()
-    made = Records(choose, alone)
+    # In turn, not drawn: seeds in a row have runs of plain faults for sure.
+    made = Records(choose, alone, (0.002, 0.02, 0.3)[seed % 3])
     plain = PlainFaults(both.processes, both.grammar)
     plain.use(run)
     batched: list[int] = []
@@ -184,7 +185,7 @@ def compare(seed: int, run: Run, count: int) -> int:
 
 def test_random_records_in_python() -> None:
     print(f"XIPFS_TEST_SEED={SEED}")
-    assert sum(compare(SEED + number, plain_loop.run, 3000) for number in range(8)) > 500
+    assert sum(compare(SEED + number, plain_loop.run, 3000) for number in range(12)) > 500
 
 
 def test_random_records_compiled() -> None:
@@ -192,5 +193,5 @@ def test_random_records_compiled() -> None:
     from xipfs.trace import plain_code
 
     print(f"XIPFS_TEST_SEED={SEED}")
-    batched = sum(compare(SEED + number, plain_code.run, 3000) for number in range(8))
+    batched = sum(compare(SEED + number, plain_code.run, 3000) for number in range(12))
     assert batched > 500

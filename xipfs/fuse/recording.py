@@ -43,7 +43,7 @@ class RecordedFilesystem(Filesystem):
         self, ino: int, offset: int, data: Buffer, *, origin: WriteOrigin = WriteOrigin.PROGRAM
     ) -> int:
         """Write; what the kernel sends because of our own invalidation is told here."""
-        if self.recorder is not None and self.recorder.active:
+        if self.recorder is not None:
             self.recorder.file(ino)
         written = super().write(ino, offset, data, origin=origin)
         if origin is WriteOrigin.WRITEBACK and self.recorder is not None:
@@ -183,7 +183,7 @@ class Recorder:
 
     def file(self, ino: int) -> None:
         """Tell a file's state unless it was told: comes before whatever changes it."""
-        if ino in self._told:
+        if not self.log.active or ino in self._told:
             return
         try:
             attr = self._fs.getattr(ino)

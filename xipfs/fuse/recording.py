@@ -51,22 +51,9 @@ class RecordedFilesystem(Filesystem):
             self.recorder.request(now_ns, "write", 0, ino, offset, written, "move")
         return written
 
-    def setattr(
-        self,
-        ino: int,
-        *,
-        mode: int | None = None,
-        uid: int | None = None,
-        gid: int | None = None,
-        size_bytes: int | None = None,
-        atime_ns: int | None = None,
-        mtime_ns: int | None = None,
-    ) -> Attr:
+    def setattr(self, ino: int, *, size_bytes: int | None = None, **others: Any) -> Attr:
         """Change attributes; a new size is told."""
-        attr = super().setattr(
-            ino, mode=mode, uid=uid, gid=gid,
-            size_bytes=size_bytes, atime_ns=atime_ns, mtime_ns=mtime_ns,
-        )  # fmt: skip
+        attr = super().setattr(ino, size_bytes=size_bytes, **others)
         if self.recorder is not None and size_bytes is not None:
             self.recorder.changed("size", ino, size_bytes=size_bytes)
         return attr

@@ -121,6 +121,8 @@ class Steering:
 
     def evicted(self, ino: int, index: int) -> None:
         """Hear of a page that lost its frame."""
+        if not self._decider.signals:
+            return
         self._hear(Signal(self._now_ns, EVICTED, 0, ino, index, PteKind.PAGECACHE))
 
     def carried_out(self, moves: Iterable[Move], now_ns: int) -> list[Move]:

@@ -82,22 +82,15 @@ class Table(Generic[Key]):
             self._lines.move_to_end(key)
         return line
 
-    def lines(self) -> list[tuple[Key, dict[str, int]]]:
-        """Return all lines that are kept apart, the most moved first."""
-        ordered = sorted(
-            self._lines.items(), key=lambda item: -(item[1].promoted + item[1].demoted)
-        )
-        return [(key, counts.describe()) for key, counts in ordered]
-
     def describe(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Return the lines as JSON-ready objects, ``names`` those of a key's parts.
+        """Return the lines as JSON-ready objects, the most moved first; ``names``: a key's parts.
 
         The sum of the older lines comes last, its key's parts null.
         """
         rows: list[dict[str, Any]] = []
-        for key, counts in self.lines():
+        for key, counts in sorted(self._lines.items(), key=lambda line: -line[1].moved()):
             parts = key if isinstance(key, tuple) else (key,)
-            rows.append(dict(zip(names, parts, strict=True)) | counts)
+            rows.append(dict(zip(names, parts, strict=True)) | counts.describe())
         if self.older != MoveCounts():
             rows.append(dict.fromkeys(names) | self.older.describe())
         return rows

@@ -14,7 +14,6 @@ from typing import Any, Final
 Labels = Mapping[str, object]
 Json = Mapping[str, Any]
 
-CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _COUNTS: Final = {
     "promoted": "pages moved from XIP to pagecache",
     "demoted": "pages moved from pagecache to XIP",

@@ -22,7 +22,7 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import Attr, PageKind, WriteOrigin
 from xipfs.memory.region import Buffer
-from xipfs.migrate.engine import REASONS
+from xipfs.migrate.engine import REASONS, runs
 from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE
 from xipfs.mm.vma import Vma
 from xipfs.stats.fault_log import FaultLog
@@ -285,13 +285,7 @@ def runs_of(pages: list[int]) -> list[list[int]]:
     >>> runs_of([3, 4, 5, 9])
     [[3, 3], [9, 1]]
     """
-    runs: list[list[int]] = []
-    for page in pages:
-        if runs and runs[-1][0] + runs[-1][1] == page:
-            runs[-1][1] += 1
-        else:
-            runs.append([page, 1])
-    return runs
+    return [[first, count] for _, first, count in runs([(0, page) for page in pages])]
 
 
 def _as_event(number: int, vma: Vma) -> ev.Map:

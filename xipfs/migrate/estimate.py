@@ -16,6 +16,7 @@ from xipfs.fs.moving import STEP_PAGES
 from xipfs.fs.types import PageKind
 from xipfs.memory.profiles import Profile, load_profile
 from xipfs.memory.wear import LINE_SIZE
+from xipfs.migrate.engine import runs
 from xipfs.units import PAGE_SIZE
 
 #: A transaction that changes kinds: its fences; its lines, and those of each 8 entries (64 bytes
@@ -90,8 +91,8 @@ def would_move(
                 wanted = [index for index in wanted if index not in refused]
                 would.written_home += sum(frames[index].dirty for index in wanted)
             moves += [
-                {"ino": ino, "first": run.start, "count": len(run), "to": to.value}
-                for run in _runs(wanted)
+                {"ino": ino, "first": first, "count": count, "to": to.value, "reason": "manual"}
+                for _, first, count in runs([(ino, index) for index in wanted])
             ]
             would.commits += -(-len(wanted) // STEP_PAGES)
             if to is PageKind.PAGECACHE:
@@ -105,24 +106,9 @@ def would_move(
         "already": already,
         "failed": {"pinned": pinned} if pinned else {},
         "would_evict": would.evicted,
-        "moves": [move | {"reason": "manual"} for move in moves],
+        "moves": moves,
     }
 
 
 def _is_pinned(fs: Filesystem, pfn: int | None) -> bool:
     return pfn is not None and bool(fs.memory.refcount[pfn] != 1 + fs.memory.mapcount[pfn])
-
-
-def _runs(indexes: list[int]) -> list[range]:
-    """Return the runs of consecutive numbers.
-
-    >>> _runs([1, 2, 5])
-    [range(1, 3), range(5, 6)]
-    """
-    runs: list[range] = []
-    for index in indexes:
-        if runs and runs[-1].stop == index:
-            runs[-1] = range(runs[-1].start, index + 1)
-        else:
-            runs.append(range(index, index + 1))
-    return runs

@@ -178,8 +178,11 @@ class Live:
         if size <= 0:
             return
         first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
-        # The answer leaves in this very step of the request's task: what comes next is later.
-        trio.lowlevel.current_trio_token().run_sync_soon(self._answered, ino, offset, size, write)
+        if isinstance(self.observer, TracefsObserver):
+            # The answer leaves in this very step of the request's task: what comes next is later.
+            # Without the kernel's events nobody asks for it.
+            token = trio.lowlevel.current_trio_token()
+            token.run_sync_soon(self._answered, ino, offset, size, write)
         self.migrator.page_io(ino, first, last)
         now_ns = time.monotonic_ns()
         self.deciding.page_io(now_ns, pid, ino, first, last, write=write)

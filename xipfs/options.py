@@ -83,16 +83,13 @@ def parse_options(words: Iterable[str]) -> MountOptions:
 
 
 def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
-    if name in ("ro", "rw", "sync", "allow_other", "dry"):
+    if name in HELP:
         if value is not None:
             raise UsageError(f"mount option {name!r} takes no value, got {value!r}")
-        if name == "allow_other":
-            return replace(options, allow_other=True)
-        if name == "sync":
-            return replace(options, sync=True)
-        if name == "dry":
-            return replace(options, dry=True)
-        return replace(options, ro=name == "ro")
+        if name in ("ro", "rw"):
+            return replace(options, ro=name == "ro")
+        flag: dict[str, Any] = {name: True}
+        return replace(options, **flag)
     if value is None and name in _VALUED:
         raise UsageError(f"mount option {name!r} has no value", expected=f"{name}=VALUE")
     if name not in _VALUED and options.policy != "off" and value is not None:
@@ -142,20 +139,8 @@ def policy_value(name: str, value: str) -> int | str:
     return value
 
 
-_VALUED: Final = (
-    "ram",
-    "dirty_background_ratio",
-    "dirty_ratio",
-    "dirty_expire_ms",
-    "dirty_writeback_ms",
-    "struct_page",
-    "medium",
-    "rules",
-    "observe",
-    "hint",
-    "readahead",
-    "policy",
-)
+#: The names that HELP gives a value.
+_VALUED: Final = frozenset(shown.partition("=")[0] for shown in HELP if "=" in shown)
 
 
 def _integer(name: str, value: str, least: int) -> int:

@@ -106,12 +106,11 @@ class Live:
     def start(self, nursery: trio.Nursery, mount: Mount) -> None:
         """Begin the background work."""
         self.mount = mount
-        dev = mount.major << 20 | mount.minor
         self.notifier = Notifier(
             session_fd(),
             self.accountant.causes,
             self.users.of,
-            lambda pids, ino: pages_in_flight(pids, dev, ino),
+            lambda pids, ino: pages_in_flight(pids, mount.dev, ino),
         )
         self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
         self.migrator.history.on_moved = self.deciding.moved

@@ -15,6 +15,7 @@ from typing import Final
 
 from xipfs.errors import MountError
 from xipfs.fs.imagelock import holders_of
+from xipfs.trace.proc import kernel_dev
 
 FSTYPE: Final = "fuse.xipfs"
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
@@ -29,6 +30,11 @@ class Mount:
     mountpoint: Path
     source: str
     fstype: str
+
+    @property
+    def dev(self) -> int:
+        """The device number as tracepoints print it."""
+        return kernel_dev(os.makedev(self.major, self.minor))
 
 
 def _unescape(field: bytes) -> str:

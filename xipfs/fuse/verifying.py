@@ -60,7 +60,6 @@ class Verifier:
     def __init__(self, live: Live) -> None:
         self._live = live
         self._books = live.accountant
-        self._dev = live.mount.major << 20 | live.mount.minor
         self._last_audited = 0
         self.audited = AuditFigures()
 
@@ -80,7 +79,7 @@ class Verifier:
                 if unknown_only:
                     ranges = verify.unknown_ranges(books, number)
                 wanted[number] = (books.kernel.pids[number], ranges)
-        dev = None if unknown_only else self._dev
+        dev = None if unknown_only else self._live.mount.dev
 
         def read() -> dict[int, Look | None]:
             return {n: verify.look_at(pid, dev, ranges) for n, (pid, ranges) in wanted.items()}

@@ -79,22 +79,23 @@ def test_fifo_and_the_optimum_on_a_stream_worked_out_by_hand() -> None:
     assert optimum(stream("121312"), 2) == 3
 
 
-def profile_of(trace: list[Access]) -> tuple[str, Value]:
+def profile_of(trace: list[Access]) -> str:
     counts = collections.Counter(access.page for access in trace)
     hottest = [{"ino": 1, "index": page} for page, _ in counts.most_common(200)]
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-        json.dump({"hottest": hottest}, file)
-    return ("file", file.name)
+    return json.dumps({"hottest": hottest})
 
 
 @functools.cache
 def outcome(name: str, kind: str, seed: int) -> Any:
     trace = seeded_trace(kind, seed)
-    values: dict[str, list[tuple[str, Value]]] = {
-        "threshold": [("promote", 2)],
-        "profile": [profile_of(trace)],
-    }
-    return replay(trace, made(name, *values.get(name, [])), 200)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(profile_of(trace))
+        file.flush()
+        values: dict[str, list[tuple[str, Value]]] = {
+            "threshold": [("promote", 2)],
+            "profile": [("file", file.name)],
+        }
+        return replay(trace, made(name, *values.get(name, [])), 200)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

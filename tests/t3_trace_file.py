@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from live import new_image
 
+from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.charges import Charge, PteKind
 from xipfs.accounting.effects import Effect
+from xipfs.clock import SystemClock
 from xipfs.errors import UsageError
+from xipfs.fuse.recording import RecordedFilesystem, Recorder
+from xipfs.mm.rules import Rules
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.item_log import ItemLog
 from xipfs.stats.trace_file import COLUMNS, TraceError, TraceReader, TraceWriter, parse_rows
@@ -82,6 +87,28 @@ def test_the_log_answers_by_cursor_and_counts_what_was_missed() -> None:
     log.rest(now_s=62.0)
     log.add(*pair(8))
     assert log.since(5, now_s=63.0)["missed"] == 1
+
+
+def test_a_file_is_looked_at_while_somebody_records_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = new_image(tmp_path / "image")
+    fs = RecordedFilesystem.open(image, ram_bytes=1 << 20, clock=SystemClock())
+    ino = fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
+    books = Accountant(fs, Rules.parse("6.1"), lambda _pid: "")
+    recorder = Recorder(fs, books, FaultLog(lambda _pid: ""))
+    looks: list[int] = []
+    monkeypatch.setattr(fs, "runs", lambda ino: (looks.append(ino), ())[1])
+    recorder.file(ino)
+    assert looks == []
+    recorder.since(10**15 - 1, now_s=0.0)
+    recorder.file(ino)
+    recorder.file(ino)
+    assert looks == [ino]
+    recorder.rest(now_s=62.0)
+    recorder.file(ino + 1)
+    assert looks == [ino]
+    fs.close()
 
 
 EVENTS: list[ev.Event] = [

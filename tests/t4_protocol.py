@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -240,7 +241,26 @@ def test_a_worker_returns_raises_and_finishes_what_was_cancelled() -> None:
         done: list[int] = []
         with trio.move_on_after(0):
             await worker.run(done.append, 1)
-        assert await worker.run(len, done) in (0, 1)
+        assert await worker.run(len, done) == 0, "cancelled before it began"
+        begun, go_on = threading.Event(), threading.Event()
+
+        def slow() -> None:
+            begun.set()
+            if go_on.wait(30):
+                done.append(1)
+
+        async def cancel() -> None:
+            while not begun.is_set():
+                await trio.sleep(0.001)
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel)
+            with trio.CancelScope() as scope:
+                await worker.run(slow)
+            assert done == [1], "cancelled after it began"
         results = []
         async with trio.open_nursery() as nursery:
             for number in range(20):

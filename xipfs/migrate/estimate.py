@@ -1,9 +1,9 @@
 """What moves would cost and save: modelled, by the arithmetic of ``stats/cost.py``.
 
 A promotion reads the page from the region and takes a frame with its struct page; a demotion gives
-both back and writes a dirty page home. Each step of up to 256 pages commits their kinds by one
-transaction. What a page in RAM saves is a medium's access at each later touch: at least one line
-of 64 bytes. That is all that is counted, since nobody sees how much of a page a program uses.
+both back and writes a dirty page home. Each step of up to STEP_PAGES pages commits their kinds by
+one transaction. What a page in RAM saves is a medium's access at each later touch: at least one
+line of 64 bytes. That is all that is counted, since nobody sees how much of a page a program uses.
 """
 
 from __future__ import annotations

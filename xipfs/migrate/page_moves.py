@@ -20,7 +20,7 @@ from xipfs.fs.types import PageKind
 
 _BLOCK_SHIFT: Final = 8
 _BLOCK: Final = 1 << _BLOCK_SHIFT
-#: 1,048,576 pages when they are dense, 30 MB.
+#: 1,048,576 pages when they are dense, 38 MB.
 BLOCKS_MAX: Final = 4096
 COUNTS: Final = ("promoted", "demoted", "failed", "refaults", "pingpong")
 _PROMOTED, _DEMOTED, _FAILED, _REFAULTS, _PINGPONG = range(len(COUNTS))

@@ -15,7 +15,7 @@ from xipfs.migrate.policy import EVICTED, MOVED, TOUCHES, Page, PteKind, Seen, S
 
 NS_PER_MS: Final = 1_000_000
 _NS_PER_S: Final = 1_000_000_000
-#: Pages that a policy remembers unless it says otherwise, some 10 MB.
+#: Pages that a policy remembers unless it says otherwise, some 14 MB.
 REMEMBERED_PAGES: Final = 1 << 16
 #: Pages demoted at one signal: they move together, and no signal costs more than so many steps.
 BATCH_PAGES: Final = 64

@@ -12,7 +12,7 @@ from xipfs.stats.trace_file import FAULT_COLUMNS
 from xipfs.trace.events import Fault
 from xipfs.trace.fault_batch import FaultBatch
 
-#: Some 60 MB of faults; at 20,000 a second a reader may stay away for 6 s.
+#: Some 75 MB of faults; at 20,000 a second a reader may stay away for 6 s.
 KEPT_FAULTS: Final = 1 << 17
 #: Faults in one answer, some 3 MB of text.
 ANSWER_FAULTS: Final = 1 << 14

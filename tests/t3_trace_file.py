@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from xipfs.accounting.charges import Charge, PteKind
 from xipfs.accounting.effects import Effect
 from xipfs.clock import SystemClock
 from xipfs.errors import UsageError
+from xipfs.fs.types import PageRun
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.mm.rules import Rules
 from xipfs.stats.fault_log import FaultLog
@@ -98,7 +100,12 @@ def test_a_file_is_looked_at_while_somebody_records_only(
     books = Accountant(fs, Rules.parse("6.1"), lambda _pid: "")
     recorder = Recorder(fs, books, FaultLog(lambda _pid: ""))
     looks: list[int] = []
-    monkeypatch.setattr(fs, "runs", lambda ino: (looks.append(ino), ())[1])
+
+    def look(ino: int) -> Iterator[PageRun]:
+        looks.append(ino)
+        return iter(())
+
+    monkeypatch.setattr(fs, "runs", look)
     recorder.file(ino)
     assert looks == []
     recorder.since(10**15 - 1, now_s=0.0)

@@ -57,18 +57,20 @@ class Causes:
         if not isinstance(event, CacheDelete):
             return ""
         taken = self._taken.get(event.ino, event.first)
-        ours = taken is not None and taken.began_ns <= event.time_ns <= taken.ended_ns
-        return taken.cause if ours and taken is not None else ""
+        if taken is None or not taken.began_ns <= event.time_ns <= taken.ended_ns:
+            return ""
+        return taken.cause
 
     def of_read(self, ino: int, first: int, last: int) -> str:
         """Return why the kernel reads these pages, if it had to since we took them; once."""
         causes = []
         for index in range(first, last + 1):
             taken = self._taken.get(ino, index)
-            ours = taken is not None and index not in taken.read
-            causes.append(taken.cause if ours and taken is not None else "")
-            if taken is not None:
-                taken.read.add(index)
+            if taken is None or index in taken.read:
+                causes.append("")
+                continue
+            causes.append(taken.cause)
+            taken.read.add(index)
         return causes[0] if all(causes) else ""
 
     def deleted(self, event: CacheDelete, file: MappedFile, kernel: KernelPtes) -> None:

@@ -32,6 +32,11 @@ def _text(low: int, high: int) -> str:
     return raw.split(b"\0", 1)[0].decode(errors="replace")
 
 
+def _is_untold(thread: Thread) -> bool:
+    """Tell whether the thread has a fault of the mount open that was not reported."""
+    return thread.pf_open and thread.pf_ino >= 0 and not thread.pf_reported
+
+
 class Grammar:
     """Feeds rows to the machines; faults and changes go to ``processes.output``."""
 
@@ -94,7 +99,7 @@ class Grammar:
         this thread has just added to the page cache waits for I/O and makes another record.
         """
         for thread in list(self._threads.values()):
-            if not thread.pf_open or thread.pf_ino < 0 or thread.pf_reported:
+            if not _is_untold(thread):
                 continue
             answer = in_system_call(thread.tid)
             waits = thread.pf_added and not thread.pf_retries
@@ -107,10 +112,7 @@ class Grammar:
 
     def unsettled(self) -> bool:
         """Return whether a fault of the mount is open that may be over: only time will tell."""
-        return any(
-            thread.pf_open and thread.pf_ino >= 0 and not thread.pf_reported
-            for thread in self._threads.values()
-        )
+        return any(map(_is_untold, self._threads.values()))
 
     def bury(self, now_ns: int) -> None:
         """End the threads whose exit made no record: untraced ones, and after a loss any."""

@@ -752,8 +752,7 @@ def test_the_kernel_s_vmas_are_told_as_they_split_and_merge(script: Script) -> N
     script.maps.clear()
     script.mmap(BASE, 16)
     script.store(0, 15)
-    script.pf(BASE)
-    script.fault(0)
+    touched(script, 0)
     script.enter("mprotect", BASE + 4 * PAGE, 4 * PAGE, 1)
     script.store(4, 7)
     script.store(8, 15)
@@ -769,8 +768,7 @@ def test_a_mapping_that_replaces_another_goes_first(script: Script) -> None:
     script.maps.clear()
     script.mmap(BASE, 16)
     script.store(0, 15)
-    script.pf(BASE)
-    script.fault(0)
+    touched(script, 0)
     script.enter("mmap", BASE + 4 * PAGE, 4 * PAGE, PRIVATE, 0, 3)
     script.store(2, 7)
     script.leave("mmap", BASE + 4 * PAGE)
@@ -783,8 +781,7 @@ def test_a_mapping_that_replaces_another_goes_first(script: Script) -> None:
 
 
 def test_what_fork_stores_is_the_child_s(script: Script) -> None:
-    script.pf(BASE)
-    script.fault(0)
+    touched(script, 0)
     script.store(0, 3)
     script.store(8, 31, stored=False)
     script.newtask(101)
@@ -798,8 +795,7 @@ def test_what_fork_stores_is_the_child_s(script: Script) -> None:
 
 def test_a_call_without_events_is_read_from_proc(script: Script) -> None:
     """As a 32-bit call of a 64-bit program is: its store belongs to no call that was seen."""
-    script.pf(BASE)
-    script.fault(0)
+    touched(script, 0)
     told = script.events()
     script.maps[PID] = [
         MapsLine(BASE, BASE + 4 * PAGE, 3, False, 0, FILE),
@@ -814,8 +810,7 @@ def test_a_call_without_events_is_read_from_proc(script: Script) -> None:
 
 
 def test_after_a_loss_mappings_are_what_proc_says(script: Script) -> None:
-    script.pf(BASE)
-    script.fault(0)
+    touched(script, 0)
     told = script.events()
     script.maps[PID] = [
         MapsLine(BASE, BASE + 4 * PAGE, 3, False, 0, FILE),
@@ -832,8 +827,7 @@ def test_after_a_loss_mappings_are_what_proc_says(script: Script) -> None:
 
 def test_nothing_is_claimed_of_a_32_bit_program(script: Script) -> None:
     script.people[PID] = Identity(PID, 1, "prog", compat=True)
-    script.pf(BASE)
-    script.fault(0)
+    touched(script, 0)
     script.newtask(101)
     assert only(script.end(), Doubt) == [Doubt(2000, 1, 0, 1 << 64, calls_unseen=True)]
 

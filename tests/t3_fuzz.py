@@ -42,4 +42,4 @@ def test_damaged_images_end_in_clear_errors(part: int) -> None:
             judge(make_case(SEED, number), outcome)
         except FuzzError as error:
             pytest.fail(f"{error}; again: tools/fuzz --replay {SEED}:{number}")
-    assert outcome.endings["read-only served"] > 20
+    assert outcome.endings["read-only served"] > 20, f"seed {SEED}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,19 @@ STREAM = [
 POLICY = {"policy": "fifo", "parameters": {"pages_per_s": 0, "stay_ms": 0}, "dry": False}
 
 
-def write_trace(path: Path, rows: list[dict[str, Any]], *, lost: int = 0) -> Path:
-    """Write ``rows`` as a whole recording of a mount with policy fifo and 16 pages of RAM."""
+def write_trace(
+    path: Path,
+    rows: list[dict[str, Any]],
+    *,
+    lost: int = 0,
+    resident: Sequence[tuple[int, int, int]] = (),
+) -> Path:
+    """Write ``rows`` as a whole recording of a mount with policy fifo and 16 pages of RAM.
+
+    ``resident`` are (inode, page, dirty) in RAM when it began.
+    """
     start = [
-        line("start", 0, resident=[], faults=0, ptes=0),
+        line("start", 0, resident=resident, faults=0, ptes=0),
         line("policy", 0, **POLICY),
     ]
     writer = TraceWriter(path)

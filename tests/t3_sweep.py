@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from live import ENVIRONMENT, xipfs
-from streams import FILE, MAP, STREAM, fault, line, write_trace
+from streams import FILE, MAP, STREAM, fault, write_trace
 
 from xipfs.cli.sweep import policies_of
 from xipfs.errors import UsageError
@@ -96,8 +96,11 @@ def test_the_bound_counts_what_is_in_ram_at_the_start(tmp_path: Path) -> None:
     stream = [FILE, MAP, fault(1, 0), fault(2, 1), fault(3, 0, cause="move"), fault(4, 0)]
     path = write_trace(tmp_path / "t.parquet", stream)
     assert bound(path, 4096) == {"touches": 4, "touches_in_ram": 2}
-    started = [line("start", 0, resident=[[7, 0, 0]], faults=0, ptes=0), *stream]
-    path = write_trace(tmp_path / "u.parquet", started)
+    # Resident when the recording began, it is found the first time too.
+    path = write_trace(tmp_path / "u.parquet", stream, resident=[(7, 0, 0)])
+    assert bound(path, 4096) == {"touches": 4, "touches_in_ram": 3}
+    # One frame holds the hottest of two only: the last.
+    path = write_trace(tmp_path / "v.parquet", stream, resident=[(7, 0, 0), (7, 5, 0)])
     assert bound(path, 4096) == {"touches": 4, "touches_in_ram": 2}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from streams import FILE, INO, MAP, MS, STREAM, fault, line, moved, write_trace
 
-from xipfs.cli.replay import policy_of
+from xipfs.cli.policy import policy_of
 from xipfs.errors import UsageError
 from xipfs.replay.choice import Choice
 from xipfs.replay.machine import Replay

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from xipfs.cli.client import Json, request
 from xipfs.errors import UsageError
@@ -75,12 +74,20 @@ def _row(name: str, source: str) -> Json:
     }
 
 
-def _values(words: list[str]) -> list[tuple[str, Any]]:
+def policy_of(text: str | None) -> tuple[str | None, dict[str, int | str]]:
+    """Return name and parameters of ``NAME,KEY=VALUE``; None if there is no text."""
+    if text is None:
+        return None, {}
+    name, *words = text.split(",")
+    return str(Path(name).absolute()) if name.endswith(".py") else name, _values(words)
+
+
+def _values(words: list[str]) -> dict[str, int | str]:
     pairs = [word.partition("=") for word in words]
     for key, equals, value in pairs:
-        if not (key and equals):
-            raise UsageError(f"parameter {key}{equals}{value!r}", expected="KEY=VALUE")
-    return [(key, policy_value(key, value)) for key, _, value in pairs]
+        if not equals:
+            raise UsageError(f"parameter {key}{value!r}", expected="KEY=VALUE")
+    return {key: policy_value(key, value) for key, _, value in pairs}
 
 
 def _test(args: argparse.Namespace) -> tuple[list[Json], list[str]]:
@@ -97,9 +104,9 @@ def _test(args: argparse.Namespace) -> tuple[list[Json], list[str]]:
     return rows, lines
 
 
-def _compare(args: argparse.Namespace, values: list[tuple[str, Any]], name: str) -> Json:
+def _compare(args: argparse.Namespace, values: dict[str, int | str], name: str) -> Json:
     trace = seeded_trace(name, args.seed)
-    outcome = replay(trace, make_policy(args.policy, values, args.frames), args.frames)
+    outcome = replay(trace, make_policy(args.policy, values.items(), args.frames), args.frames)
     fifo = replay(trace, make_policy("fifo", [], args.frames), args.frames)
     return {
         "trace": name,
@@ -111,10 +118,7 @@ def _compare(args: argparse.Namespace, values: list[tuple[str, Any]], name: str)
 
 
 def _set(args: argparse.Namespace) -> tuple[Json, list[str]]:
-    name, *words = args.policy.split(",")
-    if name.endswith(".py"):
-        name = str(Path(name).absolute())
-    values = dict(_values(words))
+    name, values = policy_of(args.policy)
     (answer,) = request(
         mount_of(args.directory), "policy", policy=name, values=values, dry=args.dry
     )

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from xipfs.cli.client import Json
+from xipfs.cli.policy import policy_of
 from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
-from xipfs.options import policy_value
 from xipfs.replay.choice import DELAY_NS, Choice
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.trace import Progress
@@ -62,20 +62,6 @@ def run(args: argparse.Namespace) -> int:
         answer["moves"] = [{"ino": ino, "page": at, "to": to} for ino, at, to in replay.moves]
     print(json.dumps(answer, indent=2) if args.json else as_text(answer))
     return int(answer["replay"]["exact"] and answer["replay"]["moves_differ"] > 0)
-
-
-def policy_of(text: str | None) -> tuple[str | None, dict[str, int | str]]:
-    """Return name and parameters of ``NAME,KEY=VALUE``; None if there is no text."""
-    if text is None:
-        return None, {}
-    name, *words = text.split(",")
-    values = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UsageError(f"policy parameter {word!r}", expected="KEY=VALUE")
-        values[key] = policy_value(key, value)
-    return str(Path(name).absolute()) if name.endswith(".py") else name, values
 
 
 def ram_of(text: str | None) -> int | None:

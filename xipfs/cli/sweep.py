@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from xipfs.cli.client import Json
-from xipfs.cli.replay import policy_of, ram_of
+from xipfs.cli.policy import policy_of
+from xipfs.cli.replay import ram_of
 from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.registry import make_policy

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
-from rich.progress import Progress
-
 from xipfs.cli.client import Json, request
 from xipfs.cli.pages import file_of_mount
+from xipfs.cli.progress import progress_bar
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError
 from xipfs.fuse.mounts import Mount
 from xipfs.units import parse_page_ranges
@@ -173,16 +170,13 @@ def _files_below(path: Path) -> Iterator[Path]:
 def _answer(mount: Mount, arguments: Json) -> Json:
     """Run one request with a progress bar and return its result."""
     outcome: Json | None = None
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task("migrating")
+    with progress_bar("migrating") as progress:
         for answer in request(mount, "migrate", **arguments):
             if "result" in answer:
                 outcome = answer["result"]
             else:
                 done = answer["progress"]
-                bar.update(task, completed=done["pages_done"], total=done["pages_total"])
+                progress(done["pages_done"], done["pages_total"])
     if outcome is None:
         raise MountError("the daemon gave no answer to 'migrate'", remedy="see the daemon's log")
     return outcome

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import Progress as Bar
 
 from xipfs.cli.client import Json
 from xipfs.cli.policy import policy_of
+from xipfs.cli.progress import progress_bar
 from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.replay.choice import DELAY_NS, Choice
 from xipfs.replay.outcome import outcome, replay_file
-from xipfs.replay.trace import Progress
 from xipfs.units import PAGE_SIZE, format_size, parse_size
 
 
@@ -72,15 +66,6 @@ def ram_of(text: str | None) -> int | None:
     if not PAGE_SIZE <= size <= 1 << 40:
         raise UsageError(f"--ram {text}", expected=f"{PAGE_SIZE} bytes to 1T")
     return size // PAGE_SIZE * PAGE_SIZE
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
-    """Show how many of the rows are done, on a terminal."""
-    hidden = not sys.stderr.isatty()
-    with Bar(console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def as_text(answer: Json) -> str:

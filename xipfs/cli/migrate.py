@@ -41,13 +41,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Move the pages; exit code 1 if any was refused."""
+    one = len(args.paths) == 1 and not args.recursive
+    if args.pages is not None and not one:
+        raise UsageError("--pages with more than one file", expected="one FILE without -r")
     if args.dry_run:
         return _dry_run(args)
-    if len(args.paths) == 1 and not args.recursive:
+    if one:
         outcome: Json = {"file": str(args.paths[0]), "to": args.to, **_one(args)}
     else:
-        if args.pages is not None:
-            raise UsageError("--pages with more than one file", expected="one FILE without -r")
         outcome = {"to": args.to, **_many(args)}
     if args.json:
         print(json.dumps(outcome, indent=2))
@@ -76,8 +77,6 @@ def _wanted(args: argparse.Namespace, ino: int) -> Json:
 
 def _dry_run(args: argparse.Namespace) -> int:
     """Print what would move on each mount; exit code 1 if any page would be refused now."""
-    if args.pages is not None and (len(args.paths) > 1 or args.recursive):
-        raise UsageError("--pages with more than one file", expected="one FILE without -r")
     refused = False
     for mount, files in _by_mount(args):
         names = {ino: str(path) for ino, path in files}

@@ -33,8 +33,6 @@ HOT_COLUMNS: Final = {
     "pcache": "pgfault_pagecache",
     "cow": "pgfault_cow",
 }
-
-
 MOVED_COLUMNS: Final = {
     "promote": "promoted",
     "demote": "demoted",
@@ -150,6 +148,15 @@ def _cost_lines(cost: Json) -> list[str]:
     return lines
 
 
+def _page_lines(pages: list[Json], columns: dict[str, str]) -> list[str]:
+    """Return a table of pages."""
+    lines = ["", f"{'inode':>10} {'page':>10}" + "".join(f"{heading:>9}" for heading in columns)]
+    for page in pages:
+        counts = "".join(f"{page[name]:9d}" for name in columns.values())
+        lines.append(f"{page['ino']:>10} {page['index']:>10}{counts}")
+    return lines
+
+
 def as_text(stats: Json) -> str:
     """Return one snapshot for people, under 80 columns."""
     observer, memory, kernel = stats["observer"], stats["memory"], stats["kernel"]
@@ -183,14 +190,7 @@ def as_text(stats: Json) -> str:
         for process in processes:
             counts = "".join(f"{process[name]:9d}" for _, name in COLUMNS[:6])
             lines.append(f"{process['pid']:>8} {process['comm'][:16]:16}{counts}")
-    if "moved" in stats:
-        lines += ["", f"{'inode':>10} {'page':>10}" + "".join(f"{h:>9}" for h in MOVED_COLUMNS)]
-        for page in stats["moved"]:
-            counts = "".join(f"{page[name]:9d}" for name in MOVED_COLUMNS.values())
-            lines.append(f"{page['ino']:>10} {page['index']:>10}{counts}")
-    if "hottest" in stats:
-        lines += ["", f"{'inode':>10} {'page':>10}" + "".join(f"{h:>9}" for h in HOT_COLUMNS)]
-        for page in stats["hottest"]:
-            counts = "".join(f"{page[name]:9d}" for name in HOT_COLUMNS.values())
-            lines.append(f"{page['ino']:>10} {page['index']:>10}{counts}")
+    for table, columns in (("moved", MOVED_COLUMNS), ("hottest", HOT_COLUMNS)):
+        if table in stats:
+            lines += _page_lines(stats[table], columns)
     return "\n".join(lines)

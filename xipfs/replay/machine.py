@@ -34,7 +34,7 @@ from xipfs.mm.pte import pte_permits
 from xipfs.mm.rules import Rules
 from xipfs.replay.choice import Choice, Replayed
 from xipfs.replay.image import ReplayedFilesystem
-from xipfs.replay.trace import Page, Recorded, touched
+from xipfs.replay.trace import Page, Recorded, request_of, touched
 from xipfs.stats.trace_items import event_of, values_of
 from xipfs.trace import events as ev
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
@@ -183,24 +183,19 @@ class Replay:
             self.counts.touches += 1
             self.counts.touches_in_ram += self.fs.resident_pfn(ino, index) is not None
 
-    def _request(self, row: Row) -> tuple[int, int, int, int]:
-        told = values_of(row)
-        offset, size = told["offset"], told["size"]
-        return offset, size, offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
-
     def _read(self, row: Row) -> None:
-        offset, size, first, last = self._request(row)
         if row["cause"] and not self.as_recorded:
             return
+        offset, size, pages = request_of(row)
         try:
             self.fs.read(row["ino"], offset, size)
         except FsError:
             self.counts.requests_failed += 1
             return
-        self.steering.page_io(row["time_ns"], row["pid"], row["ino"], first, last, write=False)
+        self._hear_request(row, pages, write=False)
 
     def _write(self, row: Row) -> None:
-        offset, size, first, last = self._request(row)
+        offset, size, pages = request_of(row)
         origin = WriteOrigin.WRITEBACK if row["cause"] else WriteOrigin.PROGRAM
         try:
             for at in range(0, size, len(_ZEROS)):
@@ -210,7 +205,11 @@ class Replay:
             self.counts.requests_failed += 1
             return
         if not row["cause"]:
-            self.steering.page_io(row["time_ns"], row["pid"], row["ino"], first, last, write=True)
+            self._hear_request(row, pages, write=True)
+
+    def _hear_request(self, row: Row, pages: range, *, write: bool) -> None:
+        first, last = pages.start, pages.stop - 1
+        self.steering.page_io(row["time_ns"], row["pid"], row["ino"], first, last, write=write)
 
     def _sync(self, row: Row) -> None:
         if row["ino"] is None:

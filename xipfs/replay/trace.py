@@ -112,10 +112,15 @@ def touched(row: Mapping[str, Any]) -> tuple[int, range] | None:
             return None
         return row["ino"], range(row["page"], row["page"] + 1)
     if row["item"] == "read" or (row["item"] == "write" and not row["cause"]):
-        told = values_of(row)
-        last = (told["offset"] + told["size"] - 1) >> PAGE_SHIFT
-        return row["ino"], range(told["offset"] >> PAGE_SHIFT, last + 1)
+        return row["ino"], request_of(row)[2]
     return None
+
+
+def request_of(row: Mapping[str, Any]) -> tuple[int, int, range]:
+    """Return offset and size in bytes, and the pages, of a row's READ or WRITE request."""
+    told = values_of(row)
+    offset, size = told["offset"], told["size"]
+    return offset, size, range(offset >> PAGE_SHIFT, ((offset + size - 1) >> PAGE_SHIFT) + 1)
 
 
 def touches_of(trace: TraceReader) -> Iterator[tuple[int, Page]]:

@@ -16,9 +16,8 @@ from xipfs.memory.profiles import load_profile
 from xipfs.replay.choice import Choice
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.simulate import most_hits
-from xipfs.replay.trace import Page, recorded, rows_of, touches_of
+from xipfs.replay.trace import Page, first_rows, recorded, touches_of
 from xipfs.stats.trace_file import TraceError, TraceReader
-from xipfs.stats.trace_items import values_of
 from xipfs.units import PAGE_SHIFT
 
 #: Stands for Belady's bound in place of a policy; no policy can be called so.
@@ -83,7 +82,7 @@ def bound(path: Path, ram_bytes: int) -> Figures:
     frames = ram_bytes >> PAGE_SHIFT
     with TraceReader(path) as trace:
         recorded(trace, path)
-        start = next(values_of(row) for row in rows_of(trace) if row["item"] == "start")
+        start = first_rows(trace)["start"]
         resident: list[Page] = [(ino, index) for ino, index, _ in start["resident"][-frames:]]
         pages = [page for _, page in touches_of(trace)]
     return {"touches": len(pages), "touches_in_ram": most_hits(pages, frames, resident)}

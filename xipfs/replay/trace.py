@@ -49,7 +49,7 @@ def recorded(trace: TraceReader, path: Path) -> Recorded:
     try:
         mount, memory, losses = told["mount"], told["memory"], told["losses"]
         options, observer = mount["options"], told["observer"]["mode"]
-        first = _first_rows(trace)
+        first = first_rows(trace)
         start, policy = first["start"], first["policy"]
         return Recorded(
             policy=policy["policy"],
@@ -76,7 +76,7 @@ def recorded(trace: TraceReader, path: Path) -> Recorded:
         ) from None
 
 
-def _first_rows(trace: TraceReader) -> dict[str, dict[str, Any]]:
+def first_rows(trace: TraceReader) -> dict[str, dict[str, Any]]:
     """Return the values of the rows with which a recording begins."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows_of(trace):

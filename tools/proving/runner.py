@@ -16,6 +16,7 @@ from typing import Any
 
 from proving import foreign
 from proving.programs import FILE_PAGES, Program
+from xipfs.cli.verify import WRONG
 
 PAGE = 4096
 COMMANDS = 14
@@ -166,11 +167,7 @@ class Runner:
     def _check(self, how: str, number: int) -> None:
         text = (self._directory / ".xipfs" / "verify.1.json").read_bytes()
         answer: dict[str, Any] = json.loads(text)
-        wrong = {
-            name: answer[name]
-            for name in ("pages_differ", "mapcounts_differ", "copies_differ", "invariants_broken")
-            if answer[name]
-        }
+        wrong = {name: answer[name] for name in WRONG if answer[name]}
         # The machine may reclaim at any time (DAMON), which is no program's doing.
         reclaimed = 0 if self._direct else answer["pages_unknown"].pop("memory was reclaimed", 0)
         self.outcome.pages_reclaimed += reclaimed

@@ -13,6 +13,8 @@ from xipfs.fuse.mounts import mount_of
 
 #: The pid that stands for all: init is never followed.
 _ALL: Final = 1
+#: Of an answer, what is 0 or empty if all is as it should be.
+WRONG: Final = ("pages_differ", "mapcounts_differ", "copies_differ", "invariants_broken")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def differs(answer: Json) -> bool:
     """Return whether anything that was compared is not as it should be."""
-    wrong = ("pages_differ", "mapcounts_differ", "copies_differ", "invariants_broken")
-    return any(answer[name] for name in wrong)
+    return any(answer[name] for name in WRONG)
 
 
 def as_text(answer: Json) -> str:

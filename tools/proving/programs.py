@@ -22,7 +22,6 @@ class Mapping:
     """What the program may do to each page of one mapping, a letter a page."""
 
     pages: list[str]
-    private: bool
     may_write: bool
     whole: bool = True
     """One mapping to the kernel still: mremap takes it."""
@@ -115,7 +114,7 @@ class Program:
         else:
             self._say("map", name, kind, prot, *(["populate"] if rng.random() < 0.2 else []))
         letter = ANY if writable else READ_ONLY
-        self._mappings.append(Mapping([letter] * pages, private, private or writable))
+        self._mappings.append(Mapping([letter] * pages, private or writable))
         self._current = len(self._mappings) - 1
 
     def _use(self) -> None:

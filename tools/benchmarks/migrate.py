@@ -24,7 +24,7 @@ from xipfs.accounting.accountant import Accountant
 from xipfs.clock import SystemClock
 from xipfs.fs.build import make_empty
 from xipfs.fs.filesystem import Filesystem
-from xipfs.fs.pagecache import nothing
+from xipfs.fs.pagecache import nothing, nothing_of_run
 from xipfs.fs.types import PageKind
 from xipfs.mm.rules import Rules
 from xipfs.trace import events as ev
@@ -117,13 +117,13 @@ def _timed_move(fs: Filesystem, ino: int, pages: range, to: PageKind) -> Sample:
 def _sizes(context: Context) -> None:
     """Move the same number of pages in files and images of different sizes."""
     sizes = (8, 16) if context.quick else (8, 64, 512)
-    made = [f"file {each} MiB" for each in sizes] + [f"image {4 * sizes[-1]} MiB"]
+    image_mib = sizes[-1] + 64
+    made = {f"file {each} MiB": (each, image_mib) for each in sizes}
+    made[f"image {4 * sizes[-1]} MiB"] = sizes[0], 4 * sizes[-1]
     open_ones: dict[str, tuple[Filesystem, int]] = {}
     try:
-        for number, name in enumerate(made):
-            file_mib = sizes[min(number, len(sizes) - 1)] if number < len(sizes) else sizes[0]
-            image_mib = sizes[-1] + 64 if number < len(sizes) else 4 * sizes[-1]
-            open_ones[name] = _file_in_image(context, name, file_mib * _MIB, image_mib * _MIB)
+        for name, (file_mib, whole_mib) in made.items():
+            open_ones[name] = _file_in_image(context, name, file_mib * _MIB, whole_mib * _MIB)
         candidates: dict[str, Callable[[int], Sample]] = {
             name: functools.partial(_there_and_back, fs, ino)
             for name, (fs, ino) in open_ones.items()
@@ -135,10 +135,10 @@ def _sizes(context: Context) -> None:
     context.comparisons.append(
         compare(
             f"{_PART_BYTES // _MIB} MiB at the end of a file, there and back: by file size in an "
-            f"image of {sizes[-1] + 64} MiB, and in a larger image",
+            f"image of {image_mib} MiB, and in a larger image",
             samples,
             metric="ns_per_page",
-            baseline=made[0],
+            baseline=next(iter(made)),
             command="Filesystem.move",
         )
     )
@@ -216,5 +216,5 @@ def _demote_mapped(fs: Filesystem, ino: int, count: int, _seed: int) -> Sample:
     assert books.machine.statistics().nr_normal_ptes == 0
     for mm in range(1, count + 1):
         books.consume([ev.Exit(0, mm)])
-    fs.set_hooks(on_unmap=lambda *_: None, on_evict=nothing, on_cut=nothing)
+    fs.set_hooks(on_unmap=nothing_of_run, on_evict=nothing, on_cut=nothing)
     return {"ns_per_page": took_ns, "ns_per_mapping": took_ns / count}

@@ -106,7 +106,7 @@ _BROKEN: Final = "its process died (out of memory?)"
 def _in_a_pool(cells: list[Cell], jobs: int, run: Callable[[Cell], Figures]) -> Iterator[Told]:
     # A fresh interpreter for each: this one may have threads, which a fork would lose.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max_workers=min(jobs, len(cells)) or 1, mp_context=context)
+    pool = ProcessPoolExecutor(max_workers=min(jobs, len(cells)), mp_context=context)
     try:
         futures = {pool.submit(run, cell): cell for cell in cells}
         for future in as_completed(futures):

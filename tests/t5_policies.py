@@ -69,7 +69,7 @@ def test_clock_demotes_what_its_hand_finds_untouched(live: Mounts) -> None:
         moved = by_cause(mount, "clock", "pagecache")
         assert moved["promoted"] > 32
         assert mount.vmstat()["nr_resident_pages"] <= 32
-        verified = xipfs("verify", mount.directory, "--json")
-        assert json.loads(verified.stdout)
+        verified = xipfs("verify", mount.directory, "--json")  # ends with 1 if anything differs
+        assert json.loads(verified.stdout)["pages_compared"] > 0
     reasons = {row["reason"] for row in mount.cat_stats()["migration"]["by_cause"]}
     assert reasons == {"first touch", "RAM above 75 %, not touched since the hand passed"}

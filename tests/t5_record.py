@@ -21,21 +21,29 @@ with open(sys.argv[1], "rb") as file:
 """
 
 
+def recording(directory: Path, trace: Path) -> subprocess.Popen[bytes]:
+    """Return a recording of the mount into ``trace`` that has begun."""
+    recorder = subprocess.Popen(
+        [*COMMAND, "record", directory, "-o", trace], env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
+    wait_until("the recording began", trace.exists)
+    return recorder
+
+
+def end_recording(recorder: subprocess.Popen[bytes], timeout_s: float = 30) -> None:
+    recorder.send_signal(signal.SIGTERM)
+    _, said = recorder.communicate(timeout=timeout_s)
+    assert recorder.returncode == 0, said
+
+
 def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
-    directory = tmp_path / "mnt"
-    directory.mkdir()
-    trace = tmp_path / "trace.parquet"
+    directory, trace = tmp_path / "mnt", tmp_path / "trace.parquet"
     mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=tracefs"])
     try:
         (directory / "file").write_bytes(b"x" * (48 * 4096))
-        recorder = subprocess.Popen(
-            [*COMMAND, "record", directory, "-o", trace], env=ENVIRONMENT, stderr=subprocess.PIPE
-        )
-        wait_until("the recording began", trace.exists)
+        recorder = recording(directory, trace)
         subprocess.run([sys.executable, "-c", TOUCH, directory / "file"], check=True)
-        recorder.send_signal(signal.SIGTERM)
-        _, said = recorder.communicate(timeout=30)
-        assert recorder.returncode == 0, said
+        end_recording(recorder)
     finally:
         mounted.close()
     told = json.loads(xipfs("faults", trace, "--by", "page", "--json").stdout)
@@ -57,15 +65,10 @@ def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_daemon_ends_the_recording_and_keeps_it(tmp_path: Path) -> None:
-    directory = tmp_path / "mnt"
-    directory.mkdir()
-    trace = tmp_path / "trace.parquet"
+    directory, trace = tmp_path / "mnt", tmp_path / "trace.parquet"
     mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=off"])
     try:
-        recorder = subprocess.Popen(
-            [*COMMAND, "record", directory, "-o", trace], env=ENVIRONMENT, stderr=subprocess.PIPE
-        )
-        wait_until("the recording began", trace.exists)
+        recorder = recording(directory, trace)
     finally:
         mounted.close()
     _, said = recorder.communicate(timeout=30)
@@ -85,17 +88,12 @@ with open(sys.argv[1], "rb") as file:
 
 
 def test_the_stream_tells_moves_and_which_faults_they_caused(tmp_path: Path) -> None:
-    directory = tmp_path / "mnt"
-    directory.mkdir()
-    trace = tmp_path / "trace.parquet"
+    directory, trace = tmp_path / "mnt", tmp_path / "trace.parquet"
     mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=tracefs"])
     try:
         (directory / "file").write_bytes(b"x" * (2 * 4096))
         ino = (directory / "file").stat().st_ino
-        recorder = subprocess.Popen(
-            [*COMMAND, "record", directory, "-o", trace], env=ENVIRONMENT, stderr=subprocess.PIPE
-        )
-        wait_until("the recording began", trace.exists)
+        recorder = recording(directory, trace)
         program = subprocess.Popen(
             [sys.executable, "-c", TOUCH_AGAIN, directory / "file"],
             stdin=subprocess.PIPE,
@@ -110,9 +108,7 @@ def test_the_stream_tells_moves_and_which_faults_they_caused(tmp_path: Path) -> 
             program.stdin.flush()
             program.stdout.readline()
         program.communicate(b"\n", timeout=30)
-        recorder.send_signal(signal.SIGTERM)
-        _, said = recorder.communicate(timeout=30)
-        assert recorder.returncode == 0, said
+        end_recording(recorder)
     finally:
         mounted.close()
     with TraceReader(trace) as reader:

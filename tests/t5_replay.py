@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import COMMAND, ENVIRONMENT, LiveMount, new_image, wait_until, xipfs
+from live import LiveMount, new_image, xipfs
+from t5_record import end_recording, recording
 
 from xipfs.stats.trace_file import TraceReader
 from xipfs.stats.trace_items import values_of
@@ -75,22 +76,16 @@ def record(tmp_path: Path, options: list[str], seed: int) -> tuple[Path, Json]:
     """Run the workload on a new mount; return its trace and the mount's last statistics."""
     directory, trace = tmp_path / "mnt", tmp_path / "trace.parquet"
     mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=tracefs", *options])
-    recorder = subprocess.Popen(
-        [*COMMAND, "record", directory, "-o", trace], env=ENVIRONMENT, stderr=subprocess.PIPE
-    )
-    try:
-        wait_until("the recording began", trace.exists)
+    with contextlib.ExitStack() as ends:
+        ends.callback(mounted.close)
+        recorder = recording(directory, trace)
+        ends.callback(recorder.kill)
         words = [sys.executable, "-c", WORKLOAD, str(directory), str(seed)]
         subprocess.run(words, check=True, timeout=90)
         # What was planned is moved before the recording ends.
         settle(mounted)
-        recorder.send_signal(signal.SIGTERM)
-        _, said = recorder.communicate(timeout=60)
-        assert recorder.returncode == 0, said
+        end_recording(recorder, timeout_s=60)
         return trace, mounted.cat_stats()
-    finally:
-        recorder.kill()
-        mounted.close()
 
 
 def settle(mounted: LiveMount) -> None:

@@ -128,6 +128,18 @@ def test_the_files_pages_go_under_a_mapping(mount: LiveMount, start: Start) -> N
     program.finish()
 
 
+def after_an_audit(mount: LiveMount) -> dict[str, int]:
+    """Return what the audit has counted just now: it learns nothing for the next second."""
+
+    def audit() -> dict[str, int]:
+        figures: dict[str, int] = mount.cat_stats()["observer"]["audit"]
+        return figures
+
+    earlier = audit()["address_spaces"]
+    wait_until("an audit", lambda: audit()["address_spaces"] > earlier)
+    return audit()
+
+
 def copy_behind_its_back(pid: int, address: int) -> None:
     """Write to a page of another process: the kernel copies it, and no event tells."""
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
@@ -176,7 +188,7 @@ def test_a_call_on_another_process_s_memory_puts_it_in_doubt(
     mount: LiveMount, start: Start
 ) -> None:
     program = start("map {x} private rw read 0-30 pause")
-    before = mount.cat_stats()["observer"]["audit"]
+    before = after_an_audit(mount)
     # With process_vm_writev, a call that is seen.
     start_of, _ = foreign.ranges(program.pid, [mount / "x"])[0]
     assert foreign.write_memory(program.pid, start_of + 11 * PAGE)
@@ -193,7 +205,7 @@ def test_a_call_on_another_process_s_memory_puts_it_in_doubt(
 def test_what_is_unknown_is_read_from_pagemap_soon(mount: LiveMount, start: Start) -> None:
     """MADV_PAGEOUT drops PTEs and says of none: the whole mapping becomes unknown."""
     program = start("map {x} private rw pause read 0-30 write 3-7 advise 0-30 pageout pause")
-    before = mount.cat_stats()["observer"]["audit"]
+    before = after_an_audit(mount)
     program.go()
     program.until_paused()
     wait_until(

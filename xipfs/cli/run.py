@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final, TextIO
@@ -101,20 +101,21 @@ def run(args: argparse.Namespace) -> int:
 def _recorded(
     args: argparse.Namespace, told: Json, mount: Mount, launched: Launched, before: Json
 ) -> XipfsError | None:
-    failures: list[XipfsError | None] = [None]
+    failure: XipfsError | None = None
 
     def wait(_faults: int, _missed: int) -> bool:
         launched.release()
         return not launched.wait(POLL_S)
 
     def finish() -> Json:
+        nonlocal failure
         launched.wait(None)
-        failures[0] = _finish(told, mount, launched, before)
+        failure = _finish(told, mount, launched, before)
         return {"run": told}
 
     losses = record(mount, args.output, wait, force=args.force, also=finish)
     told["recorded"] = losses
-    return failures[0]
+    return failure
 
 
 def _finish(told: Json, mount: Mount, launched: Launched, before: Json) -> XipfsError | None:
@@ -158,7 +159,7 @@ def choose_mount(command: Sequence[str]) -> Mount:
     )
 
 
-def exact_environment(mount: Mount, environment: os._Environ[str]) -> dict[str, str]:
+def exact_environment(mount: Mount, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment that makes programs register their mappings of ``mount``."""
     reason = uffd.unusable()
     if reason:

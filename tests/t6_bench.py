@@ -113,7 +113,7 @@ def test_a_quick_run_of_all_gives_figures(tmp_path: Path) -> None:
     assert report["schema"] == 1
     assert report["rounds"] == 1
     assert report["host"]["kernel"]
-    assert {"fs", "mount", "observe"} <= set(report["benchmarks"])
+    assert {"fs", "migrate", "mount", "observe"} <= set(report["benchmarks"])
     fs = report["benchmarks"]["fs"]["comparisons"]
     assert [comparison["metric"] for comparison in fs] == [
         "cold_us_per_page",

@@ -17,6 +17,7 @@ from xipfs.trace.compiled import version_of
 bulk.make_callable()
 for _function in (
     charge_loop.entry_of,
+    charge_loop.frame_entry,
     charge_loop.frame_of,
     charge_loop.cached_entry,
     charge_loop.row_of,

@@ -24,6 +24,10 @@ from xipfs.units import PAGE_SHIFT
 
 Ints = npt.NDArray[np.int64]
 
+#: Bit of a file page's frame entry: its next fault takes a mark (``Filesystem.has_fill_mark``),
+#: which is for the accountant to do. Fault-around may map the page all the same.
+MARKED: Final = 1 << 48
+
 # Columns of Charging.live, one row a VMA as in World.rows.
 INO: Final = 0
 PRIVATE: Final = 1
@@ -70,7 +74,7 @@ class Charging(NamedTuple):
     ``process``: the address space of each fault, a row of ``world.first_row``. ``marked``: 1 where
     the accountant has to take the fault itself, 2 its window, 3 both. ``shadow``: the
     entries of the observer's tables: the kernel's column, which pages are cached (see
-    ``cached_pages``), and the frames of file pages (pfn + 1, or 0).
+    ``cached_pages``), and the frames of file pages (pfn + 1, perhaps MARKED; or 0).
     """
 
     world: bulk.World
@@ -115,11 +119,16 @@ def entry_of(shadow: Ints, middles: Ints, first: int, base: int, number: int) ->
     return int(leaf + (number & _SLOT_MASK))
 
 
-def frame_of(charging: Charging, row: int, index: int) -> int:
-    """Return the pfn of the file's page ``index``, -1 where it is not known."""
+def frame_entry(charging: Charging, row: int, index: int) -> int:
+    """Return the frame entry of the file's page ``index``: pfn + 1, perhaps MARKED; or 0."""
     first, base = charging.live[row, FILE_MIDDLES], charging.world.rows[row, bulk.PGOFF]
     entry = entry_of(charging.shadow, charging.frame_middles, first, base, index)
-    return int(charging.shadow[entry]) - 1
+    return int(charging.shadow[entry])
+
+
+def frame_of(charging: Charging, row: int, index: int) -> int:
+    """Return the pfn of the file's page ``index``, -1 where it is not known."""
+    return (frame_entry(charging, row, index) & ~MARKED) - 1
 
 
 def cached_entry(charging: Charging, row: int, index: int) -> int:
@@ -153,8 +162,9 @@ def charge_fault(charging: Charging, at: int) -> int:
     index = cell[batch.INDEX]
     if index != world.rows[row, bulk.PGOFF] + page - world.rows[row, bulk.START]:
         return NEEDS_FAULT
-    frame = frame_of(charging, row, index)
-    if frame < 0 or charging.shadow[cached_entry(charging, row, index)] > SETTLED:
+    entry = frame_entry(charging, row, index)
+    frame = entry - 1
+    if frame < 0 or entry & MARKED or charging.shadow[cached_entry(charging, row, index)] > SETTLED:
         return NEEDS_FAULT
     start = world.rows[row, bulk.START]
     shadow = entry_of(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 
+from xipfs.accounting.charge_loop import MARKED
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm.flags import (
@@ -33,8 +34,9 @@ from xipfs.units import PAGE_SHIFT
 class LiveFile:
     """The ``mapped`` file of inode ``ino``.
 
-    ``frames`` remembers where pages are, for compiled code: pfn + 1 by page number, or 0 where that
-    is not known. What changes a page's frame zaps its PTEs first, and so passes by ``forget``.
+    ``frames`` remembers where pages are, for compiled code: pfn + 1 by page number, MARKED where
+    the next fault takes a mark, or 0 where that is not known. What changes a page's frame zaps its
+    PTEs first, and so passes by ``forget``; a mark comes with a new frame only.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class LiveFile:
         except FsError:
             return
         if pfn is not None:
-            self.frames.set(index << PAGE_SHIFT, pfn + 1)
+            mark = MARKED if self._fs.has_fill_mark(self._ino, index) else 0
+            self.frames.set(index << PAGE_SHIFT, pfn + 1 | mark)
 
     def forget(self, first: int, count: int) -> None:
         """Forget the frames of a run of pages: they are about to change."""

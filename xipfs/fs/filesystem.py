@@ -373,6 +373,10 @@ class Filesystem(Lifetime):
         """Return whether a read filled the page, it was evicted, and nobody asked since."""
         return self._placement.take_evicted_fill(ino, index)
 
+    def has_fill_mark(self, ino: int, index: int) -> bool:
+        """Return whether one of the two above would return True; nothing is taken."""
+        return self._placement.has_fill_mark(ino, index)
+
     def promote(self, ino: int, index: int) -> bool:
         """Move an XIP page to a RAM frame, durably; False if there was nothing to move; ENOMEM."""
         return self._moving.move_one(ino, index, PageKind.PAGECACHE)

@@ -216,6 +216,12 @@ class PageCache:
         self._frames.flags[pfn] &= ~FILLED_BY_READ
         return bool(marked)
 
+    def has_fill_mark(self, ino: int, index: int) -> bool:
+        """Return whether a read filled the page, evicted since or not, and nobody asked."""
+        pfn = self._frames.find(ino, index)
+        filled = pfn is not None and bool(self._frames.flags[pfn] & FILLED_BY_READ)
+        return filled or (ino, index) in self._evicted_fills
+
     def write_back(self, limit: int, *, older_ns: int = 0) -> int:
         """Write up to ``limit`` pages home, the longest dirty first; return how many.
 

@@ -118,6 +118,10 @@ class Placement:
         """Return whether a read filled the page, it was evicted, and nobody asked since."""
         return self._core.cache.take_evicted_fill(ino, index)
 
+    def has_fill_mark(self, ino: int, index: int) -> bool:
+        """Return whether a fault of the page has either of the two marks to take."""
+        return self._core.cache.has_fill_mark(ino, index)
+
     def set_default_kind(self, ino: int, kind: PageKind) -> None:
         """Set the kind that pages written from now on into holes of this file take."""
         if kind is PageKind.HOLE:

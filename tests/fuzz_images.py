@@ -322,8 +322,10 @@ class Places:
         while at < end:
             length = self.word(at + 17, 1)
             self.fields += fields_of(RECORD, "name", at, [fix])
-            self.fields.append(Field("name.first byte", at + 18, 1, [fix]))
-            at += 18 + length + -(18 + length) % 8
+            name, behind = at + 18, at + 18 + length
+            self.fields += [Field("name.byte", each, 1, [fix]) for each in (name, behind - 1)]
+            at = behind + -behind % 8
+            self.fields += [Field("name.zero", each, 1, [fix]) for each in range(behind, at)]
 
     def xattrs(self, block: int) -> None:
         base = block * BLOCK
@@ -335,3 +337,5 @@ class Places:
             name, value = self.word(at, 1), self.word(at + 1, 2)
             self.fields += fields_of("name_length:1 value_length:2 name:1", "xattr", at, [fix])
             at += 3 + name + value
+            if value:
+                self.fields.append(Field("xattr.value", at - 1, 1, [fix]))

@@ -1,4 +1,7 @@
-"""SPEC.md's tables say of every structure what layout.py packs: each field's offset and size."""
+"""SPEC.md's tables say of every structure what layout.py packs: each field's offset and size.
+
+And tools/fuzz damages each of them: what SPEC.md gains, it must learn.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import re
 import struct
 from pathlib import Path
 
+import fuzz_images
+import fuzzing
 import pytest
 
 from xipfs.image import layout
@@ -93,3 +98,116 @@ def test_an_entry_s_bits_are_those_of_the_text() -> None:
     assert layout.ENTRY_BODY_MASK == (1 << 48) - 1
     assert layout.ENTRY_CHECK_SHIFT == 48
     assert (layout.HOME_RAW, layout.HOME_COMPRESSED, layout.HOME_NODE) == (1, 2, 3)
+
+
+# What tools/fuzz damages
+
+
+def section_of(heading: str) -> str:
+    """Return the text of a section, without line ends."""
+    return " ".join(SPEC.split(f"\n## {heading}\n")[1].split("\n## ")[0].split())
+
+
+def mutated(structure: str, size: int) -> set[tuple[int, int]]:
+    """Return offset and size of each field of a structure ``size`` bytes long that is damaged."""
+    for name in fuzz_images.TEMPLATES:
+        _, places = fuzz_images.template(name)
+        mine = [each for each in places.fields if each.name.startswith(f"{structure}.")]
+        if mine:
+            break
+    base = min(each.offset for each in mine)
+    return {(each.offset - base, each.size) for each in mine if each.offset < base + size}
+
+
+@pytest.mark.parametrize(
+    ("heading", "column", "structure", "size"),
+    [
+        ("Superblock", "field", "superblock", 4096),
+        ("Journal", "field", "journal", 64),
+        ("Inode, 128 bytes", "field", "table", 128),
+        ("Inode, 128 bytes", "field", "file", 128),
+        ("Inode, 128 bytes", "field", "directory", 128),
+        ("Inode, 128 bytes", "field", "special inode", 128),
+        ("Inode, 128 bytes", "field", "free inode", 128),
+        ("Directory", "leaf header", "leaf", 32),
+    ],
+)
+def test_every_field_of_a_table_is_damaged(
+    heading: str, column: str, structure: str, size: int
+) -> None:
+    assert set(table_of(heading, column)) <= mutated(structure, size)
+
+
+def test_every_field_of_the_state_block_is_damaged() -> None:
+    (flag, *counters, table) = table_of("State block")
+    assert {flag} == mutated("state", 4096)
+    at = counters[0][0]
+    assert {(offset - at, size) for offset, size in counters} <= mutated("counters", 64)
+    assert table == (128, 128), "inode 0: its fields are those of every inode"
+
+
+@pytest.mark.parametrize(
+    ("heading", "start", "structure", "rest"),
+    [
+        ("Journal", "records of", "journal.record", ["payload"]),
+        ("Directory", "Records follow", "name", ["byte", "zero"]),
+        ("Symbolic link, attributes", "share one block:", "xattrs", []),
+        ("Symbolic link, attributes", "then for each", "xattr", ["name", "value"]),
+    ],
+)
+def test_every_field_told_in_words_is_damaged(
+    heading: str, start: str, structure: str, rest: list[str]
+) -> None:
+    """Such a record is told as ``name (bytes)``, one after the other; then what has no length."""
+    told = re.split(r"[;.] ", section_of(heading).split(start)[1])[0]
+    sizes = [int(size) for size in re.findall(r"\((\d+)[,)]", told)]
+    at = [sum(sizes[:number]) for number in range(len(sizes))]
+    assert sizes
+    assert set(zip(at, sizes, strict=True)) <= mutated(structure, sum(sizes))
+    _, places = fuzz_images.template("pending")
+    names = {each.name for each in places.fields}
+    structure = structure.removesuffix(".record")
+    assert {f"{structure}.{each}" for each in rest} <= names
+
+
+def test_every_section_is_known_to_the_fuzzer() -> None:
+    """The bitmap and a link's target have no fields: any byte of theirs is damaged."""
+    assert re.findall(r"^## (.*)$", SPEC, re.MULTILINE) == [
+        "Superblock",
+        "State block",
+        "Bitmap",
+        "Journal",
+        "Inode, 128 bytes",
+        "Map entry, 8 bytes",
+        "Directory",
+        "Symbolic link, attributes",
+    ]
+    _, places = fuzz_images.template("pending")
+    assert {"bitmap.byte", "symlink.byte"} <= set(places.by_structure)
+
+
+def test_damage_reaches_every_field_and_every_bit_of_an_entry() -> None:
+    """What 6,000 cases did: with a fitting checksum and without."""
+    done: dict[str, set[bool]] = {}
+    bits = 0
+    for number in range(6000):
+        for line in fuzzing.make_case(1, number).what:
+            told = re.fullmatch(r"(.*) at \d+: 0x([0-9a-f]+) -> (-?)0x([0-9a-f]+)(.*)", line)
+            if told is None:
+                continue
+            name, old, minus, new, fits = told.groups()
+            done.setdefault(name, set()).add(fits == ", checksum fits")
+            if name == "node1.entry" and not minus:
+                bits |= int(old, 16) ^ int(new, 16)
+    names = {
+        name
+        for each in fuzz_images.TEMPLATES
+        for name in fuzz_images.template(each)[1].by_structure
+    }
+    assert {name for name in names if done.get(name) != {False, True}} == set()
+    section = SPEC.split("\n## Map entry, 8 bytes\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+)(?:-(\d+))? \|", section, re.MULTILINE)
+    parts = [range(int(first), int(last or first) + 1) for first, last in rows]
+    assert [bit for part in parts for bit in part] == list(range(64))
+    for part in parts:
+        assert any(bits >> bit & 1 for bit in part), part

@@ -27,7 +27,7 @@ VERBS: Final[dict[str, str]] = {
     "pages": "show a file's pages: XIP, pagecache, hole",
     "run": "run a program and report its faults; with --exact no page comes without one",
     "record": "write every fault of a mount to a trace file",
-    "faults": "count a trace file's faults by process, file or page",
+    "faults": "faults of a trace file or a live mount, by process, file or page",
     "replay": "run a trace again, under another policy, RAM or medium",
     "sweep": "one trace under many policies and sizes of RAM, beside Belady's bound",
     "verify": "compare what is believed of page tables with the kernel's",

@@ -46,7 +46,13 @@ def ask(mount: Mount, name: str) -> Json:
 def ask_text(mount: Mount, name: str) -> str:
     """Return the control file ``name`` as it is."""
     with open(_open(mount, name, os.O_RDONLY), "rb") as file:
-        return file.read().decode()
+        try:
+            return file.read().decode()
+        except OSError as error:
+            path = mount.mountpoint / ".xipfs" / name
+            raise MountError(
+                f"{path} cannot be read: {error.strerror}", remedy="see the daemon's log"
+            ) from None
 
 
 def request(mount: Mount, op: str, **arguments: Any) -> Iterator[Json]:

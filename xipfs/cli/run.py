@@ -23,7 +23,8 @@ from typing import Final, TextIO
 from xipfs.cli import preloading
 from xipfs.cli.client import Json, ask, request
 from xipfs.cli.launch import Launched
-from xipfs.cli.record import POLL_S, record
+from xipfs.cli.record import record
+from xipfs.cli.stream import POLL_S
 from xipfs.errors import MountError, UsageError, XipfsError
 from xipfs.fuse.mounts import FSTYPE, Mount, mount_at, mounts
 from xipfs.trace import uffd

@@ -325,7 +325,8 @@ class Live:
 
     async def _faults(self, cursor: int) -> Json:
         await self.drain_settled()
-        return self.fault_log.since(cursor, trio.current_time())
+        told = self.fault_log.since(cursor, trio.current_time())
+        return told | {"events_lost": self.observer.figures().lost}
 
     async def _items(self, cursor: int) -> Json:
         return self.recorder.since(cursor, trio.current_time())

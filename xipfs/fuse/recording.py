@@ -27,7 +27,7 @@ from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE
 from xipfs.mm.vma import Vma
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.item_log import ItemLog
-from xipfs.stats.trace_items import event_row, row
+from xipfs.stats.trace_items import Row, event_row, row
 from xipfs.trace import events as ev
 from xipfs.units import PAGE_SHIFT
 
@@ -134,13 +134,19 @@ class Recorder:
         return self.log.active
 
     def since(self, cursor: int, now_s: float) -> dict[str, Any]:
-        """Answer a reader; a cursor beyond the end begins a recording with its first item."""
-        if cursor > self.log.next_number:
-            self.log.wake(now_s)
-            self._accountant.on_event = self.event
-            cursor = self.log.next_number
-            self._start()
-        return self.log.since(cursor, now_s)
+        """Answer a reader; one whose cursor is beyond the end is told the state of now first.
+
+        Only that one is told: for those who read already nothing has begun.
+        """
+        if not self.log.active:
+            self._told.clear()
+            self.cut.clear()
+        self.log.wake(now_s)
+        self._accountant.on_event = self.event
+        if cursor <= self.log.next_number:
+            return self.log.since(cursor, now_s)
+        state = self._state()
+        return self.log.first(state, self._fault_log.next_number)
 
     def rest(self, now_s: float) -> None:
         """Stop when no reader has come for long."""
@@ -170,8 +176,11 @@ class Recorder:
 
     def file(self, ino: int) -> None:
         """Tell a file's state unless it was told: comes before whatever changes it."""
-        if not self.log.active or ino in self._told:
-            return
+        if self.log.active and ino not in self._told and (made := self._file_row(ino)) is not None:
+            self._told.add(ino)
+            self.log.add(self._fault_log.next_number, made)
+
+    def _file_row(self, ino: int) -> Row | None:
         try:
             attr = self._fs.getattr(ino)
             runs = [
@@ -180,10 +189,15 @@ class Recorder:
                 if run.kind is not PageKind.HOLE
             ]
         except FsError:
-            return  # freed meanwhile, or no regular file
-        self._told.add(ino)
-        cached = self._fs.new_pages_cached(ino)
-        self.note("file", ino=ino, size_bytes=attr.size_bytes, pagecache=cached, runs=runs)
+            return None  # freed meanwhile, or no regular file
+        values = {
+            "time_ns": time.monotonic_ns(),
+            "ino": ino,
+            "size_bytes": attr.size_bytes,
+            "pagecache": self._fs.new_pages_cached(ino),
+            "runs": runs,
+        }
+        return row("file", values)
 
     def request(
         self, now_ns: int, item: str, pid: int, ino: int, offset: int, size: int, cause: str
@@ -253,26 +267,32 @@ class Recorder:
 
     # The start
 
-    def _start(self) -> None:
-        self._told.clear()
-        self.cut.clear()
+    def _state(self) -> list[Row]:
+        """Return what a reader that begins now has to know, as rows."""
+        now_ns = time.monotonic_ns()
         mms = self._accountant.mms
         resident = self._fs.resident_pages()
-        for ino in sorted({ino for ino, _, _ in resident}):
-            self.file(ino)
-        self.note(
+        mappings = [(number, vma) for number, mm in sorted(mms.items()) for vma in mm]
+        maps = [_as_event(number, vma) for number, vma in mappings]
+        known = {ino for ino, _, _ in resident} | {event.ino for event in maps}
+        for ino in sorted(known):
+            self.file(ino)  # new to those who read already, too
+        files = [self._file_row(ino) for ino in sorted(self._told)]
+        start = row(
             "start",
-            resident=[[ino, index, int(dirty)] for ino, index, dirty in resident],
-            faults=self._accountant.ledger.total.pgfault,
-            ptes=sum(
-                1 for mm in mms.values() for vma in mm
-                for _ in mm.tables.populated(vma.start, vma.end)
-            ),
+            {
+                "time_ns": now_ns,
+                "resident": [[ino, index, int(dirty)] for ino, index, dirty in resident],
+                "faults": self._accountant.ledger.total.pgfault,
+                "ptes": sum(
+                    1 for _, vma in mappings
+                    for _ in vma.mm.tables.populated(vma.start, vma.end)
+                ),
+            },
         )  # fmt: skip
-        self.note("policy", **self.policy())
-        for number, mm in sorted(mms.items()):
-            for vma in mm:
-                self.event(_as_event(number, vma), "")
+        policy = row("policy", {"time_ns": now_ns, **self.policy()})
+        told = [*files, start, policy, *map(event_row, maps)]
+        return [made for made in told if made is not None]
 
 
 def _by(reason: str) -> str:

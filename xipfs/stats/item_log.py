@@ -35,12 +35,29 @@ class ItemLog(KeptLog[tuple[int, Row]]):
         """
         self.wake(now_s)
         chosen, place = self._from(cursor, ANSWER_ITEMS)
-        return {
-            "columns": list(ITEM_COLUMNS),
-            "items": "\n".join(_line(row) for _, row in chosen),
-            "next_faults": [next_fault for next_fault, _ in chosen],
-            **place,
-        }
+        return _answer(chosen, place)
+
+    def first(self, state: list[Row], next_fault: int) -> dict[str, Any]:
+        """Return ``state`` as a reader's first items; its next are those that come from now on."""
+        _, place = self._from(self.next_number, 0)
+        return _answer([(next_fault, row) for row in state], place)
+
+    def rest(self, now_s: float) -> None:
+        """Stop keeping when no reader has come for long."""
+        kept_before = self.active
+        super().rest(now_s)
+        if kept_before and not self.active:
+            # Nobody counts what comes from here on: who comes back after all has missed something.
+            self.next_number += 1
+
+
+def _answer(chosen: list[tuple[int, Row]], place: dict[str, int]) -> dict[str, Any]:
+    return {
+        "columns": list(ITEM_COLUMNS),
+        "items": "\n".join(_line(row) for _, row in chosen),
+        "next_faults": [next_fault for next_fault, _ in chosen],
+        **place,
+    }
 
 
 def _line(row: Row) -> str:

@@ -90,6 +90,23 @@ def test_what_is_not_decoded_is_bounded(tmp_path: Path) -> None:
     rings.close()
 
 
+def test_a_look_whether_rings_are_empty_loses_nothing(tmp_path: Path) -> None:
+    stamps = list(range(1, 1 + 2 * CHUNK_PAGES * ROWS_A_PAGE))
+    instances = [instance(tmp_path / "G", [[], stamps[::2]]), instance(tmp_path / "P", [[], []])]
+    rings = Rings(instances, PAGE_BYTES)
+    assert not rings.empty()
+    assert rings.pumped_bytes == CHUNK_PAGES * PAGE_BYTES
+    assert not rings.empty(), "by what the first look took"
+    rings.pump()
+    # A ring that is read again later: its file grows.
+    with open(instances[1] / "per_cpu/cpu0/trace_pipe_raw", "ab") as file:
+        file.write(np.array(stamps[1::2], np.uint64).tobytes())
+    assert [s for call in taken(rings, 10**6) for s in call] == stamps
+    assert rings.empty()
+    assert rings.pumped_bytes == 0
+    rings.close()
+
+
 def test_a_ring_that_was_half_full_is_doubled(tmp_path: Path) -> None:
     def after(pages: int, buffer_kib: int) -> int:
         path = instance(

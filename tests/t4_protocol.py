@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -15,6 +16,8 @@ from live import new_image
 from xipfs.clock import SystemClock
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
+from xipfs.fuse.commands import Commands
+from xipfs.fuse.control import Json
 from xipfs.fuse.migration import GROUP_PAGES, Migrator
 from xipfs.fuse.worker import Worker
 from xipfs.migrate.engine import CHUNK_PAGES, Engine, Job, Tally
@@ -230,6 +233,52 @@ def test_others_get_five_times_the_time_a_chunk_took(tmp_path: Path) -> None:
     waited_for_ns = sum(event.durations_ns["move"] for event in events[:3])
     assert alone == 0
     assert beside == pytest.approx(5 * waited_for_ns / 1e9)
+
+
+def test_progress_is_told_twenty_times_a_second_and_no_oftener(tmp_path: Path) -> None:
+    pages = 6 * CHUNK_PAGES
+    steps = Steps(tmp_path, pages)
+    clock = trio.testing.MockClock()
+
+    def unmap(_ino: int, _first: int, _count: int) -> None:
+        clock.jump(0.03)
+
+    async def run() -> list[Json]:
+        request = {"ino": steps.ino, "to": "pagecache"}
+        live = SimpleNamespace(fs=steps.fs, migrator=steps.migrator)
+        async with aclosing(Commands(live).by_name()["migrate"](request)) as answers:  # type: ignore[arg-type]
+            return [answer async for answer in answers]
+
+    steps.fs.set_hooks(on_unmap=unmap, on_evict=lambda *_: None, on_cut=lambda *_: None)
+    # After 0.06, 0.12 and, the last chunk being the result's, not 0.18 s.
+    assert trio.run(run, clock=clock) == [
+        {"progress": {"pages_done": 2 * CHUNK_PAGES, "pages_total": pages}},
+        {"progress": {"pages_done": 4 * CHUNK_PAGES, "pages_total": pages}},
+        {"result": {"moved": pages, "already": 0, "failed": {}}},
+    ]
+
+
+def test_a_file_that_is_as_wanted_does_not_keep_others_waiting(tmp_path: Path) -> None:
+    async def run() -> int:
+        turns = 0
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(another)
+            jobs = [Job(steps.ino, range(8 * GROUP_PAGES), X, "")]
+            async with aclosing(steps.migrator.migrate(jobs)) as chunks:
+                async for _ in chunks:
+                    pass
+            nursery.cancel_scope.cancel()
+        return turns
+
+    steps = Steps(tmp_path, 4)
+    assert trio.run(run) >= 6
 
 
 def test_a_worker_returns_raises_and_finishes_what_was_cancelled() -> None:

@@ -7,6 +7,7 @@ faults of each stretch. Files have a prime number of pages, so one lost or doubl
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs
-from live import INSTANCES, PAGE, LiveMount, Mounts
+from live import INSTANCES, PAGE, LiveMount, Mounts, wait_until
 
 from xipfs.trace.events import Around, Event, Exit, Fault, Fork, Lost, Map, Move, Unmap, Zap
 from xipfs.trace.fault_batch import expanded
@@ -281,6 +282,27 @@ def test_a_program_that_nobody_announced(observer: Observer, touch: Path, file: 
         (index, "trap", index < 21) for index in range(31)
     ]
     assert len([event for event in seen[3] if isinstance(event, Exit)]) == 1
+
+
+def test_an_observer_is_quiet_until_something_happens(
+    observer: Observer, touch: Path, file: Path
+) -> None:
+    def settled() -> bool:
+        if not observer.quiet():
+            observer.drain()
+        return observer.quiet()
+
+    Run(observer, touch, f"map {file} private r read 0-{N - 1}")
+    wait_until("all of it is told", settled)
+    assert observer.drain() == []
+    drop(file)
+    assert not observer.quiet(), "pages left the page cache"
+    gone = observer.drain()
+    assert gone
+    wait_until("that is told as well", settled)
+    with open(file, "rb") as held, mmap.mmap(held.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[5 * PAGE] == 5
+    assert not observer.quiet(), "a page was read, by a process that nobody announced"
 
 
 def test_another_mount_s_faults_stay_out(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: A follower of events hears at least this often, if only that there are none.
 _EVENTS_INTERVAL_S: Final = 0.1
+#: A client hears of its move's progress this often: each word costs a READ of the control file.
+_PROGRESS_INTERVAL_S: Final = 0.05
 KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
 
 
@@ -89,11 +91,14 @@ class Commands:
         jobs = [Job(ino, run, to, "manual") for ino, to_move in batch for run in to_move]
         total = sum(len(job.pages) for job in jobs)
         done, sums = 0, {ino: Tally() for ino, _ in batch}
+        told_s = trio.current_time()
         async with aclosing(self._live.migrator.migrate(jobs)) as chunks:
             async for job, pages, tally in chunks:
                 done += pages
                 sums[job.ino] += tally
-                if done < total:
+                now_s = trio.current_time()
+                if done < total and now_s - told_s >= _PROGRESS_INTERVAL_S:
+                    told_s = now_s
                     yield {"progress": {"pages_done": done, "pages_total": total}}
         result = vars(sum(sums.values(), Tally()))
         if "files" in request:

@@ -30,7 +30,7 @@ from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.fuse.users import Users
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
-from xipfs.fuse.worker import Worker
+from xipfs.fuse.worker import Worker, turn
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, runs
@@ -112,7 +112,7 @@ class Live:
             self.users.of,
             lambda pids, ino: pages_in_flight(pids, mount.dev, ino),
         )
-        self.migrator = Migrator(self.engine, self.notifier, self.drain_settled)
+        self.migrator = Migrator(self.engine, self.notifier, self.drain_for_move)
         self.migrator.history.on_moved = self.deciding.moved
         self.migrator.on_move = self.recorder.moved
         self.migrator.on_give_up = self.recorder.gave_up
@@ -214,7 +214,7 @@ class Live:
         A defect here must not end the mount: it is logged, observing stops, and every snapshot
         says so from then on.
         """
-        async with self._draining:
+        async with turn(self._draining):
             try:
                 observer, until_ns = self.observer, time.monotonic_ns()
                 count, whole = 0, False
@@ -245,6 +245,12 @@ class Live:
             await trio.sleep(_SETTLE_S)
             drained += await self.drain()
         return drained
+
+    async def drain_for_move(self) -> int:
+        """Do as ``drain_settled``; where nothing happened that takes no thread."""
+        if not self._draining.locked() and self.observer.quiet():
+            return 0
+        return await self.drain_settled()
 
     def _account(self, step: list[Event] | FaultBatch) -> None:
         # A recording holds each fault-around at its place between the faults.

@@ -123,6 +123,8 @@ class Migrator:
             for group in cut(job.pages, GROUP_PAGES):
                 await self._give_way(before_ns)
                 windows = await self._begin(job, group)
+                if not windows:
+                    await trio.lowlevel.checkpoint()
                 before_ns = 0
                 try:
                     for chunk in cut(group, CHUNK_PAGES):

@@ -49,6 +49,10 @@ class LiveObserver(Protocol):
         """Hear of a READ request that starts at page ``first``."""
         ...
 
+    def quiet(self) -> bool:
+        """Return whether a drain now would tell nothing; never blocks."""
+        ...
+
     def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
         """Return what happened up to ``until_ns`` since the last call, in order; is it all?
 
@@ -103,6 +107,10 @@ class TracefsObserver:
 
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """READ requests tell nothing that the events do not."""
+
+    def quiet(self) -> bool:
+        """Look into the rings."""
+        return self._observer is not None and self._observer.quiet()
 
     def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
         """Read the rings."""
@@ -188,6 +196,10 @@ class RequestsObserver:
             )
         )  # fmt: skip
 
+    def quiet(self) -> bool:
+        """Not look: processes may have ended."""
+        return False
+
     def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
         """Return the faults since the last call, and the ends of processes that are gone."""
         events: list[ev.Event | FaultBatch] = [*self._events]
@@ -242,6 +254,10 @@ class NoObserver:
 
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """Nothing is heard."""
+
+    def quiet(self) -> bool:
+        """Return that it is, always."""
+        return True
 
     def drain(self, until_ns: int) -> tuple[list[ev.Event | FaultBatch], bool]:
         """Return nothing."""

@@ -10,7 +10,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +37,20 @@ class _Call(Generic[T]):
         self.done = True
 
 
+@contextlib.asynccontextmanager
+async def turn(lock: trio.Lock) -> AsyncIterator[None]:
+    """Hold ``lock``. Where it is free that costs no turn of the loop, as ``async with`` does."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Worker:
     """The thread; it lives as long as the process, and never keeps the process alive."""
 
@@ -51,7 +65,7 @@ class Worker:
 
         A call that has begun is waited for, also by a task that was cancelled meanwhile.
         """
-        async with self._turn:
+        async with turn(self._turn):
             call = _Call(function, arguments)
             self._calls.put(call)
             with trio.CancelScope(shield=True):

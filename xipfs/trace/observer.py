@@ -166,6 +166,21 @@ class Observer:
         assert self._filter is not None
         self._filter.add(pids, timeout_s)
 
+    def quiet(self) -> bool:
+        """Return whether ``drain`` now would tell nothing; never blocks.
+
+        False also where that cannot be seen at once. Threads that ended without a record of it,
+        which only /proc tells, are left to the next drain.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            assert self._rings is not None
+            left = self.unsettled or len(self._held) or self._adoption_rows
+            return not (left or self._processes.newcomers) and self._rings.empty()
+        finally:
+            self._lock.release()
+
     def drain(self, until_ns: int | None = None) -> list[Event | FaultBatch]:
         """Return what happened until ``until_ns`` (default: now) and was not returned before.
 

@@ -104,6 +104,19 @@ class Rings:
             if 2 * pages * self._page_bytes > self.buffer_kib[instance] << 10:
                 self._enlarge(instance)
 
+    def empty(self) -> bool:
+        """Return whether there is nothing to read, in any ring; what a look takes is kept."""
+        for ring in self._rings:
+            with self._lock:
+                if ring.pumped:
+                    return False
+                count = self._fill(ring.fd)
+                if count:
+                    ring.pumped.append(self._buffer[:count].copy())
+                    self._pumped_pages += count
+                    return False
+        return True
+
     def read(self, decoder: Decoder, until_ns: int) -> tuple[list[Rows], int]:
         """Return rows, those of one ring in time order, and a time not above ``until_ns``.
 
@@ -123,6 +136,8 @@ class Rings:
         rows, empty = 0, False
         while not empty:
             pages, empty = self._next(ring)
+            if not len(pages):
+                continue
             decoded = decoder.decode(pages)
             if not len(decoded):
                 continue

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from benchmarks.support.measure import compare
+from benchmarks.support.system import Interrupts
 from benchmarks.support.table import as_table
 from conftest import needs
 
@@ -151,6 +152,35 @@ def test_a_quick_run_of_all_gives_figures(tmp_path: Path) -> None:
             assert row["ratio"]["median"] > 0
 
 
+def waiting_for(pid: int) -> list[tuple[str, str, str]]:
+    """Return command line, state and kernel function of each thread of ``pid`` and its children."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if pid in (parent, int(process.name)):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                for task in (process / "task").iterdir():
+                    state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                    found.append((command, state, (task / "wchan").read_text()))
+    return found
+
+
+def test_an_interrupt_that_got_lost_is_raised_again() -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        interrupts = Interrupts()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        steps = []
+        with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+            steps.append("held back")
+        assert steps == ["held back"]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @needs("root", "fuse", "tracefs")
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     with started(tmp_path, "observe", "--json", "figures.json") as bench:
@@ -160,7 +190,10 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, "nothing was mounted"
             time.sleep(0.02)
         bench.send_signal(signal.SIGINT)
-        said, error = bench.communicate(timeout=60)
+        try:
+            said, error = bench.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still there 60 s after SIGINT: {waiting_for(bench.pid)}")
     assert bench.returncode == 130
     assert said == ""
     assert error == "bench: interrupted; everything is unmounted and removed\n"

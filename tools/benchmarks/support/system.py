@@ -23,20 +23,20 @@ class BenchError(Exception):
 class Interrupts:
     """SIGINT and SIGTERM become KeyboardInterrupt, but never in the middle of a mount or unmount.
 
-    A mount that is half made belongs to nobody: the interrupt waits until it can be undone.
+    A mount that is half made belongs to nobody: the interrupt waits until it can be undone. And it
+    is raised again at each next one: Python drops an exception that a signal raises in a finalizer
+    or a weak reference's callback, and the benchmark would go on for minutes.
     """
 
     def __init__(self) -> None:
         self._deferrals = 0
-        self._pending = False
+        self._interrupted = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self._deferrals:
-            self._pending = True
-        else:
-            raise KeyboardInterrupt
+        self._interrupted = True
+        self.check()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -49,9 +49,8 @@ class Interrupts:
         self.check()
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came while they were held back."""
-        if self._pending and not self._deferrals:
-            self._pending = False
+        """Raise KeyboardInterrupt if a signal has come, unless they are held back now."""
+        if self._interrupted and not self._deferrals:
             raise KeyboardInterrupt
 
 

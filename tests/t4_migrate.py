@@ -273,7 +273,7 @@ def test_a_dry_run_by_hand(live: Mounts) -> None:
         "MNT: 6 pages would move to pagecache, 2 already there, nothing was moved\n"
         "  MNT/file pages 2-2 (manual)\n"
         "  MNT/file pages 5-9 (manual)\n"
-        "modelled: 24576 bytes read from NVRAM, 640 written\n"
+        "modelled: 24576 bytes read from NVRAM, 640 written, 4 fences\n"
         "RAM +24576 bytes, struct pages +384 bytes, 0 pages evicted\n"
         "modelled on optane: 0.006 ms; from RAM a later load is 230 ns faster, a store 29\n"
     )

@@ -144,3 +144,25 @@ def test_a_read_only_mount_only_counts(live: Mounts) -> None:
     migration = mount.cat_stats()["migration"]
     assert (migration["dry"], migration["would_move"][0]["to"]) == (True, "pagecache")
     assert "Read-only file system" in said(mount, "tpp", code=1)
+
+
+def test_a_dry_run_foretells_what_the_move_then_costs(live: Mounts) -> None:
+    """1,200 pages are three chunks, of which one has its entries in two leaves of the map."""
+    # No page goes home by itself meanwhile.
+    mount = live.mount(None, "ram=8M", "dirty_ratio=100", "dirty_background_ratio=99")
+    path = mount / "file"
+    path.write_bytes(bytes(1200 * PAGE))
+    mount.migrate("file", "pagecache", "700-800")
+    for to, moving in (("pagecache", 1000), ("xip", 1101)):
+        words = ("migrate", path, "--to", to, "--pages", "99-1199", "--json")
+        told = json.loads(xipfs(*words, "--dry-run").stdout)
+        before = mount.cat_stats()["cost"]
+        assert told["would_move"] == json.loads(xipfs(*words).stdout)["moved"] == moving
+        after = mount.cat_stats()["cost"]
+        names = ("nvram_read_bytes", "nvram_written_bytes", "nvram_fences")
+        assert told["cost"] == {name: after[name] - before[name] for name in names}
+        with open(path, "r+b", buffering=0) as file:
+            for page in range(500, 1100, 7):
+                os.pwrite(file.fileno(), b"dirty", page * PAGE)
+    assert told["cost"]["nvram_fences"] == 3 * 4
+    assert told["cost"]["nvram_written_bytes"] > 86 * PAGE, "dirty pages went home"

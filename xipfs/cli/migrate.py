@@ -109,7 +109,7 @@ def _dry_text(outcome: Json) -> str:
     cost, saved = outcome["cost"], outcome["saved"]
     lines.append(
         f"modelled: {cost['nvram_read_bytes']} bytes read from NVRAM, "
-        f"{cost['nvram_written_bytes']} written"
+        f"{cost['nvram_written_bytes']} written, {cost['nvram_fences']} fences"
     )
     lines.append(
         f"RAM {outcome['ram_bytes_more']:+d} bytes, struct pages "

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Sequence
+from typing import Final
 
 from xipfs.errors import FsError, ImageError
 from xipfs.image import layout
@@ -25,6 +26,21 @@ from xipfs.memory.region import LINE_SIZE, Medium
 
 Record = tuple[int, bytes]
 """Offset in the image and the bytes that belong there, both in whole lines."""
+
+#: Fences of one transaction: one a step.
+FENCES: Final = 4
+
+
+def flushed_lines(records: int, lines: int) -> int:
+    """Return how many lines a transaction of so many records, together ``lines`` long, flushes.
+
+    The header, the payload, the mark, each record at its place, the mark again.
+
+    >>> flushed_lines(2, 2)
+    8
+    """
+    payload_bytes = records * layout.JOURNAL_RECORD.size + lines * LINE_SIZE
+    return 1 + -(-payload_bytes // LINE_SIZE) + 1 + lines + 1
 
 
 class Journal:

@@ -14,6 +14,7 @@ from typing import Final
 from xipfs.accounting.charges import PteKind
 from xipfs.fs.types import PageKind
 from xipfs.migrate.decider import Decider, done
+from xipfs.migrate.engine import jobs_of
 from xipfs.migrate.estimate import Would
 from xipfs.migrate.parts import Remembered
 from xipfs.migrate.policy import MOVED, TOUCHES, Move, Page, Signal, demote
@@ -45,7 +46,8 @@ class DryRun:
             signal = self._imagined(signal)
         moves = self._decider.hear(signal, ram_pages_used + self._frames())
         made: list[Move] = []
-        self.would.commits += bool(moves)
+        for job in jobs_of(moves):
+            self.would.commit(job.pages)
         while moves:
             move, *moves = moves
             full = ram_pages_used + self._frames() >= self._ram_pages

@@ -1,29 +1,32 @@
 """What moves would cost and save: modelled, by the arithmetic of ``stats/cost.py``.
 
 A promotion reads the page from the region and takes a frame with its struct page; a demotion gives
-both back and writes a dirty page home. Each step of up to STEP_PAGES pages commits their kinds by
-one transaction. What a page in RAM saves is a medium's access at each later touch: at least one
-line of 64 bytes. That is all that is counted, since nobody sees how much of a page a program uses.
+both back and writes a dirty page home, which the first fence of the transaction makes durable. Each
+chunk of a move commits its kinds by one transaction. Not counted is what an eviction writes home:
+nobody knows yet which page will have to go. What a page in RAM saves is a medium's access at each
+later touch: at least one line of 64 bytes. That is all that is counted, since nobody sees how much
+of a page a program uses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from xipfs.fs.filesystem import Filesystem
-from xipfs.fs.moving import STEP_PAGES
 from xipfs.fs.types import PageKind
+from xipfs.image.journal import FENCES, flushed_lines
+from xipfs.image.layout import FANOUT
 from xipfs.memory.profiles import Profile, load_profile
 from xipfs.memory.wear import LINE_SIZE
-from xipfs.migrate.engine import runs
+from xipfs.migrate.engine import CHUNK_PAGES, cut, runs
+from xipfs.migrate.policy import Page
 from xipfs.units import PAGE_SIZE
 
-#: A transaction that changes kinds: its fences; its lines, and those of each 8 entries (64 bytes
-#: of the map, once in the journal and once at home).
-_COMMIT_FENCES: Final = 4
-_COMMIT_LINES: Final = 8
+#: Entries of the map (8 bytes each) in a line, and the journal's record of the counters: one line.
 _ENTRIES_PER_LINE: Final = 8
+_COUNTERS: Final = 1
 
 
 @dataclass
@@ -35,24 +38,43 @@ class Would:
     written_home: int = 0
     commits: int = 0
     """Transactions; of a policy at most so many: what it plans in quick order moves together."""
+    commit_lines: int = 0
+    """Lines of 64 bytes that the transactions flush."""
     evicted: int = 0
     reads_in_ram: int = 0
     writes_in_ram: int = 0
     touches_of_medium: int = 0
     """Touches of pages that would have been demoted: the loss of a demotion."""
 
+    def commit(self, pages: Sequence[int]) -> None:
+        """Count the transaction that turns the kinds of ``pages``, which ascend, of one file."""
+        if not pages:
+            return
+        # All entries between the first and the last are written, each leaf's as one record; a leaf
+        # in between that does not change is left alone.
+        leaves = {page // FANOUT for page in pages}
+        lines = 0
+        for leaf in leaves:
+            low = max(pages[0], leaf * FANOUT)
+            high = min(pages[-1], leaf * FANOUT + FANOUT - 1)
+            lines += high // _ENTRIES_PER_LINE - low // _ENTRIES_PER_LINE + 1
+        self.commits += 1
+        self.commit_lines += flushed_lines(len(leaves) + _COUNTERS, lines + _COUNTERS)
+
     def cost(self, profile: Profile | None, struct_page_bytes: int) -> dict[str, Any]:
         """Return what the moves would cost and save; times where a medium is named."""
-        pages = self.promoted + self.demoted
-        lines = self.commits * _COMMIT_LINES + 2 * -(-pages // _ENTRIES_PER_LINE)
-        fences = self.commits * _COMMIT_FENCES + (self.written_home > 0)
+        fences = self.commits * FENCES
         read_bytes = self.promoted * PAGE_SIZE
-        written_bytes = self.written_home * PAGE_SIZE + lines * LINE_SIZE
+        written_bytes = self.written_home * PAGE_SIZE + self.commit_lines * LINE_SIZE
         frames = self.promoted - self.demoted - self.evicted
         answer: dict[str, Any] = {
             "modelled": True,
             "medium": None if profile is None else profile.name,
-            "cost": {"nvram_read_bytes": read_bytes, "nvram_written_bytes": written_bytes},
+            "cost": {
+                "nvram_read_bytes": read_bytes,
+                "nvram_written_bytes": written_bytes,
+                "nvram_fences": fences,
+            },
             "ram_bytes_more": frames * PAGE_SIZE,
             "struct_page_bytes_more": frames * struct_page_bytes,
             "saved": {"nvram_written_bytes": self.writes_in_ram * LINE_SIZE},
@@ -78,27 +100,28 @@ def would_move(
 
     Nothing moves. Pinned pages are those that are pinned at this moment.
     """
-    would, moves, already, pinned = Would(), [], 0, 0
+    would, already, pinned = Would(), 0, 0
+    moves: list[Page] = []
+    other = PageKind.XIP if to is PageKind.PAGECACHE else PageKind.PAGECACHE
+    step = min(CHUNK_PAGES, fs.memory.ram_pages)
     for ino, ranges in files:
-        for pages in ranges:
+        for pages in [chunk for each in ranges for chunk in cut(each, CHUNK_PAGES)]:
             wanted = fs.wanted(ino, pages, to)
-            other = PageKind.XIP if to is PageKind.PAGECACHE else PageKind.PAGECACHE
             already += len(fs.wanted(ino, pages, other))
+            moving = wanted
             if to is PageKind.XIP:
                 frames = {index: fs.page(ino, index) for index in wanted}
-                refused = {i for i, state in frames.items() if _is_pinned(fs, state.pfn)}
-                pinned += len(refused)
-                wanted = [index for index in wanted if index not in refused]
-                would.written_home += sum(frames[index].dirty for index in wanted)
-            moves += [
-                {"ino": ino, "first": first, "count": count, "to": to.value, "reason": "manual"}
-                for _, first, count in runs([(ino, index) for index in wanted])
-            ]
-            would.commits += -(-len(wanted) // STEP_PAGES)
+                moving = [i for i, state in frames.items() if not _is_pinned(fs, state.pfn)]
+                would.written_home += sum(frames[index].dirty for index in moving)
+            pinned += len(wanted) - len(moving)
+            for part in cut(range(len(wanted)), step):
+                of_step = set(wanted[part.start : part.stop])
+                would.commit([index for index in moving if index in of_step])
+            moves += [(ino, index) for index in moving]
             if to is PageKind.PAGECACHE:
-                would.promoted += len(wanted)
+                would.promoted += len(moving)
             else:
-                would.demoted += len(wanted)
+                would.demoted += len(moving)
     over = fs.nr_resident_pages + would.promoted - fs.memory.ram_pages
     would.evicted = max(over, 0)
     return would, {
@@ -106,7 +129,10 @@ def would_move(
         "already": already,
         "failed": {"pinned": pinned} if pinned else {},
         "would_evict": would.evicted,
-        "moves": moves,
+        "moves": [
+            {"ino": ino, "first": first, "count": count, "to": to.value, "reason": "manual"}
+            for ino, first, count in runs(moves)
+        ],
     }
 
 

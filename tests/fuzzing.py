@@ -367,7 +367,7 @@ def _judge(case: Case, outcome: Outcome) -> None:
 def mend(case: Case, before: Contents, damaged: bool, outcome: Outcome) -> None:
     """Repair: nothing may be left to find, and nothing lost that could be read before."""
     medium = Memory(case.image, writable=True)
-    done = repair(medium, "image")
+    done, _lacked_room = repair(medium, "image")
     if bool(done) != damaged:
         raise FuzzError(f"{'nothing' if damaged else 'something'} was repaired: {done}")
     outcome.endings["repaired" if damaged else "nothing to repair"] += 1

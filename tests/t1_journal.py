@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import struct
+import zlib
 
 import pytest
 from media import PowerCut, RecordingMedium, new_medium
@@ -165,3 +167,32 @@ def test_the_header_is_where_the_specification_says() -> None:
     first = int.from_bytes(image[JOURNAL + 64 : JOURNAL + 72], "little")
     assert first == PAGE_SIZE + 64
     assert image[JOURNAL + 80 : JOURNAL + 208] == b"\x11" * 128
+
+
+def test_a_marked_slot_with_nothing_in_it_is_emptied() -> None:
+    """Else the next commit would overwrite a slot whose mark holds, and a cut would tear it."""
+    image = bytearray(BASE)
+    header = struct.pack("<QQII", 7, 0, zlib.crc32(b"7 0"), 0)
+    image[JOURNAL : JOURNAL + 32] = b"XPCommit" + header
+    medium = RecordingMedium(image)
+    assert journal_of(medium).pending() == []
+    assert journal_of(medium).recover() == 0
+    assert medium.durable[JOURNAL : JOURNAL + 8] == bytes(8)
+
+
+def test_an_unfinished_transaction_is_never_overwritten() -> None:
+    """An exception within step 3 leaves the mark: only a recovery may take it away."""
+    medium = RecordingMedium(BASE)
+    journal = journal_of(medium)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "_apply", lambda _records: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            journal.commit(RECORDS)
+    before = bytes(medium.now)
+    with pytest.raises(ImageError, match="holds an unfinished transaction"):
+        journal.commit([(40 * PAGE_SIZE, bytes(64))])
+    assert bytes(medium.now) == before
+    assert journal.recover() == 3
+    assert places(bytes(medium.durable)) == NEW
+    journal.commit([(40 * PAGE_SIZE, b"\x44" * 64)])
+    assert medium.durable[40 * PAGE_SIZE : 40 * PAGE_SIZE + 64] == b"\x44" * 64

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fuzz_images import BLOCK, Places, template
-from fuzzing import Memory, contents, lost_of, make_case
+from fuzz_images import BLOCK, Places, page_of, template
+from fuzzing import Contents, Memory, contents, lost_of, make_case
 from fuzzing import mount as open_image
 from media import PowerCut, RecordingMedium
 
 from xipfs.cli import main
 from xipfs.cli.fsck import fsck_main
-from xipfs.errors import ImageError
+from xipfs.errors import FsError, ImageError
 from xipfs.image.check import FINDINGS, check
 from xipfs.image.filemap import seal
 from xipfs.image.repair import SAFE, repair
@@ -121,6 +125,15 @@ def damaged(damage: Damage, name: str = "xip") -> bytes:
     return bytes(mutant)
 
 
+def readable(image: bytes | bytearray) -> Contents:
+    """What a read-only mount can read of it; nothing if there is no such mount."""
+    try:
+        fs = open_image(Memory(image, writable=False))
+    except ImageError:
+        return {}
+    return contents(fs)
+
+
 CASES = [(name, at) for name in FINDINGS for at in range(len(DAMAGES[name]))]
 
 
@@ -129,12 +142,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "image"
 
 
-def fsck(path: Path, *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, set[str]]:
-    """Run it; return its code and the names of the findings."""
+def fsck_answer(
+    path: Path, *words: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, dict[str, Any]]:
+    """Run it; return its code and what it says."""
     capsys.readouterr()
     code = main(["fsck", *words, "--json", str(path)])
     answer = json.loads(capsys.readouterr().out)
     assert answer["exit_code"] == code
+    return code, answer
+
+
+def fsck(path: Path, *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, set[str]]:
+    """Run it; return its code and the names of the findings."""
+    code, answer = fsck_answer(path, *words, capsys=capsys)
     return code, {finding["name"] for finding in answer["findings"]}
 
 
@@ -160,10 +181,7 @@ def test_each_finding_is_found_and_repaired(
 @pytest.mark.parametrize(("name", "at"), CASES)
 def test_nothing_that_could_be_read_is_lost(name: str, at: int) -> None:
     image = damaged(DAMAGES[name][at])
-    try:
-        before = contents(open_image(Memory(image, writable=False)))
-    except ImageError:
-        before = {}
+    before = readable(image)
     medium = Memory(image, writable=True)
     repair(medium, "image")
     after = contents(open_image(Memory(medium.content, writable=False)))
@@ -259,9 +277,106 @@ def test_a_full_image_keeps_what_cannot_be_parted(
     assert (code, "shared-block" in found) == (5, True)
     code, left = fsck(path, "-n", capsys=capsys)
     assert (code, "shared-block" in left) == (4, True)
+    assert main(["fsck", "-y", str(path)]) == 4
+    out = capsys.readouterr().out
+    assert re.search(rf"^left: shared-block at offset \d+ inode {claimer}: block \d+", out, re.M)
+    assert "No block was free for their repair. Mount the image, delete files" in out
     for first in (owner, claimer):
         fs = open_image(Memory(path.read_bytes(), writable=False))
         assert bytes(fs.read(first, 0, BLOCK)) == b"mine" * (BLOCK // 4), "whoever is asked first"
+
+
+@functools.cache
+def full_template() -> tuple[bytes, Places]:
+    """An image of everything whose last block is in use; some pages of its table own nothing."""
+    fs = open_image(medium := Memory(template("xip")[0], writable=True))
+    for number in range(64):
+        fs.mknod(ROOT, b"empty %d" % number, 0o100644, 0, 0, 0)
+    filler = fs.mknod(ROOT, b"filler", 0o100644, 0, 0, 0).ino
+    fs.mknod(ROOT, b"a free inode", 0o100644, 0, 0, 0)
+    while fs.statfs().blocks_free:
+        size = fs.getattr(filler).size_bytes
+        with contextlib.suppress(FsError):  # no room for the page and a node: a file of one page
+            fs.write(filler, size, page_of(filler, size // BLOCK))
+            continue
+        ino = fs.mknod(ROOT, b"last %d" % fs.statfs().blocks_free, 0o100644, 0, 0, 0).ino
+        fs.write(ino, 0, page_of(ino, 0))
+    fs.unlink(ROOT, b"a free inode")
+    assert fs.statfs().blocks_free == 0
+    fs.close()
+    image = bytes(medium.content)
+    return image, Places(image)
+
+
+# But for the one that marks as used what is used here.
+@pytest.mark.parametrize(("name", "at"), [case for case in CASES if case != ("bitmap", 0)])
+def test_a_full_image_is_repaired_or_the_report_names_what_stays(
+    name: str, at: int, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, places = full_template()
+    mutant = bytearray(image)
+    DAMAGES[name][at](mutant, places)
+    before = readable(mutant)
+    path.write_bytes(mutant)
+    code, answer = fsck_answer(path, "-y", capsys=capsys)
+    assert name in {finding["name"] for finding in answer["findings"]}
+    again, left = fsck_answer(path, "-n", capsys=capsys)
+    assert left["findings"] == answer["left"]
+    assert (code, again) == ((bool(answer["repairs"]) | 4, 4) if answer["left"] else (1, 0))
+    assert lost_of(before, readable(path.read_bytes())) == ""
+
+
+def garbage(image: bytes, block: int) -> bytes:
+    noise = random.Random(block).randbytes(BLOCK)
+    return image[: block * BLOCK] + noise + image[(block + 1) * BLOCK :]
+
+
+def test_any_structure_of_a_full_image_is_repaired() -> None:
+    """Each node, leaf, page of the table and block of attributes is overwritten."""
+    image, places = full_template()
+    structures = sorted(set(places.blocks) - places.pages)
+    assert len(structures) > 15
+    for block in structures:
+        mutant = garbage(image, block)
+        assert check(Memory(mutant, writable=False), "image"), block
+        medium = Memory(mutant, writable=True)
+        before = readable(mutant)
+        repair(medium, "image")
+        assert check(medium, "image") == [], block
+        assert lost_of(before, readable(medium.content)) == "", block
+
+
+def test_a_table_that_cannot_be_completed_stays_as_it_is(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page of the table is overwritten, a file claims its block, and no other is free."""
+    image, places = full_template()
+    # A page of the table without a root, whose inodes are all empty files.
+    inodes = [field for field in places.by_structure["file.root"] if field.entry]
+    by_block: dict[int, list[int]] = {}
+    for field in inodes:
+        root = int.from_bytes(image[field.offset : field.offset + 8], "little")
+        by_block.setdefault(field.offset // BLOCK, []).append(root)
+    table = next(at for at, roots in by_block.items() if len(roots) == 32 and not any(roots))
+    mutant = bytearray(garbage(image, table))
+    entry = next(f for f in places.by_structure["node1.entry"] if f.entry == (4, 0, 600))
+    old = int.from_bytes(mutant[entry.offset : entry.offset + 8], "little")
+    mutant[entry.offset : entry.offset + 8] = (old >> 40 << 40 | table).to_bytes(8, "little")
+    entry.fixes[0](mutant)
+    # The page that this takes from the file gets another owner.
+    entry = next(f for f in places.by_structure["node1.entry"] if f.entry == (4, 0, 1))
+    body = old & (1 << 48) - 1
+    mutant[entry.offset : entry.offset + 8] = body.to_bytes(8, "little")
+    entry.fixes[0](mutant)
+    path.write_bytes(mutant)
+    before = readable(mutant)
+    assert main(["fsck", "-y", str(path)]) & ~1 == 4
+    out = capsys.readouterr().out
+    assert "left: map at offset" in out
+    assert "No block was free for their repair." in out
+    assert lost_of(before, readable(path.read_bytes())) == ""
+    code, answer = fsck_answer(path, "-y", capsys=capsys)
+    assert (code, answer["repairs"]) == (4, []), "nothing was repaired"
 
 
 # Cuts
@@ -273,12 +388,30 @@ def fences_of(image: bytes) -> int:
     return medium.fences
 
 
-@pytest.mark.parametrize("name", ["map", "shared-block", "directory", "unreachable", "inode"])
+def cut_cases() -> Iterator[tuple[str, bytes]]:
+    for name in ("map", "shared-block", "directory", "unreachable", "inode"):
+        yield name, damaged(DAMAGES[name][0])
+    image, places = full_template()
+    leaf = next(iter(places.by_structure["leaf.crc"])).offset // BLOCK
+    yield "full, a leaf", garbage(image, leaf)
+    below = [field.offset // BLOCK for field in places.by_structure["leaf.crc"]]
+    mutant = bytearray(image)
+    mutant[below[-1] * BLOCK] ^= 1
+    yield "full, a leaf's checksum", bytes(mutant)
+    inodes = [field.offset // BLOCK for field in places.by_structure["file.crc"]]
+    yield "full, a page of the table", garbage(image, inodes[-1])
+
+
+CUT_CASES = dict(cut_cases())
+
+
+@pytest.mark.parametrize("name", CUT_CASES)
 def test_a_repair_that_is_cut_is_done_again(name: str) -> None:
-    """At every fence, with none, all and some of what was pending arrived."""
-    image = damaged(DAMAGES[name][0])
+    """At every fence (of long repairs at 40), with none, all and some of what was pending."""
+    image = CUT_CASES[name]
     before = contents(open_image(Memory(image, writable=False)))
-    for cut_at in range(1, fences_of(image) + 1):
+    fences = fences_of(image)
+    for cut_at in range(1, fences + 1, -(-fences // 40)):
         medium = RecordingMedium(image, cut_at=cut_at)
         with pytest.raises(PowerCut):
             repair(medium, "image")
@@ -360,7 +493,7 @@ def test_an_interrupt_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyboardInterrupt
 
     path.write_bytes(damaged(put("counters.free_blocks", 3)))
-    monkeypatch.setattr("xipfs.cli.fsck.check", interrupted)
+    monkeypatch.setattr("xipfs.cli.checking.check", interrupted)
     assert main(["fsck", "-y", str(path)]) == 32
 
 

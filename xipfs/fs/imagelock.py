@@ -31,7 +31,7 @@ class ImageLock:
             raise ImageBusyError(
                 f"image {path} is in use by the process with pid {who}",
                 expected="one read-write mount, or read-only ones alone",
-                remedy="unmount it there first",
+                remedy="unmount it there, or wait for that process",
             ) from None
 
     def release(self) -> None:

@@ -48,7 +48,7 @@ _STATE: Final = layout.STATE_BLOCK * _BLOCK
 _STATE_USED: Final = layout.TABLE_INODE_OFFSET + layout.INODE_SIZE
 
 Progress = Callable[[int, int], None]
-"""Called with the inodes judged and their number."""
+"""Called with how much is done and how much there is: inodes, once to read and once to judge."""
 
 
 def check(medium: Medium, name: str, progress: Progress | None = None) -> list[Finding]:
@@ -81,6 +81,7 @@ class _Check(MapCheck):
             self.check_lists(counters)
             self.check_counters(counters)
         self.check_bitmap()
+        self.tell(2 * self.records.limit)
         return self.findings
 
     def check_head(self) -> None:
@@ -138,8 +139,14 @@ class _Check(MapCheck):
             limit = min(limit, counters.inode_limit)
         self.records = Records(limit)
         for page, block in pages:
+            self.tell(page * layout.INODES_PER_BLOCK)
             self.read_records(page, block, zero_is_free=counters is None)
         return pages
+
+    def tell(self, done: int) -> None:
+        """Tell how far the check is, in inodes."""
+        if self.progress is not None:
+            self.progress(done, 2 * self.records.limit)
 
     def read_records(self, page: int, block: int, *, zero_is_free: bool) -> None:
         raw = self.block(block)
@@ -159,8 +166,7 @@ class _Check(MapCheck):
     def check_inodes(self, table: list[tuple[int, int]]) -> None:
         records = self.records
         for page, block in table:
-            if self.progress is not None:
-                self.progress(page * layout.INODES_PER_BLOCK, records.limit)
+            self.tell(records.limit + page * layout.INODES_PER_BLOCK)
             first = page * layout.INODES_PER_BLOCK
             for slot in range(layout.INODES_PER_BLOCK):
                 ino, at = first + slot, slot * layout.INODE_SIZE

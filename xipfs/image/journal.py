@@ -65,6 +65,12 @@ class Journal:
                 f" {self.capacity_bytes}",
             )
         medium, start = self._medium, self._start
+        if self._is_marked():
+            # An exception ended step 3 of the last commit: what it began holds.
+            raise ImageError(
+                f"journal at offset {start} holds an unfinished transaction",
+                remedy="mount the image anew, which finishes it",
+            )
         self._sequence += 1
         header = layout.JOURNAL_HEADER.pack(
             0, self._sequence, len(payload), self._checksum(self._sequence, payload), 0
@@ -111,10 +117,13 @@ class Journal:
     def recover(self) -> int:
         """Finish the pending transaction, if any; return its number of records."""
         records = self.pending()
-        if records:
+        if self._is_marked():
             self._apply(records)
             self._clear()
         return len(records)
+
+    def _is_marked(self) -> bool:
+        return any(self._medium.load(self._start, 8))
 
     def _allowed(self, offset: int, size: int) -> bool:
         """Whether a record may go there: the state block, or after the journal, in one block."""

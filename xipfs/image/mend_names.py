@@ -111,12 +111,43 @@ class NameMending(Mending):
             root, height, nodes = self.build_map(inode.ino, blocks)
         except NoRoomError:
             self.untake(list(blocks.values()))
+            self.rewrite(inode, kept)
             return
         inode.root, inode.height, inode.entries = root, height, len(kept)
         inode.blocks = len(blocks) + len(nodes) + bool(inode.xattr_block)
         self.put(inode)
         self.untake(old)
         what = f"built anew with {len(kept)} names"
+        self.did("directory", inode.record_offset, what, inode.ino)
+
+    def rewrite(self, inode: Inode, names: list[DirectoryEntry]) -> None:
+        """Write each leaf in its place, a transaction each: what a full image has room for.
+
+        Nothing is done if a name had to go from one leaf to another: a cut could lose it.
+        """
+        wanted = {name.name for name in names}
+        spans: list[tuple[int, int]] = []
+        contents: dict[int, bytes] = {}
+        for page, number in self.pages(inode):
+            depth, prefix = leaf_place(page)
+            width = max(layout.HASH_BITS - depth, 0)
+            spans.append((prefix << width, width))
+            here = [name for name in names if name.cookie >> width == prefix]
+            found = {name.name for name in saved_names(self.superblock, self.block(number))}
+            strays = found & wanted - {name.name for name in here}
+            body = b"".join(name.pack() for name in here)
+            if strays or len(body) > _BLOCK - _HEADER or number in self.shared:
+                return
+            content = leaf_header(inode.ino, page, len(here), body) + body
+            contents[number] = content.ljust(_BLOCK, b"\0")
+        if not _whole(spans):
+            return
+        for number, content in contents.items():
+            self.write([(number * _BLOCK, content)])
+            self.used[number] = STRUCTURE
+        inode.entries = len(names)
+        self.put(inode)
+        what = f"written anew with {len(names)} names"
         self.did("directory", inode.record_offset, what, inode.ino)
 
     def break_circles(self) -> None:

@@ -17,7 +17,7 @@ from xipfs.errors import ImageError
 from xipfs.image import layout
 from xipfs.image.directory import DirectoryEntry
 from xipfs.image.mend_maps import MapMending, salvaged
-from xipfs.image.mending import FREE, STRUCTURE
+from xipfs.image.mending import FREE, STRUCTURE, map_height
 from xipfs.image.record import Inode, pack_inode, unpack_inode
 from xipfs.image.records import Records, plain_table
 from xipfs.image.sound import read_leaf
@@ -113,13 +113,18 @@ class TableMending(MapMending):
         self.records = Records(self.inode_limit)
 
     def complete_table(self) -> None:
-        """Give the table pages for those that are gone, and a map of all of them."""
+        """Give the table pages for those that are gone, and a map of all of them.
+
+        Raise NoRoomError if that needs more blocks than are free.
+        """
         if self.table_whole:
             return
         count = max(self.table_pages, default=0) + 1
         raw = bytes(self.block(layout.STATE_BLOCK)[layout.TABLE_INODE_OFFSET :][:_SIZE])
         missing = [page for page in range(count) if page not in self.table_pages]
-        old = [number for level, _at, number in self.tree(self.table) if level]
+        nodes_by_place = {
+            (level, at): number for level, at, number in self.tree(self.table) if level
+        }
         for page in missing:
             records = bytearray(_BLOCK)
             for slot in range(_SLOTS):
@@ -133,11 +138,14 @@ class TableMending(MapMending):
                     self.records.places[ino] = number * _BLOCK + slot * _SIZE
             what = f"inodes {page * _SLOTS} to {page * _SLOTS + _SLOTS - 1} are gone"
             self.did("map", _TABLE, what, layout.TABLE_INO)
-        root, height, nodes = self.build_map(layout.TABLE_INO, self.table_pages)
+        # On a full image there is no block for a second map.
+        same_height = self.table.height == map_height(self.table_pages)
+        kept = nodes_by_place if same_height else {}
+        root, height, nodes = self.build_map(layout.TABLE_INO, self.table_pages, kept)
         self.table.root, self.table.height = root, height
         self.table.blocks = len(self.table_pages) + len(nodes)
         self.put_table(raw, count)
-        self.untake(old)
+        self.untake([number for number in nodes_by_place.values() if number not in nodes])
 
     def find_lost_names(self) -> None:
         """Look for leaves in blocks that the bitmap calls used and that nobody owns."""

@@ -43,6 +43,8 @@ class Mending:
         self.journal = Journal(medium, superblock)
         self.metadata = Metadata(medium, self.journal, superblock.block_count)
         self.done: list[Finding] = []
+        #: Whether a repair was left out since no block was free for it.
+        self.lacked_room = False
         self.used = np.zeros(superblock.block_count, np.uint8)
         self.used[: superblock.data_start] = STRUCTURE
         self.used[superblock.data_end :] = STRUCTURE
@@ -82,6 +84,7 @@ class Mending:
             self._cursor = 0
             free = np.flatnonzero(self.used == FREE)
         if not free.size:
+            self.lacked_room = True
             raise NoRoomError
         number = self._cursor + int(free[0])
         self._cursor = number + 1
@@ -95,13 +98,18 @@ class Mending:
         """Give blocks back, but for those that another one uses as well."""
         self.used[[number for number in blocks if number not in self.shared]] = FREE
 
-    def build_map(self, ino: int, pages: dict[int, int]) -> tuple[int, int, list[int]]:
-        """Build a map of these pages (number: block) in new nodes; (root, height, nodes)."""
+    def build_map(
+        self, ino: int, pages: dict[int, int], kept: dict[tuple[int, int], int] | None = None
+    ) -> tuple[int, int, list[int]]:
+        """Build a map of these pages (number: block) in new nodes; (root, height, nodes).
+
+        ``kept``: nodes, by level and position, of a map of the same height that lacks some of the
+        pages. They are completed in their place.
+        """
         if not pages:
             return 0, 0, []
-        height, nodes = 0, list[int]()
-        while max(pages) >> layout.FANOUT_SHIFT * height:
-            height += 1
+        height, kept = map_height(pages), kept or {}
+        nodes, taken = list[int](), list[int]()
         level = dict(pages)
         try:
             for above in range(1, height + 1):
@@ -111,10 +119,17 @@ class Mending:
                     at = position % layout.FANOUT * 8
                     word = _word(ino, above - 1, position, number)
                     node[at : at + 8] = word.to_bytes(8, "little")
-                level = {at: self.take(bytes(node), STRUCTURE) for at, node in parts.items()}
+                level = {}
+                for position, node in parts.items():
+                    if number := kept.get((above, position), 0):
+                        self.write([(number * _BLOCK, bytes(node))])
+                    else:
+                        number = self.take(bytes(node), STRUCTURE)
+                        taken.append(number)
+                    level[position] = number
                 nodes += level.values()
         except NoRoomError:
-            self.untake(nodes)
+            self.untake(taken)
             raise
         return _word(ino, height, 0, level[0]), height, nodes
 
@@ -139,6 +154,14 @@ class Mending:
     def pages(self, inode: Inode) -> list[tuple[int, int]]:
         """Return (page, block) of a mended map: for directories, links and the table."""
         return [(at, number) for level, at, number in self.tree(inode) if level == PAGE_LEVEL]
+
+
+def map_height(pages: dict[int, int]) -> int:
+    """Return the height of a map that has these pages."""
+    height = 0
+    while max(pages) >> layout.FANOUT_SHIFT * height:
+        height += 1
+    return height
 
 
 def _word(ino: int, level: int, position: int, block: int) -> int:

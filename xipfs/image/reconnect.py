@@ -5,10 +5,11 @@ By now the image is one that can be mounted, so these are ordinary transactions.
 
 from __future__ import annotations
 
+import errno
 import stat
 from typing import Final
 
-from xipfs.errors import FsError
+from xipfs.errors import FsError, ImageError
 from xipfs.image import layout
 from xipfs.image.mending import Mending
 from xipfs.image.record import Inode
@@ -39,9 +40,15 @@ class Reconnecting:
                 if records.kinds[ino] == _DIRECTORY:
                     named = records.named_in[ino]
                 if not named and not unlinked:
-                    self.connect(ino)
+                    self.connect_somewhere(ino)
         except FsError as error:
-            self.mending.did("unreachable", 0, f"no room to connect more: {error}")
+            if error.errno != errno.ENOSPC:
+                raise
+            self.mending.lacked_room = True
+        except ImageError:
+            # A directory on the way is damaged still, if there was no room to repair it.
+            if not self.mending.lacked_room:
+                raise
 
     def count(self, ino: int) -> None:
         """Let link count and parent be what was counted."""
@@ -59,12 +66,21 @@ class Reconnecting:
             self.volume.inodes.put(inode)
         self.mending.did("links", inode.record_offset, f"link count {links}", ino)
 
-    def connect(self, ino: int) -> None:
-        """Enter an inode that nobody names into /lost+found, as #NUMBER."""
+    def connect_somewhere(self, ino: int) -> None:
+        """Enter an inode that nobody names into /lost+found, or where that has no room into /."""
+        try:
+            self.connect(ino, in_root=False)
+        except FsError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.connect(ino, in_root=True)
+
+    def connect(self, ino: int, *, in_root: bool) -> None:
+        """Enter an inode that nobody names as #NUMBER."""
         volume = self.volume
         with volume.transaction():
             inode = volume.inodes.get(ino)
-            place = self.lost_and_found()
+            place = volume.inodes.get(layout.ROOT_INO) if in_root else self.lost_and_found()
             name = b"#%d" % ino
             while volume.directories.lookup(place, name) is not None:
                 name += b"~"
@@ -76,7 +92,8 @@ class Reconnecting:
                 place.nlink += 1
             volume.inodes.put(inode)
             volume.inodes.put(place)
-        what = f"connected as /{LOST_AND_FOUND.decode()}/{name.decode()}"
+        directory = "" if in_root else f"/{LOST_AND_FOUND.decode()}"
+        what = f"connected as {directory}/{name.decode()}"
         self.mending.did("unreachable", inode.record_offset, what, ino)
 
     def lost_and_found(self) -> Inode:

@@ -9,7 +9,7 @@ was cut is begun again from the start. Meanwhile the mount flag says that a repa
 from __future__ import annotations
 
 import stat
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from xipfs.image.check_maps import Finding
 from xipfs.image.counters import Counters
 from xipfs.image.mend_names import NameMending
 from xipfs.image.mend_table import TableMending
-from xipfs.image.mending import FREE
+from xipfs.image.mending import FREE, NoRoomError
 from xipfs.image.reconnect import Reconnecting
 from xipfs.image.record import Inode
 from xipfs.image.records import Flags
@@ -56,7 +56,14 @@ def _set_flag(medium: Medium, value: int) -> None:
     medium.fence()
 
 
-def repair(medium: Medium, name: str, progress: Progress | None = None) -> list[Finding]:
+class Repaired(NamedTuple):
+    """What was done, and whether something could not be, since no block was free for it."""
+
+    done: list[Finding]
+    lacked_room: bool
+
+
+def repair(medium: Medium, name: str, progress: Progress | None = None) -> Repaired:
     """Repair the image and return what was done; raise ImageError if it has no superblock.
 
     The image is left as not cleanly unmounted: whoever finds nothing more may ``mark_clean``.
@@ -77,20 +84,26 @@ class _Repair(TableMending, NameMending):
         self.counters: Counters | None = None
         self.inode_limit = 0
 
-    def run(self) -> list[Finding]:
+    def run(self) -> Repaired:
         """Repair; see the module."""
         self.mend_head()
         self.mend_table()
         self.mend_inodes()
         # From here on it is known which blocks are free.
         self.find_lost_names()
-        self.complete_table()
+        try:
+            self.complete_table()
+        except NoRoomError:
+            # What follows needs the table. As it is the image can be mounted, maybe read-only.
+            _set_flag(self.medium, layout.STATE_MOUNTED)
+            return Repaired(self.done, self.lacked_room)
         old_root = self.mend_root()
         self.part_all_doubles()
         self.untake(old_root)
         self.mend_links()
         for ino in self.records.in_use():
             if self.records.kinds[ino] == _DIRECTORY:
+                self.tell(self.inode_limit + ino)
                 self.mend_directory(self.inode_of(ino))
         self.records.links[layout.ROOT_INO] += 2
         self.records.named_in[layout.ROOT_INO] = layout.ROOT_INO
@@ -99,7 +112,8 @@ class _Repair(TableMending, NameMending):
         self.mend_bitmap()
         _set_flag(self.medium, layout.STATE_MOUNTED)
         Reconnecting(self).run()
-        return self.done
+        self.tell(2 * self.inode_limit)
+        return Repaired(self.done, self.lacked_room)
 
     def mend_head(self) -> None:
         """Write the superblock's copies, mark the repair, finish or drop the journal."""
@@ -136,11 +150,15 @@ class _Repair(TableMending, NameMending):
         except ImageError:
             self.counters = None
 
+    def tell(self, done: int) -> None:
+        """Tell how far the repair is: inodes, once for what they have and once for their names."""
+        if self.progress is not None:
+            self.progress(done, 2 * self.inode_limit)
+
     def mend_inodes(self) -> None:
         """Repair every inode and note what it is."""
         for page, number in sorted(self.table_pages.items()):
-            if self.progress is not None:
-                self.progress(page * layout.INODES_PER_BLOCK, self.inode_limit)
+            self.tell(page * layout.INODES_PER_BLOCK)
             for slot in range(layout.INODES_PER_BLOCK):
                 ino, at = page * layout.INODES_PER_BLOCK + slot, slot * layout.INODE_SIZE
                 offset = number * _BLOCK + at

@@ -2,8 +2,9 @@
 
 The daemon is xipfs as it is, in a process where the functions that a migration is made of are
 wrapped: the wrapper counts while a chunk is moved, and sends SIGKILL to its own process at the
-wanted number. A *step* is every store, flush and fence of the region (nothing else outlives a
-process), and the beginning and the end of each part that fuse/migration.py has.
+wanted number. A *step* is every store, flush, fence and sync of the region (nothing else outlives a
+process), and the beginning and the end of each part that fuse/migration.py and fs/moving.py have.
+t4_kill.py looks into the source for parts and ways to the region that are not wrapped.
 
 Before each migration a program maps the file, stores and writes to some of its pages and brings
 one of them to fsync. After the kill fsck must find nothing, every byte that was promised must be
@@ -14,7 +15,6 @@ or all of the new.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import shutil
 import signal
@@ -34,6 +34,12 @@ from xipfs.clock import SystemClock
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 
+#: What is wrapped, by class.
+MIGRATOR_PARTS = ("_begin", "_finish", "_move_window", "_take_away", "_give_way")
+NOTIFIER_PARTS = ("invalidate_pages",)
+REGION_CALLS = ("store", "store_word", "flush", "fence", "sync")
+#: As the number of a step: list them all.
+LIST = -1
 #: The last page is not whole.
 SIZE = PAGES * PAGE - 1000
 
@@ -49,6 +55,7 @@ class Steps:
     """Counts the steps of a migration and ends the process before one of them."""
 
     def __init__(self, kill_at: int, log: Path) -> None:
+        """With ``LIST`` nothing ends; the log gets a line for each step."""
         self._kill_at = kill_at
         self._log = log
         self._count = 0
@@ -58,7 +65,10 @@ class Steps:
         """Count; the log says where the end came."""
         if self._moving:
             self._count += 1
-            if self._count == self._kill_at:
+            if self._kill_at == LIST:
+                with open(self._log, "a") as log:
+                    log.write(f"{what}\n")
+            elif self._count == self._kill_at:
                 self._log.write_text(what)
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -67,7 +77,8 @@ class Steps:
         function = getattr(cls, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.step(f"before {name}")
+            words = [word for word in args if isinstance(word, str)]  # which lap
+            self.step(" ".join(["before", name, *words]))
             return function(*args, **kwargs)
 
         setattr(cls, name, wrapped)
@@ -101,16 +112,24 @@ class Steps:
 
 def arm(kill_at: int, log: Path) -> None:
     """Let this process not survive step ``kill_at`` of its migrations; ``log`` tells which."""
+    from xipfs.fs.moving import _Laps
+    from xipfs.fuse.live import Live
     from xipfs.fuse.migration import Migrator
+    from xipfs.fuse.notify import Notifier
     from xipfs.memory.region import Region
 
     steps = Steps(kill_at, log)
-    for name, function in list(vars(Migrator).items()):
-        if name.startswith("_") and inspect.iscoroutinefunction(function):
-            steps.around(Migrator, name)
+    for cls, names in (
+        (Migrator, MIGRATOR_PARTS),
+        (Notifier, NOTIFIER_PARTS),
+        (Live, ("drain_settled",)),
+    ):
+        for name in names:
+            steps.around(cls, name)
     steps.during(Migrator, "migrate")
-    for name in ("store", "store_word", "flush", "fence"):
+    for name in REGION_CALLS:
         steps.before(Region, name)
+    steps.before(_Laps, "lap")
 
 
 # The judgement
@@ -194,6 +213,11 @@ class KillPoints:
             if what is None:
                 return
 
+    def steps(self) -> list[str]:
+        """Return all steps of a migration that nobody ends."""
+        assert self._kill(LIST) is None
+        return (self._scratch / "step").read_text().splitlines()
+
     def _kill(self, number: int) -> str | None:
         image, log = self._scratch / "image", self._scratch / "step"
         shutil.copyfile(self._clean, image)
@@ -204,7 +228,7 @@ class KillPoints:
         )
         try:
             said = self._run_program(mount)
-            mount.killed = log.exists()
+            mount.killed = number != LIST and log.exists()
             wait_until("the daemon's end", lambda: not (mount.killed and mount.running()))
         finally:
             mount.close()

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from acting import open_the_way, reference
+from calltables import Table
 from live import ROOT, Mounts, mounts_below
 
 LEVELS = 7
@@ -105,6 +107,28 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounts]:
     """Makes mounts for the tests of one module, which keep to files of their own."""
     with mounts_below(tmp_path_factory.mktemp("shared")) as made:
         yield made
+
+
+@pytest.fixture(scope="module", params=["xipfs", "linux"])
+def side(request: pytest.FixtureRequest, shared: Mounts) -> Iterator[Path]:
+    """An xipfs mount, and then a directory of the kernel's own: both must do what a test says."""
+    if request.param == "xipfs":
+        mount = shared.mount(shared.image(size_bytes=64 << 20), "allow_other")
+        open_the_way(mount.directory)
+        yield mount.directory
+    else:
+        with reference(shared.directory / "linux") as directory:
+            yield directory
+
+
+@pytest.fixture
+def table(side: Path, request: pytest.FixtureRequest) -> Iterator[Table]:
+    """Runs tables of calls in a directory of the test's own, which only root may change."""
+    directory = side / re.sub(r"\W", "-", request.node.name)
+    directory.mkdir(mode=0o755)
+    made = Table(directory)
+    yield made
+    made.end()
 
 
 @pytest.fixture(scope="session")

@@ -637,6 +637,65 @@ def test_what_is_not_followed_is_named(script: Script) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("call", "arguments", "changing"),
+    [
+        ("madvise", (BASE + 4 * PAGE, PAGE, 4), True),
+        ("munmap", (BASE - PAGE, 2 * PAGE), True),
+        ("munmap", (BASE - PAGE, PAGE), False),
+        ("madvise", (BASE + 32 * PAGE, PAGE, 4), False),
+        ("mmap", (BASE + 31 * PAGE, 1, PRIVATE | ANONYMOUS, 0, 3), True),
+        ("mmap", (0, 16 * PAGE, PRIVATE, 0, 3), False),
+        # It may move to anywhere; these name no range at all.
+        ("mremap", (BASE - PAGE, PAGE, PAGE, 3), True),
+        ("mlockall", (), True),
+        ("process_madvise", (21,), True),
+    ],
+)
+def test_a_call_over_what_was_told_is_a_change_until_it_returns(
+    script: Script, call: str, arguments: tuple[int, ...], changing: bool
+) -> None:
+    script.enter(call, *arguments)
+    script.events()
+    assert script.grammar.changing() == frozenset(), "nothing was told yet"
+    script.leave(call, -22)
+    script.pf(BASE)
+    script.map(0, 15)
+    script.events()
+    assert script.grammar.changing() == frozenset()
+    script.enter(call, *arguments)
+    script.events()
+    assert script.grammar.changing() == frozenset({1} if changing else ())
+    script.leave(call, -22)
+    script.events()
+    assert script.grammar.changing() == frozenset()
+
+
+@pytest.mark.parametrize("end", ["exit", "lost"])
+def test_a_call_that_never_returns_is_no_change_for_ever(script: Script, end: str) -> None:
+    script.newtask(101, 0x100 | 0x10000)
+    script.pf(BASE)
+    script.map(0, 15)
+    script.enter("munmap", BASE, 32 * PAGE, tid=101)
+    script.events()
+    assert script.grammar.changing() == frozenset({1})
+    if end == "exit":
+        script.exit(101)
+    else:
+        script.row(records.LOST, 0, 12)
+    script.events()
+    assert script.grammar.changing() == frozenset()
+
+
+def test_of_a_call_seen_only_at_its_end_nothing_is_known(script: Script) -> None:
+    script.pf(BASE)
+    script.map(0, 15)
+    script.enter("munmap", BASE, PAGE)
+    script.row(records.LOST, 0, 12)
+    script.leave("munmap")
+    assert only(script.end(), Doubt) == [Doubt(6000, 1, BASE, BASE + 32 * PAGE)]
+
+
 # Processes
 
 

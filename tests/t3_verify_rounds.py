@@ -11,7 +11,7 @@ import trio
 
 from xipfs.accounting import verify
 from xipfs.accounting.verify import Comparison, Look
-from xipfs.fuse.verifying import Verifier
+from xipfs.fuse.verifying import RESTLESS, Verifier
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_second_round_hides_nothing(
         observer=SimpleNamespace(comm=lambda _: "touch"),
     )
     look = Look({}, {}, 0)
-    looks = iter([({1: look}, {2}, False), ({1: look, 2: look}, set(), True)])
+    looks = iter([({1: look}, {2: RESTLESS}, False), ({1: look, 2: look}, {}, True)])
     compared = iter([first, Comparison(100, pages_compared=8), Comparison(200, pages_compared=4)])
 
     async def next_look(_: Verifier, __: list[int]) -> object:

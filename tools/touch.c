@@ -17,6 +17,7 @@
  *   lock A-B              mlock
  *   pwrite A FILE         write(2) page A to FILE: the kernel reads it, maybe faulting
  *   direct A-B FILE       read(2) with O_DIRECT from FILE into the pages: the kernel writes them
+ *   repeat N { ... }      the commands up to }, N times
  *   fork { ... }          the commands up to } run in a child; then wait for it
  *   thread { ... }        the same in a thread beside the following commands; "join" waits for all
  *   exec FILE             run FILE with no arguments in a child, and wait for it
@@ -322,6 +323,18 @@ static void start_thread(struct run *run)
 		fail("pthread_create failed");
 }
 
+static void repeat(struct run *run)
+{
+	size_t times = next_number(run);
+	struct run inner = block(run);
+	int first = inner.at;
+
+	for (; times; times--) {
+		inner.at = first;
+		run_commands(&inner);
+	}
+}
+
 static void run_block_in_child(struct run *run)
 {
 	struct run inner = block(run);
@@ -407,6 +420,8 @@ static void run_command(struct run *run, const char *command)
 		write_out(run);
 	else if (!strcmp(command, "direct"))
 		read_directly(run);
+	else if (!strcmp(command, "repeat"))
+		repeat(run);
 	else if (!strcmp(command, "fork"))
 		run_block_in_child(run);
 	else if (!strcmp(command, "thread"))

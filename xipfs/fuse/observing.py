@@ -117,6 +117,10 @@ class TracefsObserver:
         assert self._observer is not None
         return self._observer.drain(until_ns), not self._observer.behind
 
+    def changing(self) -> frozenset[int]:
+        """Return the address spaces inside a call that changes them, as of the last drain."""
+        return frozenset() if self._observer is None else self._observer.changing
+
     def unsettled(self) -> bool:
         """Return what the last drain left open; never blocks."""
         return self._observer is not None and self._observer.unsettled

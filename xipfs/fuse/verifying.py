@@ -1,8 +1,11 @@
 """Verification on a live mount: look at /proc and at the events until both are of one moment.
 
 A look is good if no event of that address space lies between the drain before it and the drain
-after it; a program that never stands still for a look is told as unknown, not guessed. Looks wait
-for mmap locks, so they are taken in a worker thread (see ``trace.pagemap``).
+after it, and no thread is inside a call that changes mappings at the end: the kernel walks their
+page tables meanwhile, and the call's effect is known when it returns. (One that ended in between
+has made an event, one that began later has changed nothing that was read.) A program that never
+stands still for a look is told as unknown, not guessed. Looks wait for mmap locks, so they are
+taken in a worker thread (see ``trace.pagemap``).
 
 In the background, address spaces in which pages became unknown are looked at in the order in which
 they did, ten a second: the repair queue. And one a second is compared whole, in turn. What that
@@ -29,11 +32,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ATTEMPTS: Final = 5
+#: Until the next attempt when a call was under way; twice as long each time.
+_CALL_PAUSE_S: Final = 0.01
 _REPAIR_INTERVAL_S: Final = 0.1
 _AUDIT_INTERVAL_S: Final = 1.0
 #: A larger address space is left to ``xipfs verify``: 32 MiB of pagemap a second are enough.
 _AUDIT_PAGES_MAX: Final = 4 << 20
 RESTLESS: Final = "its process never stood still"
+IN_CALL: Final = "its process was inside a call that changes mappings at each look"
 UNTOLD: Final = "in a mapping that made no fault since it was found"
 
 
@@ -67,8 +73,8 @@ class Verifier:
 
     async def _look(
         self, numbers: list[int], *, unknown_only: bool = False
-    ) -> tuple[dict[int, Look], set[int], bool]:
-        """Return good looks, the address spaces that moved meanwhile, and whether none did."""
+    ) -> tuple[dict[int, Look], dict[int, str], bool]:
+        """Return good looks, why there is none of the others that live, and whether none moved."""
         books = self._books
         await self._live.drain_settled()
         before = Counter(books.kernel.changes)
@@ -88,9 +94,22 @@ class Verifier:
         await self._live.drain_settled()
         still = before == books.kernel.changes
         alive = {number for number in wanted if number in books.kernel.pids}
-        moved = {n for n in alive if books.kernel.changes[n] != before[n] or looks[n] is None}
-        good = {n: look for n, look in looks.items() if n in alive - moved and look is not None}
-        return good, moved, still
+        changing = self._changing()
+        good: dict[int, Look] = {}
+        moved: dict[int, str] = {}
+        for number in alive:
+            look = looks[number]
+            if number in changing:
+                moved[number] = IN_CALL
+            elif look is None or books.kernel.changes[number] != before[number]:
+                moved[number] = RESTLESS
+            else:
+                good[number] = look
+        return good, moved, still and not changing
+
+    def _changing(self) -> frozenset[int]:
+        observer = self._live.observer
+        return observer.changing() if isinstance(observer, TracefsObserver) else frozenset()
 
     # On request
 
@@ -106,7 +125,7 @@ class Verifier:
             # The repair queue may be long; what it has whole address spaces in comes first here.
             if pid is None or books.kernel.pids.get(number) == pid:
                 await self._repair(number)
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             numbers = [n for n, own in books.kernel.pids.items() if pid is None or own == pid]
             looks, restless, still = await self._look(numbers)
             # With no await until the end of the round: all of it is of one moment.
@@ -131,22 +150,24 @@ class Verifier:
                 verify.learn(books, number, result)
             if whole or (pid is not None and not restless):
                 break
-        return self._answer(results, rss, restless - results.keys(), counts, copies, broken)
+            if IN_CALL in restless.values():
+                await trio.sleep(_CALL_PAUSE_S * 2**attempt)
+        return self._answer(results, rss, restless, counts, copies, broken)
 
     def _answer(
         self,
         results: dict[int, Comparison],
         rss: dict[int, int],
-        restless: set[int],
+        restless: dict[int, str],
         counts: tuple[int, int] | None,
         copies: tuple[int, int],
         broken: str,
     ) -> dict[str, Any]:
         books = self._books
         unknown: Counter[str] = Counter()
-        for number in restless & books.mms.keys():
+        for number in restless.keys() & books.mms.keys() - results.keys():
             mapped = verify.mappings(books.mms[number])
-            unknown[RESTLESS] += sum(end - start >> PAGE_SHIFT for start, end in mapped)
+            unknown[restless[number]] += sum(end - start >> PAGE_SHIFT for start, end in mapped)
         processes = []
         for number, result in results.items():
             if rss[number] > result.resident_pages:

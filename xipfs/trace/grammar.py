@@ -114,6 +114,11 @@ class Grammar:
         """Return whether a fault of the mount is open that may be over: only time will tell."""
         return any(map(_is_untold, self._threads.values()))
 
+    def changing(self) -> frozenset[int]:
+        """Return the address spaces that a thread is changing in a system call now."""
+        threads = self._threads.values()
+        return frozenset(t.space.id for t in threads if self._calls.is_changing(t))
+
     def bury(self, now_ns: int) -> None:
         """End the threads whose exit made no record: untraced ones, and after a loss any."""
         for thread in self._processes.vanished():
@@ -144,6 +149,8 @@ class Grammar:
         elif kind == records.LOST:
             for thread in self._threads.values():
                 self.faults.close(thread)
+                # Its end may be among them. If not, it will be a call seen only at its end.
+                self._calls.finish(thread)
             self._processes.exits_lost = True
             self._emit(time_ns, events.Lost(time_ns, row[2]))
             for space in {thread.space for thread in self._threads.values()}:

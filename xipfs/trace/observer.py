@@ -132,6 +132,8 @@ class Observer:
         #: Whether the last drain saw a fault that may be over and did not tell it yet; if not,
         #: every fault that was over before that drain has been told. Needs no lock to be read.
         self.unsettled = False
+        #: The address spaces that a thread was changing in a system call when the last drain ended.
+        self.changing: frozenset[int] = frozenset()
         #: Whether the last drain left older records undecoded.
         self.behind = False
         self._decoder: Decoder = PlainDecoder(plan)
@@ -204,6 +206,7 @@ class Observer:
                 newcomers, self._processes.newcomers = self._processes.newcomers, []
                 self.add_pids(newcomers, timeout_s=0)
             self.unsettled = self.behind or self._grammar.unsettled()
+            self.changing = self._grammar.changing()
             return self._output.take()
 
     def statistics(self) -> ObserverStatistics:

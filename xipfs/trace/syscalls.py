@@ -6,7 +6,7 @@ take while a call runs are ordered by their own records and may fall on either s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from xipfs.trace import events
@@ -36,6 +36,10 @@ _MADV_POPULATE_WRITE: Final = 23
 _MADV_ZAP: Final = frozenset({4, 24, 102})
 #: NORMAL, RANDOM, SEQUENTIAL, DONTFORK, DOFORK, DONTDUMP, DODUMP: flags of the mapping, no PTEs.
 _MADV_FLAGS: Final = frozenset({0, 1, 2, _MADV_DONTFORK, _MADV_DOFORK, 16, 17})
+#: Calls whose first two arguments are all the memory whose PTEs they change.
+_OF_A_RANGE: Final = frozenset(
+    {"mmap", "munmap", "mprotect", "pkey_mprotect", "madvise", "mlock", "mlock2", "munlock"}
+)
 #: Advice that changes no PTE of a file mapping.
 _MADV_HARMLESS: Final = frozenset({3, 8, 12, 13, 14, 15, 18, 19, 20, 25, 103})
 
@@ -125,11 +129,25 @@ class SystemCalls:
         name = SYSTEM_CALLS[thread.call]
         return name in ("mmap", "munmap", "mremap", "remap_file_pages")
 
+    def is_changing(self, thread: Thread) -> bool:
+        """Tell whether ``thread`` is in a call that may be changing PTEs that were told.
+
+        What it has done so far nobody knows: its effect is applied when it ends.
+        """
+        if thread.call < 0 or not thread.space.told:
+            return False
+        held: Iterable[Vma] = thread.space.vmas
+        if SYSTEM_CALLS[thread.call] in _OF_A_RANGE:
+            start, length = thread.call_args[:2]
+            held = thread.space.vmas.meeting(start & PAGE_MASK, _page_up(start + length))
+        return any(vma.told for vma in held)
+
     def leave(self, time_ns: int, thread: Thread, number: int, result: int) -> None:
         """Apply system call ``number``, which returned ``result`` (an unsigned word)."""
         if thread.call != number:
             if number in self._effects:
                 self._unfollowed["a system call seen only at its end"] += 1
+                self._doubt(time_ns, thread.space, list(thread.space.vmas))
             return
         effect = self._effects.get(number)
         if effect is not None:

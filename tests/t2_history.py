@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
+
+import pytest
 
 from xipfs.accounting.charges import Charge, PteKind
 from xipfs.fs.types import PageKind
@@ -108,6 +111,25 @@ def test_pages_are_forgotten_by_blocks() -> None:
     assert pages.forgotten == 2
     assert pages.moved(2, [0, 256], PageKind.PAGECACHE, 2, 7) == 1, "page 0 is forgotten"
     assert [pages.faulted(2, page, 3) for page in (0, 256, 256, 512)] == [7, 7, None, None]
+    assert pages.moved(2, [512], PageKind.PAGECACHE, 2, 7) == 0, "so is 512"
+    assert [pages.faulted(2, page, 3) for page in (0, 512)] == [None, 7]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pages_moved_one_by_one_or_together_are_the_same(seed: int) -> None:
+    """A single page does not go through the arrays."""
+    choose = random.Random(seed)
+    singly, together = PageMoves(SECOND), PageMoves(SECOND)
+    now_ns = 0
+    for cause in range(200):
+        now_ns += choose.randrange(SECOND // 2)
+        to = choose.choice([PageKind.XIP, PageKind.PAGECACHE])
+        pages = sorted(choose.sample(range(4 * 256), choose.randint(2, 5)))
+        back = sum(singly.moved(2, [page], to, now_ns, cause) for page in pages)
+        assert back == together.moved(2, pages, to, now_ns, cause)
+        page = choose.choice(pages)
+        assert singly.faulted(2, page, now_ns + 1) == together.faulted(2, page, now_ns + 1)
+    assert singly.most_moved(2000) == together.most_moved(2000)
 
 
 def test_a_series_keeps_the_largest_and_grows_coarser() -> None:

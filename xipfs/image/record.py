@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import stat
 import struct
 import zlib
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from xipfs.errors import ImageError
 from xipfs.image import layout
@@ -22,6 +23,12 @@ FILE_TYPES: Final = {
     stat.S_IFLNK,
     stat.S_IFSOCK,
 }
+
+
+#: Of a record's fields after its checksum: mode, height, kind, flags, size, blocks.
+_CHECKED: Final = (0, 6, 7, 8, 9, 14)
+#: Decoded records: some 600 bytes each.
+_RECORDS_KEPT: Final = 1024
 
 
 @dataclass(slots=True)
@@ -104,40 +111,26 @@ def _pack_body(inode: Inode) -> bytes:
 
 def unpack_inode(ino: int, block: Block, number: int, offset: int) -> Inode:
     """Return the record at ``offset`` of block ``number``; raise ImageError if it is damaged."""
-    record = block[offset : offset + layout.INODE_SIZE]
-    fields = layout.INODE.unpack(record)
-    crc, mode, generation, nlink, uid, gid, rdev, height, kind, flags = fields[:10]
-    size, atime, mtime, ctime, root, blocks, xattr_block = fields[10:17]
-    parent, next_ino, previous_ino, entries, zero = fields[17:]
+    fields = _fields(ino, bytes(block[offset : offset + layout.INODE_SIZE]))
+    place = (number << layout.BLOCK_SHIFT) + offset
+    if fields is None:
+        raise ImageError(f"inode {ino} at offset {place} is damaged", remedy="run fsck.xipfs")
+    inode = Inode(*fields)
+    inode.record_offset = place
+    return inode
+
+
+@functools.lru_cache(maxsize=_RECORDS_KEPT)
+def _fields(ino: int, record: bytes) -> tuple[Any, ...] | None:
+    """Return an Inode's fields but for the last, None if the record is damaged.
+
+    Kept, since one operation reads the same inode several times.
+    """
+    crc, *fields, zero = layout.INODE.unpack(record)
+    mode, height, kind, flags, size, blocks = (fields[at] for at in _CHECKED)
     sound = kind <= 1 and flags <= 1 and height <= layout.MAX_HEIGHT and zero == 0
     sound = sound and (mode == 0 or mode & ~0o7777 in FILE_TYPES)
     sound = sound and size <= layout.MAX_FILE_BYTES and blocks <= layout.MAX_BLOCKS
     if zlib.crc32(record[4:], _seed(ino)) != crc or not sound:
-        raise ImageError(
-            f"inode {ino} at offset {(number << layout.BLOCK_SHIFT) + offset} is damaged",
-            remedy="run fsck.xipfs",
-        )
-    return Inode(
-        ino=ino,
-        mode=mode,
-        generation=generation,
-        nlink=nlink,
-        uid=uid,
-        gid=gid,
-        rdev=rdev,
-        height=height,
-        pagecache=bool(kind),
-        orphan=bool(flags),
-        size_bytes=size,
-        atime_ns=atime,
-        mtime_ns=mtime,
-        ctime_ns=ctime,
-        root=root,
-        blocks=blocks,
-        xattr_block=xattr_block,
-        parent=parent,
-        next_ino=next_ino,
-        previous_ino=previous_ino,
-        entries=entries,
-        record_offset=(number << layout.BLOCK_SHIFT) + offset,
-    )
+        return None
+    return (ino, *fields[:7], bool(kind), bool(flags), *fields[9:])

@@ -40,8 +40,10 @@ class Tally:
     failed: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Tally) -> Tally:
-        failed = Counter(self.failed) + Counter(other.failed)
-        return Tally(self.moved + other.moved, self.already + other.already, dict(failed))
+        failed = self.failed or other.failed
+        if self.failed and other.failed:
+            failed = dict(Counter(self.failed) + Counter(other.failed))
+        return Tally(self.moved + other.moved, self.already + other.already, failed)
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,17 @@ class PageMoves:
         indexes = np.array(pages, np.int64)
         numbers = indexes >> _BLOCK_SHIFT
         for number in np.unique(numbers).tolist():
-            block = self._blocks.get((ino, number))
-            if block is None:
-                block = self._blocks[ino, number] = _Block()
-            self._blocks.move_to_end((ino, number))
-            yield block, indexes[numbers == number] & _BLOCK - 1
+            yield self._latest(ino, number), indexes[numbers == number] & _BLOCK - 1
+        self._forget()
+
+    def _latest(self, ino: int, number: int) -> _Block:
+        block = self._blocks.get((ino, number))
+        if block is None:
+            block = self._blocks[ino, number] = _Block()
+        self._blocks.move_to_end((ino, number))
+        return block
+
+    def _forget(self) -> None:
         while len(self._blocks) > self._blocks_max:
             _, gone = self._blocks.popitem(last=False)
             self.forgotten += int(np.count_nonzero(gone.kind))
@@ -75,6 +81,8 @@ class PageMoves:
 
         ``cause`` is a number below 65,536 that ``faulted`` gives back.
         """
+        if len(pages) == 1:
+            return self._moved_one(ino, pages[0], to, now_ns, cause)
         pingpong, kind = 0, _KIND[to]
         for block, at in self._in_blocks(ino, pages):
             before = block.kind[at]
@@ -86,6 +94,18 @@ class PageMoves:
             block.cause[at], block.fresh[at] = cause, True
             pingpong += int(np.count_nonzero(back))
         return pingpong
+
+    def _moved_one(self, ino: int, page: int, to: PageKind, now_ns: int, cause: int) -> int:
+        """``moved`` for one page: on arrays it would take five times as long."""
+        block, at, kind = self._latest(ino, page >> _BLOCK_SHIFT), page & _BLOCK - 1, _KIND[to]
+        recent = now_ns - int(block.moved_ns[at]) <= self._pingpong_ns
+        back = recent and int(block.kind[at]) not in (0, kind)
+        block.counts[_PINGPONG, at] += back
+        block.counts[_PROMOTED if to is PageKind.PAGECACHE else _DEMOTED, at] += 1
+        block.kind[at], block.moved_ns[at] = kind, now_ns
+        block.cause[at], block.fresh[at] = cause, True
+        self._forget()
+        return int(back)
 
     def failed(self, ino: int, pages: Sequence[int]) -> None:
         """Enter pages that were refused for good."""

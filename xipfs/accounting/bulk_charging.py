@@ -1,8 +1,10 @@
 """Plain faults charged many at a time: the books end as if each had been charged alone.
 
 ``charge_loop`` does what it has seen done before and stops at the rest, which the accountant takes
-and the loop learns from (``mm.bulk_learn``). Pages that xipfs took from the kernel itself (a hint,
-a move) are among the rest. Small batches are not worth it and left to the accountant whole.
+and the loop learns from (``mm.bulk_learn``); what it learned holds for the batches after it too,
+for as long as these are of the same address spaces and no VMA of theirs changes. Pages that xipfs
+took from the kernel itself (a hint, a move) are among the rest. Small batches are not worth it and
+left to the accountant whole.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from xipfs.mm.access import MAPS_ANON, MAPS_PAGECACHE, MAPS_XIP, Access
 from xipfs.mm.bulk import NO_INTS, lend, numba_is_installed
 from xipfs.mm.bulk_learn import Outcomes, Situation, add_to_counters
 from xipfs.mm.machine import MM_FILEPAGES
+from xipfs.mm.mm_struct import MmStruct
 from xipfs.mm.vma import Vma
 from xipfs.mm.zap import zap_page_range
 from xipfs.trace import fault_batch as cells_of
@@ -52,6 +55,8 @@ class BulkCharger:
         self._run: Run | None = None
         self._zap: bulk_zap.Run | None = None
         self._compiling: threading.Thread | None = None
+        #: Of the last batch.
+        self._learned: _Learned | None = None
 
     def use(self, run: Run, zap: bulk_zap.Run) -> None:
         """Charge through ``run``, and zap through ``zap``, from now on."""
@@ -59,9 +64,8 @@ class BulkCharger:
 
     def zap(self, vma: Vma, start: int, end: int) -> None:
         """Clear the PTEs of [start, end), which lies within ``vma``."""
-        if self._zap is not None:
-            bulk_zap.zap_plain(vma, start, end, self._zap)
-        zap_page_range(vma, start, end)
+        if self._zap is None or not bulk_zap.zap_plain(vma, start, end, self._zap):
+            zap_page_range(vma, start, end)
 
     def charge(self, batch: FaultBatch) -> ChargeBatch | None:
         """Charge the batch; None where that has to be done fault by fault."""
@@ -71,11 +75,22 @@ class BulkCharger:
             self._start_compiling()
             return None
         numbers, process = _numbered(batch.cells[:, cells_of.MM])
-        call = _Call(self._books, batch.cells, numbers, process)
+        learned = self._learned_of([self._books.mm(number) for number in numbers])
+        call = _Call(self._books, batch.cells, numbers, process, learned)
         charges = call.carry_out(self._run)
         if self._books.on_charges is not None:
             self._books.on_charges(batch, charges)
         return charges
+
+    def _learned_of(self, mms: list[MmStruct]) -> _Learned:
+        """Return what holds for faults of ``mms``: of the last batch, or nothing yet."""
+        learned = self._learned
+        if learned is None or not learned.rows.still_hold(mms):
+            learned = self._learned = _Learned(mms, ChargeRows(self._books, mms))
+        else:
+            learned.rows.refresh_all()
+            learned.outcomes.uses[:] = 0
+        return learned
 
     def wait_until_compiled(self) -> None:
         """Return when batches are charged by compiled code, or never will be."""
@@ -119,19 +134,36 @@ def _marked(books: Accountant, cells: cells_of.Cells, numbers: list[int], proces
     return marked
 
 
+class _Learned:
+    """The VMAs of some address spaces as rows, and the outcomes of faults in them."""
+
+    def __init__(self, mms: list[MmStruct], rows: ChargeRows) -> None:
+        self.mms = mms
+        self.rows = rows
+        self.outcomes = Outcomes(len(rows.vmas) * bulk.STATES * 2)
+        #: What each outcome maps.
+        self.kinds: list[int] = []
+
+
 class _Call:
     """One batch being charged."""
 
     def __init__(
-        self, books: Accountant, cells: cells_of.Cells, numbers: list[int], process: Ints
+        self,
+        books: Accountant,
+        cells: cells_of.Cells,
+        numbers: list[int],
+        process: Ints,
+        learned: _Learned,
     ) -> None:
         self.books = books
         self.cells = cells
         self.numbers = numbers
         self.process = process
-        self.mms = [books.mm(number) for number in numbers]
-        self.rows = ChargeRows(books, self.mms)
-        self.outcomes = Outcomes(len(self.rows.vmas) * bulk.STATES * 2)
+        self.mms = learned.mms
+        self.rows = learned.rows
+        self.outcomes = learned.outcomes
+        self.kinds = learned.kinds
         self.results = np.full((len(cells), loop.RESULT_COLUMNS), loop.BY_HAND, np.int64)
         self.sums = np.zeros((len(numbers), loop.SUM_COLUMNS), np.int64)
         self.leaves_made = np.zeros(len(numbers), np.int64)
@@ -142,8 +174,6 @@ class _Call:
         self.major = np.zeros(len(cells), np.int64)
         self.extra = np.zeros(len(cells), np.int64)
         self.by_hand: dict[int, Charge] = {}
-        #: What each learned outcome maps.
-        self.kinds: list[int] = []
         self.touched = 0
 
     def carry_out(self, run: Run) -> ChargeBatch:

@@ -28,6 +28,8 @@ class ChargeRows:
     def __init__(self, books: Accountant, mms: list[MmStruct]) -> None:
         self._books = books
         self.vmas = [vma for mm in mms for vma in mm]
+        self._mms = mms
+        self._state = _state(mms)
         self._row_of = {vma: row for row, vma in enumerate(self.vmas)}
         self.first_row = np.cumsum([0, *(len(mm) for mm in mms)], dtype=np.int64)
         self.rows = np.zeros((len(self.vmas), bulk.ROW_COLUMNS), np.int64)
@@ -42,6 +44,14 @@ class ChargeRows:
         self.shadow_middles = np.zeros(regions, np.int64)
         self.cached_middles = np.zeros(file_regions, np.int64)
         self.frame_middles = np.zeros(file_regions, np.int64)
+        self.refresh_all()
+
+    def still_hold(self, mms: list[MmStruct]) -> bool:
+        """Return whether these are the rows of ``mms``, whose VMAs are as they were."""
+        return mms == self._mms and _state(mms) == self._state
+
+    def refresh_all(self) -> None:
+        """Look up all tables again."""
         for vma in self.vmas:
             self.refresh(vma)
 
@@ -82,6 +92,15 @@ class ChargeRows:
         for place, region in enumerate(_file_regions(vma), file_first):
             self.cached_middles[place] = cached.get(region, 0)
             self.frame_middles[place] = frames.get(region, 0)
+
+
+def _state(mms: list[MmStruct]) -> list[tuple[Vma, int, int, int, int, int, int, int]]:
+    """Return all that decides how a fault in one of the VMAs ends, but for pages and PTEs."""
+    return [
+        (vma, vma.start, vma.end, vma.pgoff, vma.flags, vma.page_prot, vma.anon_vma, vma.chain)
+        for mm in mms
+        for vma in mm
+    ]
 
 
 def _regions(vma: Vma) -> range:

@@ -63,12 +63,15 @@ def run(
     return raw, files
 
 
-def zap_plain(vma: Vma, start: int, end: int, loop: Run) -> None:
-    """Clear through ``loop`` what it can of [start, end), which lies within ``vma``."""
+def zap_plain(vma: Vma, start: int, end: int, loop: Run) -> bool:
+    """Clear through ``loop`` what it can of [start, end), which lies within ``vma``.
+
+    Returns whether that was all there is.
+    """
     mm = vma.mm
     machine = mm.machine
     if not machine.pte_special:
-        return  # an era that looks at the pfn: zap_page_range knows how
+        return False  # an era that looks at the pfn: zap_page_range knows how
     places, _ = mm.tables.places(start, end)
     memory = machine.memory
     raw, files = loop(
@@ -84,3 +87,4 @@ def zap_plain(vma: Vma, start: int, end: int, loop: Run) -> None:
     machine.nr_special_ptes -= raw
     mm.rss[MM_FILEPAGES] -= files
     machine.nr_normal_ptes -= files
+    return raw + files == len(places)

@@ -36,6 +36,7 @@ PTE_PFN_SHIFT: Final = 12
 PTE_CHG_MASK: Final = ~(PTE_WRITE | PTE_PRESENT)
 
 Places = npt.NDArray[np.int64]
+_NO_PLACES: Final = np.zeros(0, np.int64)
 PTRS_PER_PTE: Final = PTRS_PER_TABLE
 _TABLE_SHIFT: Final = 9
 _SLOT_MASK: Final = PTRS_PER_PTE - 1
@@ -155,9 +156,7 @@ class PageTables:
 
     def places(self, start: int, end: int) -> tuple[Places, Places]:
         """Return the non-empty entries of [start, end): places in the pool's array, addresses."""
-        keys = self._keys(start, end)
-        numbers = np.array(keys, np.int64)
-        leaves = np.array([self._leaf(key) for key in keys], np.int64)
+        numbers, leaves = self._leaves(start, end)
         tables = self.pool.array.reshape(-1, PTRS_PER_PTE)[leaves // PTRS_PER_PTE]
         rows, slots = np.nonzero(tables)
         addresses = (numbers[rows] << LEAF_SHIFT) + (slots << PAGE_SHIFT)
@@ -170,6 +169,20 @@ class PageTables:
         self.pool.array[places] = pte
         return len(places)
 
+    def _leaves(self, start: int, end: int) -> tuple[Places, Places]:
+        """Return the leaves that meet [start, end): ``address >> LEAF_SHIFT``, names; in order."""
+        first, last = start >> LEAF_SHIFT, (end - PAGE_SIZE) >> LEAF_SHIFT
+        numbers, leaves = [_NO_PLACES], [_NO_PLACES]
+        for region in self._regions(first >> _TABLE_SHIFT, last >> _TABLE_SHIFT):
+            base = region << _TABLE_SHIFT
+            low, high = max(first, base), min(last, base | _SLOT_MASK) + 1
+            middle = self.middles[region] - base
+            table = self.pool.array[middle + low : middle + high]
+            there = np.flatnonzero(table)
+            numbers.append(there + low)
+            leaves.append(table[there])
+        return np.concatenate(numbers), np.concatenate(leaves)
+
     def _leaf(self, key: int) -> int:
         middle = self.middles.get(key >> _TABLE_SHIFT)
         return 0 if middle is None else self.pool.entries[middle + (key & _SLOT_MASK)]
@@ -177,17 +190,18 @@ class PageTables:
     def _keys(self, start: int, end: int) -> list[int]:
         """Return ``address >> LEAF_SHIFT`` of the leaves that meet [start, end), in order."""
         first, last = start >> LEAF_SHIFT, (end - PAGE_SIZE) >> LEAF_SHIFT
-        low, high = first >> _TABLE_SHIFT, last >> _TABLE_SHIFT
-        if high - low < len(self.middles):
-            regions = [region for region in range(low, high + 1) if region in self.middles]
-        else:
-            regions = sorted(region for region in self.middles if low <= region <= high)
         found = []
-        for region in regions:
+        for region in self._regions(first >> _TABLE_SHIFT, last >> _TABLE_SHIFT):
             base = region << _TABLE_SHIFT
             keys = range(max(first, base), min(last, base | _SLOT_MASK) + 1)
             found += [key for key in keys if self._leaf(key)]
         return found
+
+    def _regions(self, low: int, high: int) -> list[int]:
+        """Return ``address >> MIDDLE_SHIFT`` of the middle tables of low..high, in order."""
+        if high - low < len(self.middles):
+            return [region for region in range(low, high + 1) if region in self.middles]
+        return sorted(region for region in self.middles if low <= region <= high)
 
     def free(self, floor: int, ceiling: int) -> None:
         """Drop the leaves that lie wholly in [floor, ceiling); they must be empty (T9)."""

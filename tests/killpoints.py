@@ -122,7 +122,7 @@ def arm(kill_at: int, log: Path) -> None:
     for cls, names in (
         (Migrator, MIGRATOR_PARTS),
         (Notifier, NOTIFIER_PARTS),
-        (Live, ("drain_settled",)),
+        (Live, ("drain_for_move",)),
     ):
         for name in names:
             steps.around(cls, name)

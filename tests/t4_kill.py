@@ -113,7 +113,7 @@ def test_every_kill_point_is_met(tmp_path: Path) -> None:
     with Forker() as forker:
         for to in (PageKind.PAGECACHE, PageKind.XIP):
             met |= set(killpoints.KillPoints(tmp_path, to, forker).steps())
-    around = (*killpoints.MIGRATOR_PARTS, *killpoints.NOTIFIER_PARTS, "drain_settled")
+    around = (*killpoints.MIGRATOR_PARTS, *killpoints.NOTIFIER_PARTS, "drain_for_move")
     wanted = {f"{when} {name}" for name in around for when in ("before", "after")}
     # A sync is the host's disk's, at fsync and unmount.
     wanted |= {f"before {name}" for name in killpoints.REGION_CALLS if name != "sync"}

@@ -113,7 +113,7 @@ async def _run(
             nursery=nursery,
         )
         live.start(nursery, mount)
-        nursery.start_soon(_unmount_on_signal, mount)
+        live.background.start(nursery, "signals", _unmount_on_signal, mount)
         on_ready(live.fs.damage)
         log.info("%s: mounted at %s", mount.source, mount.mountpoint)
         await pyfuse3.main()

@@ -163,6 +163,10 @@ def as_text(stats: Json) -> str:
     lines = [f"{stats['mount']['mountpoint']}  ({stats['mount']['image']})"]
     if stats["mount"]["damage"]:
         lines += textwrap.wrap(f"damaged, read-only: {stats['mount']['damage']}", 79)
+    if failures := stats["background"]["failures"]:
+        counts = ", ".join(f"{task} {count} times" for task, count in failures.items())
+        told = f"failed in the background (see the log): {counts}; last"
+        lines += textwrap.wrap(f"{told} {stats['background']['last_error']}", 79)
     lines.append(
         f"observer {observer['mode']}: {observer['events']} events, {observer['lost']} lost"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
@@ -18,8 +17,6 @@ from xipfs.migrate.policy import Move
 from xipfs.migrate.registry import REPLAY_ONLY
 from xipfs.migrate.steering import Steering
 from xipfs.options import MountOptions
-
-log = logging.getLogger(__name__)
 
 
 def _no_recording(_item: str, **_values: Any) -> None:
@@ -85,10 +82,10 @@ class Deciding(Steering):
             history.begin(moves)
             try:
                 await move_all(moves)
-            except Exception:
-                log.exception("a plan of %d moves of %s failed", len(moves), self._decider.name)
-            history.end()
-            now_ns = time.monotonic_ns()
-            if refused := self.carried_out(moves, now_ns):
-                pages = [[move.ino, move.index, move.to.value] for move in refused]
-                self.note("refused", time_ns=now_ns, moves=pages)
+            finally:
+                # The policy waits for the end of each of its moves, also of a plan that failed.
+                history.end()
+                now_ns = time.monotonic_ns()
+                if refused := self.carried_out(moves, now_ns):
+                    pages = [[move.ino, move.index, move.to.value] for move in refused]
+                    self.note("refused", time_ns=now_ns, moves=pages)

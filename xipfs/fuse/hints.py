@@ -49,12 +49,7 @@ class HintScanner:
             earned = self._pages_per_s * _INTERVAL_S
             self._allowance = min(self._allowance + earned, max(earned, 1.0))
             if self._allowance >= 1:
-                try:
-                    await self._hint(int(self._allowance))
-                except Exception:
-                    # A defect here must not end the mount; no page is taken away any more.
-                    log.exception("hint faults ended")
-                    return
+                await self._hint(int(self._allowance))
 
     async def _hint(self, count: int) -> None:
         # What has faulted until now is charged first: it was no answer to this hint.

@@ -7,6 +7,7 @@ own: it may wait for a process's mmap lock, held by a fault that waits for our R
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.causes import EVICT
 from xipfs.accounting.charges import ChargeBatch
 from xipfs.errors import FsError
+from xipfs.fuse.background import Background
 from xipfs.fuse.commands import Commands
 from xipfs.fuse.control import Command, Json, Question
 from xipfs.fuse.deciding import Deciding
@@ -74,7 +76,8 @@ class Live:
         )
         self.engine = Engine(fs)
         self.heat = Heat()
-        self.writeback = Writeback(fs, options)
+        self.background = Background()
+        self.writeback = Writeback(fs, options, self.background.failed)
         self.fault_log = FaultLog(lambda pid: self.observer.comm(pid))
         self.accountant.on_charge = self.fault_log.add
         self.accountant.on_charges = self.fault_log.add_many
@@ -119,11 +122,12 @@ class Live:
         self.migrator.before_move = self.recorder.file
         self.deciding.on_would = lambda moves: self.migrator.history.would(time.time_ns(), moves)
         self.verifier = Verifier(self)
-        nursery.start_soon(self._drain_forever)
-        nursery.start_soon(self.verifier.watch_forever)
-        nursery.start_soon(self._invalidate_evicted)
+        start = functools.partial(self.background.start, nursery)
+        start("observing", self._drain_forever)
+        start("audit", self.verifier.watch_forever)
+        start("evictions", self._invalidate_evicted)
         if not self.fs.read_only:
-            nursery.start_soon(self.writeback.run)
+            start("write-back", self.writeback.run)
         if self.options.hint_pages_per_s and isinstance(self.observer, TracefsObserver):
             self.hinter = HintScanner(
                 self.accountant,
@@ -132,13 +136,11 @@ class Live:
                 self.options.hint_pages_per_s,
                 self.recorder.note,
             )
-            nursery.start_soon(self.hinter.run)
+            start("hints", self.hinter.run)
         elif self.options.hint_pages_per_s:
             log.info("hint= needs observe=tracefs: no page is taken away")
         if not self.fs.read_only:
-            nursery.start_soon(
-                self.deciding.carry_out, self.migrator.move_all, self.migrator.history
-            )
+            start("policy", self.deciding.carry_out, self.migrator.move_all, self.migrator.history)
 
     # Hooks of the request handlers
 
@@ -146,7 +148,11 @@ class Live:
         """Return once the opener's process is observed."""
         # Our own threads open the mount for syncing only; tid 0 is outside our pid namespace.
         if tid > 0:
-            await trio.to_thread.run_sync(self.observer.add_pids, (tid,))
+            try:
+                await trio.to_thread.run_sync(self.observer.add_pids, (tid,))
+            except Exception as error:
+                # The opener is not to blame; what it does is not seen.
+                self.background.failed("following", error)
 
     async def before_change(self, ino: int, size_bytes: int | None = None) -> None:
         """Charge what has faulted so far before pages of ``ino`` go away.
@@ -192,6 +198,13 @@ class Live:
             self.observer.read_request(pid, ino, first)
 
     def _answered(self, ino: int, offset: int, size: int, write: bool) -> None:
+        """Note what the kernel has now. What trio's loop calls must raise nothing."""
+        try:
+            self._note_answer(ino, offset, size, write)
+        except Exception as error:
+            self.background.failed("answers", error)
+
+    def _note_answer(self, ino: int, offset: int, size: int, write: bool) -> None:
         kernel, time_ns = self.accountant.kernel, time.monotonic_ns()
         first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
         if not write:
@@ -294,9 +307,9 @@ class Live:
             for ino, first, count in runs(pages):
                 try:
                     await self.notifier.invalidate_pages(ino, first, count, EVICT)
-                except Exception:
+                except Exception as error:
                     # The kernel keeps the page; its refill will only be charged late.
-                    log.exception("pages %d+%d of inode %d not invalidated", first, count, ino)
+                    self.background.failed("evictions", error)
 
     # The control channel
 

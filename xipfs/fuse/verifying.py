@@ -205,23 +205,22 @@ class Verifier:
         audit_at = trio.current_time() + _AUDIT_INTERVAL_S
         while isinstance(self._live.observer, TracefsObserver):
             await trio.sleep(_REPAIR_INTERVAL_S)
-            try:
-                number = next(iter(self._books.kernel.doubtful), None)
-                if number is not None:
-                    await self._repair(number)
-                if trio.current_time() >= audit_at:
-                    audit_at = trio.current_time() + _AUDIT_INTERVAL_S
-                    await self._audit_next()
-            except Exception:
-                # A defect here must not end the mount; the figures stop growing.
-                log.exception("repair and audit ended")
-                return
+            number = next(iter(self._books.kernel.doubtful), None)
+            if number is not None:
+                await self._repair(number)
+            if trio.current_time() >= audit_at:
+                audit_at = trio.current_time() + _AUDIT_INTERVAL_S
+                await self._audit_next()
 
     async def _repair(self, number: int) -> None:
         """Read the pages of one address space of which nothing is known."""
         books = self._books
         books.kernel.doubtful.pop(number, None)
-        looks, moved, _ = await self._look([number], unknown_only=True)
+        try:
+            looks, moved, _ = await self._look([number], unknown_only=True)
+        except Exception:
+            books.kernel.doubtful[number] = None  # behind the others
+            raise
         if number in moved:
             books.kernel.doubtful[number] = None
             self.audited.restless += 1

@@ -49,6 +49,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
         "memory": snapshot.memory(live.fs),
         "ram_pages_used": live.ram_series.describe(),
         "writeback": vars(live.writeback.statistics()),
+        "background": live.background.describe(),
         "cost": cost(live.fs, live.profile),
         "migration": {
             **live.deciding.describe(),

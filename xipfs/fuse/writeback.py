@@ -9,6 +9,7 @@ modelled RAM holds nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,8 +37,12 @@ class WritebackStatistics:
 class Writeback:
     """The flusher of one mount; used from the trio thread."""
 
-    def __init__(self, fs: Filesystem, options: MountOptions) -> None:
+    def __init__(
+        self, fs: Filesystem, options: MountOptions, failed: Callable[[str, Exception], None]
+    ) -> None:
+        """``failed(task, error)`` is told what no request can be answered with."""
         self._fs = fs
+        self._failed = failed
         ram_pages = fs.memory.ram_pages
         self._background = ram_pages * options.dirty_background_ratio // 100
         self._limit = max(ram_pages * options.dirty_ratio // 100, self._background + 1)
@@ -61,7 +66,11 @@ class Writeback:
         """Hear of a WRITE: wake the flusher, or have the writer wait while pages go home."""
         dirty = self._fs.nr_dirty_pages
         if dirty > self._limit:
-            self._pages["throttled"] += self._fs.write_back(dirty - self._limit)
+            try:
+                self._pages["throttled"] += self._fs.write_back(dirty - self._limit)
+            except Exception as error:
+                # What was written is taken, and dirty: fsync will answer with what becomes of it.
+                self._failed("write-back", error)
         if dirty > self._background:
             self._wake.set()
 

@@ -76,6 +76,12 @@ def openmetrics(stats: Json) -> str:
     text.counter(
         "xipfs_observer_lost", "events that the observer lost", [({}, stats["observer"]["lost"])]
     )
+    failures = stats["background"]["failures"].items()
+    text.counter(
+        "xipfs_background_failures",
+        "exceptions in work that no request waits for",
+        (({"task": task}, count) for task, count in failures),
+    )
     for name, value in stats["memory"].items():
         if isinstance(value, int):
             text.gauge(f"xipfs_{name}", f"{name} of the modelled machine", [({}, value)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 import time
 from collections import deque
@@ -39,6 +40,7 @@ _FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
 _FAULT_AROUND_DEFAULT_PAGES: Final = 16
 #: 8 MiB a CPU last 100 ms and more, however fast programs fault.
 _PUMP_INTERVAL_S: Final = 0.020
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +263,12 @@ class Observer:
         """Empty the rings while ``drain``'s caller is busy with what it got."""
         assert self._rings is not None
         while not self._closing.wait(_PUMP_INTERVAL_S):
-            self._rings.pump()
+            try:
+                self._rings.pump()
+            except Exception:
+                # Drains empty them too. What overflows meanwhile is counted as lost.
+                log.exception("the trace's rings are emptied by drains only from now on")
+                return
 
     def _use(self, decoder: Decoder) -> None:
         self._decoder = decoder

@@ -47,7 +47,7 @@ class Adoption:
 class _Request:
     pids: set[int]
     done: threading.Event = field(default_factory=threading.Event)
-    error: OSError | None = None
+    error: Exception | None = None
 
 
 class PidFilter:
@@ -80,7 +80,7 @@ class PidFilter:
         if not request.done.wait(timeout_s):
             raise ObserverError(f"pids {sorted(request.pids)} are not covered after {timeout_s} s")
         if request.error is not None:
-            raise ObserverError(f"set_event_pid refuses pids: {request.error.strerror}")
+            raise ObserverError(f"set_event_pid does not take pids: {request.error!r}")
 
     def close(self) -> None:
         """End the writer after the requests that are waiting."""
@@ -108,10 +108,11 @@ class PidFilter:
             while not self._requests.empty():
                 requests.append(self._requests.get())
             waiting = [request for request in requests if request is not None]
-            error: OSError | None = None
+            error: Exception | None = None
             try:
                 self._take_in({pid for request in waiting for pid in request.pids})
-            except OSError as caught:
+            except Exception as caught:
+                # Whoever waits is told; the thread serves those that come after.
                 error = caught
             for request in waiting:
                 request.error = error

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xipfs.stats.trace_file import COLUMNS, TraceWriter
+from xipfs.stats.trace_columns import COLUMNS
 from xipfs.stats.trace_items import row
+from xipfs.stats.trace_writer import TraceWriter
 
 MS = 1_000_000
 INO, MM = 7, 1

@@ -15,7 +15,8 @@ from xipfs.replay.choice import Choice
 from xipfs.replay.machine import Replay
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.trace import Recorded
-from xipfs.stats.trace_file import TraceError, TraceWriter
+from xipfs.stats.trace_columns import TraceError
+from xipfs.stats.trace_writer import TraceWriter
 
 
 def recorded(policy: str = "fifo", **lost: int) -> Recorded:

@@ -19,7 +19,7 @@ from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.mm.rules import Rules
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.item_log import ItemLog
-from xipfs.stats.trace_file import COLUMNS
+from xipfs.stats.trace_columns import COLUMNS
 from xipfs.trace import events as ev
 
 

@@ -18,8 +18,10 @@ from xipfs.fuse.recording import RecordedFilesystem, Recorder
 from xipfs.mm.rules import Rules
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.item_log import ItemLog
-from xipfs.stats.trace_file import COLUMNS, TraceError, TraceReader, TraceWriter, parse_rows
+from xipfs.stats.trace_columns import COLUMNS, parse_rows
+from xipfs.stats.trace_file import TraceReader
 from xipfs.stats.trace_items import MEANINGS, event_of, event_row, row, values_of
+from xipfs.stats.trace_writer import TraceWriter
 from xipfs.trace import events as ev
 from xipfs.trace.events import MINOR, TRAP, Fault
 
@@ -59,21 +61,6 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--force"):
         TraceWriter(path)
     assert path.read_text() == "mine"
-
-
-def test_cut_and_foreign_files_are_told_apart(tmp_path: Path) -> None:
-    path = tmp_path / "t.parquet"
-    writer = TraceWriter(path)
-    writer.append([ROW])
-    writer.close({})
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(TraceError, match="cut off"):
-        TraceReader(path)
-    path.write_text("something else")
-    with pytest.raises(TraceError, match="not a trace file"):
-        TraceReader(path)
-    with pytest.raises(TraceError, match="cannot be read"):
-        TraceReader(tmp_path / "none")
 
 
 def test_the_log_answers_by_cursor_and_counts_what_was_missed() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from live import COMMAND, ENVIRONMENT, LiveMount, new_image, wait_until, xipfs
 
+from xipfs.stats.partial_trace import partial_of
 from xipfs.stats.trace_file import TraceReader
 from xipfs.stats.trace_items import values_of
 
@@ -75,6 +76,46 @@ def test_the_end_of_the_daemon_ends_the_recording_and_keeps_it(tmp_path: Path) -
     assert (recorder.returncode, b".xipfs" in said) == (1, True), said
     told = json.loads(xipfs("faults", trace, "--json").stdout)
     assert told["metadata"]["losses"]["mount_outlived_recording"] is False
+
+
+def faults_in(partial: Path) -> int:
+    with TraceReader(partial) as reader:
+        return sum(batch["item"].count("fault") for batch in reader.batches())
+
+
+def test_a_killed_recorder_leaves_what_it_had_read(tmp_path: Path) -> None:
+    directory, trace = tmp_path / "mnt", tmp_path / "trace.parquet"
+    mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=tracefs"])
+    try:
+        (directory / "file").write_bytes(b"x" * (48 * 4096))
+        recorder = recording(directory, trace)
+        partial = partial_of(trace)
+        assert partial.stat().st_mode & 0o777 == 0o600
+        follower = subprocess.Popen(
+            [*COMMAND, "faults", partial, "--follow", "--json"],
+            env=ENVIRONMENT, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        subprocess.run([sys.executable, "-c", TOUCH, directory / "file"], check=True)
+        wait_until("three faults recorded", lambda: faults_in(partial) == 3, timeout_s=60)
+        recorder.kill()
+        recorder.communicate()
+        out, _ = follower.communicate(timeout=60)
+    finally:
+        mounted.close()
+    refused = xipfs("faults", trace, check=False)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert f"its recording was cut off; {partial} has what was recorded" in refused.stderr
+    losses = {"mount_outlived_recording": True, "faults": 3}
+    losses |= {"faults_missed": 0, "items_missed": 0, "events_lost": 0}
+    told = json.loads(xipfs("faults", partial, "--by", "page", "--json").stdout)
+    assert (told["metadata"]["losses"], told["metadata"]["unfinished"]) == (losses, "cut off")
+    assert [(line["page"], line["faults"]) for line in told["lines"]] == [(0, 1), (16, 1), (32, 1)]
+    table = xipfs("faults", partial).stdout.splitlines()
+    assert table[0] == "3 faults, 0 missed, 0 events lost; observer tracefs; cut off"
+    assert follower.returncode == 0
+    *faults, last = map(json.loads, out.splitlines())
+    assert [fault["page"] for fault in faults] == [0, 16, 32]
+    assert last == {"losses": losses, "unfinished": "cut off"}
 
 
 TOUCH_AGAIN = """

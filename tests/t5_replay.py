@@ -117,6 +117,7 @@ def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
         "items_missed": 0,
         "faults_before_start": 0,
         "ptes_before_start": 0,
+        "cut_off": 0,
     }
     assert answer["replay"]["exact"] is True
     assert answer["replay"]["moves_differ"] == 0

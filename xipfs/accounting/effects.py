@@ -37,7 +37,7 @@ NO_PTE: Final = "none"
 
 
 class Effect(NamedTuple):
-    """Changes are those of the model; ``trace_file.COLUMNS`` explains each field."""
+    """Changes are those of the model; ``trace_columns.COLUMNS`` explains each field."""
 
     handled: str
     pte_made: str

@@ -18,7 +18,9 @@ from xipfs.cli.record import Seen
 from xipfs.cli.stream import POLL_S, asked_to_end
 from xipfs.errors import MountError
 from xipfs.fuse.mounts import mount_of
-from xipfs.stats.trace_file import COLUMNS, FAULT_COLUMNS, TraceReader
+from xipfs.stats.partial_trace import follow
+from xipfs.stats.trace_columns import COLUMNS, FAULT_COLUMNS
+from xipfs.stats.trace_file import TraceReader, is_partial
 
 #: A table that is followed is printed so often, if it has changed.
 TABLE_INTERVAL_S: Final = 1.0
@@ -52,11 +54,24 @@ def run(args: argparse.Namespace) -> int:
         view = TableView(args.by or "process", args.json, follow=args.follow)
     if os.path.isdir(args.path):
         return watch(args.path, view)
+    if args.follow and is_partial(args.path):
+        follow_file(args.path, view)
+        return 0
     with TraceReader(args.path) as trace:
         for batch in trace.batches():
             view.add(batch)
         view.end(trace.metadata)
     return 0
+
+
+def follow_file(path: Path, view: View) -> None:
+    """Show what is recorded into the file until its recording ends, or until interrupted."""
+    with asked_to_end() as asked:
+        for batch, metadata in follow(path, lambda: not (asked.wait(POLL_S) or reader_left())):
+            if batch:
+                view.add(batch)
+                view.tick(metadata["losses"])
+    view.end(metadata)
 
 
 def watch(directory: Path, view: View) -> int:
@@ -74,19 +89,19 @@ def watch(directory: Path, view: View) -> int:
             except MountError as error:
                 ended, more = error, False
             view.tick(seen.stream.losses())
-            _check_reader()
+            if reader_left():
+                raise BrokenPipeError
     view.end(seen.metadata())
     if ended is not None:
         raise ended
     return 0
 
 
-def _check_reader() -> None:
-    """Raise BrokenPipeError if whoever reads our output has gone: there may be none for long."""
+def reader_left() -> bool:
+    """Return whether whoever reads our output has gone; nothing may be written for long."""
     output = select.poll()
     output.register(sys.stdout, 0)
-    if any(what & select.POLLERR for _, what in output.poll(0)):
-        raise BrokenPipeError
+    return any(what & select.POLLERR for _, what in output.poll(0))
 
 
 class View(Protocol):
@@ -130,7 +145,8 @@ class LineView:
 
     def end(self, metadata: Json) -> None:
         """Tell the totals."""
-        self._tell({"losses": metadata["losses"]}, totals(metadata["losses"]))
+        answer: Json = {key: metadata[key] for key in ("losses", "unfinished") if key in metadata}
+        self._tell(answer, totals(metadata["losses"]) + unfinished(metadata))
 
     def _tell(self, answer: Json, text: str) -> None:
         if self._json:
@@ -138,6 +154,11 @@ class LineView:
         else:
             sys.stdout.flush()
             print(f"xipfs faults: {text}", file=sys.stderr, flush=True)
+
+
+def unfinished(metadata: Json) -> str:
+    """Return what is to be said of a recording that was not ended."""
+    return f"; {metadata['unfinished']}" if "unfinished" in metadata else ""
 
 
 def fault_line(fault: Json) -> str:
@@ -185,5 +206,6 @@ class TableView:
         elif self._json:
             print(json.dumps({"metadata": metadata, **answer}, indent=2))
         else:
-            print(f"{totals(metadata['losses'])}; observer {metadata['observer']['mode']}")
+            mode = metadata["observer"]["mode"]
+            print(f"{totals(metadata['losses'])}; observer {mode}{unfinished(metadata)}")
             print("\n".join(self._table.as_text()))

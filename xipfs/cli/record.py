@@ -14,7 +14,7 @@ from xipfs.cli.client import Json, ask
 from xipfs.cli.stream import POLL_S, Stream, asked_to_end
 from xipfs.errors import MountError
 from xipfs.fuse.mounts import Mount, mount_at
-from xipfs.stats.trace_file import TraceWriter
+from xipfs.stats.trace_writer import TraceWriter
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +63,14 @@ def record(
     recording is interrupted elsewhere than in ``wait``.
     """
     seen = Seen(mount)
-    writer = TraceWriter(path, force=force)
+    writer = TraceWriter(path, seen.metadata(), force=force)
     more = True
     try:
         while more:
             more = wait(seen.stream.faults, seen.missed)
             for rows in seen.stream.poll():
                 writer.append(rows)
+            writer.flush(seen.stream.losses())
     finally:
         told = seen.metadata()
         writer.close({**told, **also()})

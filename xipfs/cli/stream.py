@@ -16,14 +16,14 @@ from typing import Any, Final
 
 from xipfs.cli.client import Json, ask
 from xipfs.fuse.mounts import Mount
-from xipfs.stats.trace_file import parse_rows
+from xipfs.stats.trace_columns import parse_rows
 
 POLL_S: Final = 0.2
 #: Beyond any number: the daemon begins to keep what comes, and answers with the next number.
 _START: Final = 10**15 - 1
 
 Rows = list[list[Any]]
-"""Each in the order of ``trace_file.COLUMNS``."""
+"""Each in the order of ``trace_columns.COLUMNS``."""
 
 
 class Stream:

@@ -17,7 +17,8 @@ from xipfs.replay.choice import Choice
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.simulate import most_hits
 from xipfs.replay.trace import Page, first_rows, recorded, touches_of
-from xipfs.stats.trace_file import TraceError, TraceReader
+from xipfs.stats.trace_columns import TraceError
+from xipfs.stats.trace_file import TraceReader
 from xipfs.units import PAGE_SHIFT
 
 #: Stands for Belady's bound in place of a policy; no policy can be called so.

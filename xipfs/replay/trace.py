@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from xipfs.stats.trace_file import TraceError, TraceReader
+from xipfs.stats.trace_columns import TraceError
+from xipfs.stats.trace_file import TraceReader
 from xipfs.stats.trace_items import values_of
 from xipfs.trace.events import MAJOR
 from xipfs.units import PAGE_SHIFT
@@ -67,6 +68,7 @@ def recorded(trace: TraceReader, path: Path) -> Recorded:
                 "items_missed": losses["items_missed"],
                 "faults_before_start": start["faults"],
                 "ptes_before_start": start["ptes"],
+                "cut_off": int("unfinished" in told),
             },
         )
     except (KeyError, TypeError) as missing:

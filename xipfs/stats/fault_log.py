@@ -8,7 +8,7 @@ from typing import Any, Final
 from xipfs.accounting.charges import Charge, ChargeBatch
 from xipfs.accounting.effects import Effect
 from xipfs.stats.kept_log import KeptLog
-from xipfs.stats.trace_file import FAULT_COLUMNS
+from xipfs.stats.trace_columns import FAULT_COLUMNS
 from xipfs.trace.events import Fault
 from xipfs.trace.fault_batch import FaultBatch
 

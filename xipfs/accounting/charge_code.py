@@ -52,18 +52,20 @@ run = _make(
 
 def _make_zap(version: int) -> bulk_zap.Run:
     def zap(
-        places: Any,
+        stretches: Any,
         entries: Any,
         refcount: Any,
         mapcount: Any,
         page_flags: Any,
         vm_flags: int,
         zero_pfn: int,
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, int]:
         if not version:
-            return 0, 0
-        raw, files = _zap(places, entries, refcount, mapcount, page_flags, vm_flags, zero_pfn)
-        return raw, files
+            return 0, 0, 1
+        raw, files, left = _zap(
+            stretches, entries, refcount, mapcount, page_flags, vm_flags, zero_pfn
+        )
+        return raw, files, left
 
     compiled: bulk_zap.Run = numba.njit(cache=True, **_OPTIONS)(zap)
     return compiled

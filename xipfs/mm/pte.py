@@ -35,8 +35,8 @@ PTE_PFN_SHIFT: Final = 12
 #: Bits that mprotect leaves alone (rule P10); the rest comes from the VMA's new protection.
 PTE_CHG_MASK: Final = ~(PTE_WRITE | PTE_PRESENT)
 
-Places = npt.NDArray[np.int64]
-_NO_PLACES: Final = np.zeros(0, np.int64)
+Stretches = npt.NDArray[np.int64]
+_NO_STRETCHES: Final = np.zeros((0, 2), np.int64)
 PTRS_PER_PTE: Final = PTRS_PER_TABLE
 _TABLE_SHIFT: Final = 9
 _SLOT_MASK: Final = PTRS_PER_PTE - 1
@@ -154,34 +154,36 @@ class PageTables:
                 if pte:
                     yield base + (slot << PAGE_SHIFT), pte
 
-    def places(self, start: int, end: int) -> tuple[Places, Places]:
-        """Return the non-empty entries of [start, end): places in the pool's array, addresses."""
-        numbers, leaves = self._leaves(start, end)
-        tables = self.pool.array.reshape(-1, PTRS_PER_PTE)[leaves // PTRS_PER_PTE]
-        rows, slots = np.nonzero(tables)
-        addresses = (numbers[rows] << LEAF_SHIFT) + (slots << PAGE_SHIFT)
-        inside = (addresses >= start) & (addresses < end)
-        return (leaves[rows] + slots)[inside], addresses[inside]
+    def stretches(self, start: int, end: int) -> Stretches:
+        """Return where the entries of [start, end) lie in the pool's array, leaf by leaf.
 
-    def replace(self, start: int, end: int, pte: int) -> int:
-        """Store ``pte`` in every non-empty entry of [start, end); return how many there were."""
-        places, _ = self.places(start, end)
-        self.pool.array[places] = pte
-        return len(places)
-
-    def _leaves(self, start: int, end: int) -> tuple[Places, Places]:
-        """Return the leaves that meet [start, end): ``address >> LEAF_SHIFT``, names; in order."""
+        One row a leaf, (first, past the last), in address order.
+        """
         first, last = start >> LEAF_SHIFT, (end - PAGE_SIZE) >> LEAF_SHIFT
-        numbers, leaves = [_NO_PLACES], [_NO_PLACES]
+        found = [_NO_STRETCHES]
         for region in self._regions(first >> _TABLE_SHIFT, last >> _TABLE_SHIFT):
             base = region << _TABLE_SHIFT
             low, high = max(first, base), min(last, base | _SLOT_MASK) + 1
             middle = self.middles[region] - base
             table = self.pool.array[middle + low : middle + high]
             there = np.flatnonzero(table)
-            numbers.append(there + low)
-            leaves.append(table[there])
-        return np.concatenate(numbers), np.concatenate(leaves)
+            leaves, pages = table[there], there + low << _TABLE_SHIFT
+            starts = np.maximum((start >> PAGE_SHIFT) - pages, 0)
+            stops = np.minimum((end >> PAGE_SHIFT) - pages, PTRS_PER_PTE)
+            found.append(np.stack([leaves + starts, leaves + stops], axis=1))
+        return np.concatenate(found)
+
+    def replace(self, start: int, end: int, pte: int) -> int:
+        """Store ``pte`` in every non-empty entry of [start, end); return how many there were."""
+        count = 0
+        for first, stop in self.stretches(start, end).tolist():
+            entries = self.pool.array[first:stop]
+            count += int(np.count_nonzero(entries))
+            if pte:
+                entries[entries != 0] = pte
+            else:
+                entries[:] = 0
+        return count
 
     def _leaf(self, key: int) -> int:
         middle = self.middles.get(key >> _TABLE_SHIFT)

@@ -218,7 +218,7 @@ class Table:
         names = {name: letters for name, _, letters in (each.rpartition("=") for each in moves)}
         before = {name: _times(self.directory, name) for name in names}
         if before:
-            _wait_for_the_clock(max(max(times) for times in before.values()))
+            _wait_for_the_clock(max(ctime_ns for _, _, ctime_ns in before.values()))
         if user not in self._workers:
             self._workers[user] = Worker(self.directory, user, carry_out)
         result = self._workers[user].do(tuple(call))

@@ -20,8 +20,7 @@ from pathlib import Path
 from acting import ALICE, BOB, SHARED_GROUP, USERS, UTIME_NOW, UTIME_OMIT, Call, Worker
 
 DIRECTORY_MODES = [0o755, 0o777, 0o1777, 0o2777, 0o3775, 0o700, 0o555, 0o711]
-#: Not 02644: the kernel takes that bit away from files, but does not tell FUSE to.
-FILE_MODES = [0o644, 0o666, 0o4755, 0o2755, 0o6777, 0o600, 0o000, 0o777, 0o1666]
+FILE_MODES = [0o644, 0o666, 0o2666, 0o6644, 0o4755, 0o2755, 0o6777, 0o600, 0o000, 0o777, 0o1666]
 OPEN_FLAGS = [os.O_RDONLY, os.O_WRONLY, os.O_RDWR]
 MORE_FLAGS = [0, os.O_CREAT, os.O_CREAT | os.O_EXCL, os.O_TRUNC, os.O_CREAT | os.O_TRUNC]
 MORE_FLAGS += [os.O_DIRECTORY, os.O_NOFOLLOW, os.O_APPEND, os.O_CREAT | os.O_DIRECTORY]

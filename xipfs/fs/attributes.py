@@ -70,18 +70,6 @@ class Attributes:
             self._content.grow(ino, size_bytes, amend)
 
 
-def bytes_changed_by_other(mode: int) -> int:
-    """Return the permission bits that are left once an unprivileged user changed the bytes.
-
-    The set-group-ID bit without group execution means mandatory locking and stays.
-
-    >>> oct(bytes_changed_by_other(0o106775)), oct(bytes_changed_by_other(0o102765))
-    ('0o775', '0o2765')
-    """
-    left = stat.S_IMODE(mode) & ~stat.S_ISUID
-    return left & ~stat.S_ISGID if left & stat.S_IXGRP else left
-
-
 def _amend(inode: Inode, change: AttrChange, now_ns: int) -> None:
     if change.mode is not None:
         inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(change.mode)

@@ -14,6 +14,7 @@ import pyfuse3
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fuse.control import CONTROL_NAME, ControlTree
+from xipfs.fuse.setid import mode_after_setattr
 from xipfs.fuse.translate import entry_of, handler, no_entry, unanswered
 
 
@@ -227,10 +228,16 @@ class NameOperations(pyfuse3.Operations):
             raise FsError(errno.EPERM)
         if fields.update_size:
             await self.hooks.before_change(inode, attr.st_size)
+        mode = attr.st_mode if fields.update_mode else None
+        empty = not (
+            fields.update_mode or fields.update_size or fields.update_uid or fields.update_gid
+        )
+        if not empty or not (fields.update_atime or fields.update_mtime):
+            mode = mode_after_setattr(self.fs.getattr(inode), mode, ctx, empty=empty)
         return entry_of(
             self.fs.setattr(
                 inode,
-                mode=attr.st_mode if fields.update_mode else None,
+                mode=mode,
                 uid=attr.st_uid if fields.update_uid else None,
                 gid=attr.st_gid if fields.update_gid else None,
                 size_bytes=attr.st_size if fields.update_size else None,

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import pyfuse3
 
-from xipfs.fs.attributes import bytes_changed_by_other
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import WriteOrigin
 from xipfs.fuse.control import ControlHandle
 from xipfs.fuse.names import NameOperations, RequestHooks
+from xipfs.fuse.setid import mode_after_emptying
 from xipfs.fuse.translate import entry_of, handler
 from xipfs.memory.region import Buffer
 
@@ -58,14 +58,9 @@ class Operations(NameOperations):
             return pyfuse3.FileInfo(fh=fh, direct_io=True, nonseekable=True)
         if flags & os.O_TRUNC:
             await self.hooks.before_change(inode, 0)
-            self._empty(inode, privileged=ctx.uid == 0)
+            mode = mode_after_emptying(self.fs.getattr(inode), ctx)
+            self.fs.setattr(inode, size_bytes=0, mode=mode)
         return await self._open_file(fh, inode, flags, ctx)
-
-    def _empty(self, ino: int, *, privileged: bool) -> None:
-        """O_TRUNC. Of all changes of bytes, only here the kernel leaves the set-id bits to us."""
-        mode = self.fs.getattr(ino).mode
-        kept = None if privileged else bytes_changed_by_other(mode)
-        self.fs.setattr(ino, size_bytes=0, mode=kept)
 
     async def _open_file(
         self, fh: pyfuse3.FileHandleT, ino: int, flags: int, ctx: pyfuse3.RequestContext

@@ -36,7 +36,7 @@ from xipfs.trace.events import (
     Zap,
 )
 from xipfs.trace.fault_batch import expanded
-from xipfs.trace.grammar import SETTLE_NS, Grammar
+from xipfs.trace.grammar import Grammar
 from xipfs.trace.output import Output
 from xipfs.trace.pids import Adoption
 from xipfs.trace.proc import Identity, MapsLine
@@ -109,6 +109,12 @@ class Script:
         """Feed what was written and return the events, the cache's left out."""
         self.exit(tid=PID)
         return self.events()
+
+    def settle(self, over: bool | None = None, looked_after_ns: int = 0) -> int | None:
+        """Settle with this answer for all; return the oldest that may be over and is not told."""
+        looked_ns = self.now + looked_after_ns
+        self.grammar.settle(self.now, lambda _: over, lambda: looked_ns)
+        return self.grammar.unsettled_ns
 
     def events(self) -> list[Event]:
         rows, self.rows = self.rows, []
@@ -291,22 +297,57 @@ def test_a_fault_still_in_the_kernel_comes_later_once(script: Script) -> None:
     script.fault(0)
     script.add(0)
     assert only(script.events(), Fault) == []
-    script.grammar.settle(script.now + 10, lambda _tid: False)  # it waits for its page
+    assert script.settle(False) is None  # it waits for its page
     assert script.events() == []
     script.fault(0)
     events = script.events()
-    script.grammar.settle(script.now + 10, lambda _tid: None)  # it has only just run
+    assert script.settle(None) == script.now  # it runs
     assert only(events + script.events(), Fault) == []
-    script.grammar.settle(script.now + SETTLE_NS + 1, lambda _tid: None)
+    assert script.settle(True) == script.now
+    assert only(script.events(), Fault) == []
+    assert script.settle() is None
     assert faults(script.events()) == [(0, MAJOR)]
     assert faults(script.end()) == []
+
+
+def test_no_time_ends_a_fault_whose_thread_stands_still(script: Script) -> None:
+    """Between the look-up and the page's coming into the cache: what came next is known then."""
+    script.pf(BASE)
+    script.fault(0)
+    script.events()
+    script.now += 3_600_000_000_000
+    script.settle(None)
+    script.now += 3_600_000_000_000
+    script.settle(None)
+    assert only(script.events(), Fault) == []
+    script.add(0)
+    script.map(0, 0)
+    assert faults(script.end()) == [(0, MAJOR)]
+    assert script.unfollowed == {}
+
+
+def test_what_proc_says_is_of_later_than_the_records(script: Script) -> None:
+    """Found over, but what it did between the last record read and the look is still to come."""
+    script.pf(BASE)
+    script.fault(0)
+    script.events()
+    assert script.settle(True, looked_after_ns=10_000) == script.now
+    assert script.settle(looked_after_ns=-1) == script.now, "not read up to the look yet"
+    script.add(0)
+    script.fault(0)
+    assert only(script.events(), Fault) == []
+    assert script.settle(True) == script.now
+    assert script.settle() is None
+    assert faults(script.events()) == [(0, MAJOR)]
+    assert script.unfollowed == {}
 
 
 def test_a_thread_that_went_on_to_a_system_call_has_left_its_fault(script: Script) -> None:
     script.pf(BASE)
     script.map(0, 15)
     script.events()
-    script.grammar.settle(script.now + 1, lambda _tid: True)
+    script.settle(True)
+    script.settle()
     assert faults(script.events()) == [(0, MINOR)]
 
 
@@ -662,6 +703,9 @@ def test_a_call_over_what_was_told_is_a_change_until_it_returns(
     script.pf(BASE)
     script.map(0, 15)
     script.events()
+    assert script.grammar.changing() == frozenset({1}), "a fault is one, too"
+    script.settle(True)
+    script.settle()
     assert script.grammar.changing() == frozenset()
     script.enter(call, *arguments)
     script.events()
@@ -674,8 +718,8 @@ def test_a_call_over_what_was_told_is_a_change_until_it_returns(
 @pytest.mark.parametrize("end", ["exit", "lost"])
 def test_a_call_that_never_returns_is_no_change_for_ever(script: Script, end: str) -> None:
     script.newtask(101, 0x100 | 0x10000)
-    script.pf(BASE)
-    script.map(0, 15)
+    touched(script, 0)
+    script.call("munlock", 0, PAGE)
     script.enter("munmap", BASE, 32 * PAGE, tid=101)
     script.events()
     assert script.grammar.changing() == frozenset({1})

@@ -170,7 +170,7 @@ def compare(seed: int, run: Run, count: int) -> int:
         plain.feed(np.array(rows, np.uint64), choose.choice([0, 1, 8, 64]))
         if choose.random() < 0.3:
             for script in (alone, both):
-                script.grammar.settle(alone.now, lambda tid: tid == PID)
+                script.grammar.settle(alone.now, lambda t: t.tid == PID, lambda: alone.now)
         expected, got = alone.output.take(), both.output.take()
         assert list(expanded(got)) == expected
         assert both.unfollowed == alone.unfollowed

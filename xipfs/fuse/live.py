@@ -44,7 +44,6 @@ from xipfs.stats.series import Series
 from xipfs.trace.direct_io import pages_in_flight
 from xipfs.trace.events import Event
 from xipfs.trace.fault_batch import FaultBatch, steps
-from xipfs.trace.grammar import SETTLE_NS
 from xipfs.units import PAGE_SHIFT, pages_of
 
 log = logging.getLogger(__name__)
@@ -52,8 +51,9 @@ log = logging.getLogger(__name__)
 #: The ring holds some 200,000 events a CPU; at a million events a second that is 200 ms.
 DRAIN_INTERVAL_S: Final = 0.010
 IDLE_INTERVAL_S: Final = 0.080
-#: A fault whose last record is older than this is over, plus a margin for our own clock reading.
-_SETTLE_S: Final = SETTLE_NS / 1e9 + 0.001
+#: Between two questions whether a fault is over, and until it is left to a later drain.
+_SETTLE_PAUSE_S: Final = 0.001
+_SETTLE_MAX_S: Final = 0.2
 #: Events accounted in one piece, some 10 ms of work; between pieces requests are served.
 _BATCH_EVENTS: Final = 1000
 
@@ -250,12 +250,14 @@ class Live:
     async def drain_settled(self) -> int:
         """Charge every fault that was over before this call; return how many events there were.
 
-        Of a thread that runs on, only the age of its last record tells that no more will follow:
-        where there is such a fault, it is waited for.
+        One of a thread that runs on is known to be over by the next drain, if its page is mapped.
+        If that has gone again (see ``trace.settling``) the thread must have run for a while; one
+        that gets no processor is not waited for.
         """
+        before_ns, give_up_s = time.monotonic_ns(), trio.current_time() + _SETTLE_MAX_S
         drained = await self.drain()
-        if self.observer.unsettled():
-            await trio.sleep(_SETTLE_S)
+        while self.observer.unsettled(before_ns) and trio.current_time() < give_up_s:
+            await trio.sleep(_SETTLE_PAUSE_S)
             drained += await self.drain()
         return drained
 

@@ -60,8 +60,8 @@ class LiveObserver(Protocol):
         """
         ...
 
-    def unsettled(self) -> bool:
-        """Return whether a fault is seen but not told yet that may be over by now."""
+    def unsettled(self, before_ns: int) -> bool:
+        """Return whether a fault is not told yet that may have been over by ``before_ns``."""
         ...
 
     def comm(self, pid: int) -> str:
@@ -118,12 +118,13 @@ class TracefsObserver:
         return self._observer.drain(until_ns), not self._observer.behind
 
     def changing(self) -> frozenset[int]:
-        """Return the address spaces inside a call that changes them, as of the last drain."""
+        """Return the address spaces that were being changed at the last drain; never blocks."""
         return frozenset() if self._observer is None else self._observer.changing
 
-    def unsettled(self) -> bool:
+    def unsettled(self, before_ns: int) -> bool:
         """Return what the last drain left open; never blocks."""
-        return self._observer is not None and self._observer.unsettled
+        oldest_ns = None if self._observer is None else self._observer.unsettled_ns
+        return oldest_ns is not None and oldest_ns <= before_ns
 
     def comm(self, pid: int) -> str:
         """Return the name the kernel last gave."""
@@ -214,7 +215,7 @@ class RequestsObserver:
             del self._comms[pid]
         return events, True
 
-    def unsettled(self) -> bool:
+    def unsettled(self, before_ns: int) -> bool:
         """A READ request is told at once."""
         return False
 
@@ -267,7 +268,7 @@ class NoObserver:
         """Return nothing."""
         return [], True
 
-    def unsettled(self) -> bool:
+    def unsettled(self, before_ns: int) -> bool:
         """Return that there is none."""
         return False
 

@@ -1,9 +1,9 @@
 """Verification on a live mount: look at /proc and at the events until both are of one moment.
 
 A look is good if no event of that address space lies between the drain before it and the drain
-after it, and no thread is inside a call that changes mappings at the end: the kernel walks their
-page tables meanwhile, and the call's effect is known when it returns. (One that ended in between
-has made an event, one that began later has changed nothing that was read.) A program that never
+after it, and no thread is inside a fault, or a call that changes mappings, at the second: the
+kernel is at work on its page tables, and what it did is known when it returns. (What ended in
+between has made an event, what began later has changed nothing that was read.) A program that never
 stands still for a look is told as unknown, not guessed. Looks wait for mmap locks, so they are
 taken in a worker thread (see ``trace.pagemap``).
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ATTEMPTS: Final = 5
-#: Until the next attempt when a call was under way; twice as long each time.
-_CALL_PAUSE_S: Final = 0.01
+#: Until the next attempt when a fault or a call was under way; twice as long each time.
+_BUSY_PAUSE_S: Final = 0.01
 _REPAIR_INTERVAL_S: Final = 0.1
 _AUDIT_INTERVAL_S: Final = 1.0
 #: A larger address space is left to ``xipfs verify``: 32 MiB of pagemap a second are enough.
 _AUDIT_PAGES_MAX: Final = 4 << 20
 RESTLESS: Final = "its process never stood still"
-IN_CALL: Final = "its process was inside a call that changes mappings at each look"
+BUSY: Final = "its process was inside a fault or a call that changes mappings at each look"
 UNTOLD: Final = "in a mapping that made no fault since it was found"
 
 
@@ -100,7 +100,7 @@ class Verifier:
         for number in alive:
             look = looks[number]
             if number in changing:
-                moved[number] = IN_CALL
+                moved[number] = BUSY
             elif look is None or books.kernel.changes[number] != before[number]:
                 moved[number] = RESTLESS
             else:
@@ -150,8 +150,8 @@ class Verifier:
                 verify.learn(books, number, result)
             if whole or (pid is not None and not restless):
                 break
-            if IN_CALL in restless.values():
-                await trio.sleep(_CALL_PAUSE_S * 2**attempt)
+            if BUSY in restless.values():
+                await trio.sleep(_BUSY_PAUSE_S * 2**attempt)
         return self._answer(results, rss, restless, counts, copies, broken)
 
     def _answer(

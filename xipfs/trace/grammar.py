@@ -7,6 +7,7 @@ and the question when a fault is complete though its thread has done nothing sin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -20,9 +21,6 @@ from xipfs.trace.threads import Space, Thread
 from xipfs.trace.vmas import Vma
 
 Row = Sequence[int]
-#: A thread that is running and has recorded nothing for this long has left its last fault: between
-#: two records of a fault without I/O lie microseconds.
-SETTLE_NS: Final = 2_000_000
 _OF_FILES: Final = frozenset({records.FAULT, records.MAP_PAGES})
 
 
@@ -54,6 +52,8 @@ class Grammar:
         self._adoptions = adoptions
         #: Threads inside a call on another process's memory, and whose.
         self._foreign: dict[int, int] = {}
+        #: The last record of the oldest fault that ``settle`` did not report and that may be over.
+        self.unsettled_ns: int | None = None
         self.faults = Faults(processes, self._calls, fault_around_pages)
         self._handlers: dict[int, Callable[[Thread, Row], None]] = {
             records.MA_WRITE: self._ma_write,
@@ -92,32 +92,42 @@ class Grammar:
             else:
                 handlers[kind](thread, row)
 
-    def settle(self, now_ns: int, in_system_call: Callable[[int], bool | None]) -> None:
-        """Report the open faults that are complete, though nothing closed them yet.
+    def settle(
+        self,
+        fed_ns: int,
+        is_over: Callable[[Thread], bool | None],
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """Report the open faults that are over, though nothing closed them yet.
 
-        ``in_system_call`` answers for a thread as ``proc.in_system_call`` does. A fault whose page
-        this thread has just added to the page cache waits for I/O and makes another record.
+        All records up to ``fed_ns`` were fed. ``is_over`` (see ``settling``) looks later, and the
+        fault may have made its last ones in between: so what it finds over is reported by the first
+        call after the records up to that look were fed, if none of this fault was among them.
         """
+        self.unsettled_ns = None
         for thread in list(self._threads.values()):
             if not _is_untold(thread):
                 continue
-            answer = in_system_call(thread.tid)
-            waits = thread.pf_added and not thread.pf_retries
-            if thread.pf_kernel or (waits and thread.pf_origin == events.UNTRACED):
-                # A system call is where it is, or may be, in either case.
-                answer = None
-            old = now_ns - thread.pf_last_ns > SETTLE_NS
-            if answer or (answer is None and old and not waits):
-                self.faults.report(thread)
-
-    def unsettled(self) -> bool:
-        """Return whether a fault of the mount is open that may be over: only time will tell."""
-        return any(map(_is_untold, self._threads.values()))
+            last_ns = thread.pf_last_ns
+            if thread.pf_over[0] == last_ns:
+                if thread.pf_over[1] <= fed_ns:
+                    self.faults.report(thread)
+                    continue
+            else:
+                answer = is_over(thread)
+                if answer is False:
+                    continue
+                if answer:
+                    thread.pf_over = (last_ns, clock())
+            self.unsettled_ns = min(last_ns, self.unsettled_ns or last_ns)
 
     def changing(self) -> frozenset[int]:
-        """Return the address spaces that a thread is changing in a system call now."""
-        threads = self._threads.values()
-        return frozenset(t.space.id for t in threads if self._calls.is_changing(t))
+        """Return the address spaces that a thread is changing now, in a system call or a fault."""
+        return frozenset(
+            thread.space.id
+            for thread in self._threads.values()
+            if _is_untold(thread) or self._calls.is_changing(thread)
+        )
 
     def bury(self, now_ns: int) -> None:
         """End the threads whose exit made no record: untraced ones, and after a loss any."""

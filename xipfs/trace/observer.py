@@ -34,6 +34,7 @@ from xipfs.trace.processes import Processes
 from xipfs.trace.records import ADOPT, COLUMNS
 from xipfs.trace.ring import Decoder, PlainDecoder, Plan, Rows
 from xipfs.trace.rings import Rings
+from xipfs.trace.settling import is_over
 from xipfs.units import PAGE_SIZE
 
 _FAULT_AROUND: Final = Path("/sys/kernel/debug/fault_around_bytes")
@@ -131,10 +132,10 @@ class Observer:
         self._adoptions: dict[int, Adoption] = {}
         self._held: Rows = np.zeros((0, COLUMNS), np.uint64)
         self._events = 0
-        #: Whether the last drain saw a fault that may be over and did not tell it yet; if not,
-        #: every fault that was over before that drain has been told. Needs no lock to be read.
-        self.unsettled = False
-        #: The address spaces that a thread was changing in a system call when the last drain ended.
+        #: The last record of the oldest fault that may be over and that the last drain did not
+        #: tell, if there is one. Needs no lock to be read, as all of these.
+        self.unsettled_ns: int | None = None
+        #: The address spaces that a thread was changing, in a call or a fault, at the last drain.
         self.changing: frozenset[int] = frozenset()
         #: Whether the last drain left older records undecoded.
         self.behind = False
@@ -180,7 +181,7 @@ class Observer:
             return False
         try:
             assert self._rings is not None
-            left = self.unsettled or len(self._held) or self._adoption_rows
+            left = self.changing or self.behind or len(self._held) or self._adoption_rows
             return not (left or self._processes.newcomers) and self._rings.empty()
         finally:
             self._lock.release()
@@ -189,8 +190,8 @@ class Observer:
         """Return what happened until ``until_ns`` (default: now) and was not returned before.
 
         In the order in which it took effect. A fault that is still inside the kernel comes with a
-        later call, once; so does the last one of a thread that runs on, until it is older than
-        ``grammar.SETTLE_NS``: ``unsettled`` tells whether there is one to wait for. Of a backlog
+        later call, once. So does the last one of a thread that runs on: with the next call if its
+        page is mapped; ``unsettled_ns`` tells whether there is one to ask for again. Of a backlog
         one call returns a part, and ``behind`` says so.
         """
         with self._lock, _collector_paused():
@@ -202,12 +203,12 @@ class Observer:
             self._plain.feed(rows)
             if not self.behind:
                 # What /proc says now is later than records that wait to be decoded.
-                self._grammar.settle(cut_ns, proc.in_system_call)
+                self._grammar.settle(cut_ns, is_over)
                 self._grammar.bury(cut_ns)
             if self._processes.newcomers:
                 newcomers, self._processes.newcomers = self._processes.newcomers, []
                 self.add_pids(newcomers, timeout_s=0)
-            self.unsettled = self.behind or self._grammar.unsettled()
+            self.unsettled_ns = 0 if self.behind else self._grammar.unsettled_ns
             self.changing = self._grammar.changing()
             return self._output.take()
 

@@ -132,3 +132,19 @@ def in_system_call(tid: int) -> bool | None:
     if text.startswith("running"):
         return None
     return not text.startswith("-1")
+
+
+def sleeps_lightly(tid: int) -> bool:
+    """Tell whether any signal would wake thread ``tid``, which a sleep for a lock is not (S)."""
+    try:
+        return (_PROC / str(tid) / "stat").read_bytes().rpartition(b") ")[2].startswith(b"S")
+    except OSError:
+        return True
+
+
+def run_ns(tid: int) -> int:
+    """Return how long thread ``tid`` has been on a processor, as of the last tick; 0 if unknown."""
+    try:
+        return int((_PROC / str(tid) / "schedstat").read_text().split()[0])
+    except OSError:
+        return 0

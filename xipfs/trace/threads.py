@@ -50,6 +50,8 @@ class Thread:
         "pf_mapped_last",
         "pf_open",
         "pf_origin",
+        "pf_over",
+        "pf_ran",
         "pf_reported",
         "pf_retries",
         "pf_signal",
@@ -88,3 +90,7 @@ class Thread:
         self.pf_added = self.pf_mapped_last = self.pf_reported = self.pf_copied = False
         self.pf_ambiguous = False
         self.pf_arounds: list[tuple[int, int]] = []
+        #: The last record of the fault that was found over, and when it was found so.
+        self.pf_over = (0, 0)
+        #: The last record of a fault that may be over, and how long the thread had run by then.
+        self.pf_ran = (0, 0)

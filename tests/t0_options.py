@@ -102,7 +102,6 @@ def test_readahead_off_is_zero() -> None:
         ("medium=mine.toml:a", "mine.toml is not absolute; expected /path/to/FILE:TABLE"),
         ("hint=-1", "hint=-1; expected a whole number of 0 or more"),
         ("hint=5,observe=off", "hint= with observe=off; expected observe=tracefs"),
-        ("policy=threshold,promote=0", "promote=0; expected a whole number of 1 or more"),
         ("dry", "dry without a policy; expected policy=NAME,dry"),
         ("promote=2", "unknown mount option 'promote'"),
     ],

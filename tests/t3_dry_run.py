@@ -161,7 +161,7 @@ def test_a_dry_policy_goes_on_as_if_its_moves_were_made() -> None:
 
 
 def test_a_page_demoted_in_imagination_is_touched_on_the_medium() -> None:
-    dry = DryRun(make_policy("clock", [("high", 75), ("low", 50)], 4), 4)
+    dry = DryRun(make_policy("clock", [("high", 75), ("low", 50), ("stay_ms", 0)], 4), 4)
     for page in range(3):
         dry.hear(Signal(MS, MOVED, 0, 7, page, PteKind.PAGECACHE), page + 1)
     assert (dry.would.demoted, dry.would.promoted) == (1, 0), "at the third of four frames"

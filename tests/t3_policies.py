@@ -22,6 +22,7 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.deciding import Deciding
 from xipfs.migrate.decider import Decider, done, merged
+from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.parts import REMEMBERED_PAGES, Remembered, Residents, Watermarks
 from xipfs.migrate.policy import (
     EVICTED,
@@ -75,6 +76,7 @@ def hear(decider: Decider, *signals: Signal, used: int = 0) -> list[tuple[int, s
 def test_fifo_and_the_optimum_on_a_stream_worked_out_by_hand() -> None:
     # FIFO, 2 frames: 1 2 | 1 hit | 3 puts 1 out | 1 puts 2 out | 2 puts 3 out.
     assert replay(stream("121312"), made("fifo"), 2).hits == 1
+    assert replay(stream("121312"), made("fifo"), 2).pingpong == 0, "nothing is demoted by it"
     # Best: keep 1 throughout and let 3 pass by: hits at the third, fifth and sixth access.
     assert optimum(stream("121312"), 2) == 3
 
@@ -125,6 +127,28 @@ def test_write_hot_keeps_writes_from_the_region(seed: int) -> None:
     assert kept < outcome("fifo", "writes", seed).writes_to_region
 
 
+def moves_back(trace: list[Access], within_ms: int, *values: tuple[str, Value]) -> int:
+    """Return how many of clock's moves are of a page that moved less than ``within_ms`` before."""
+    last_ns: dict[int, int] = {}
+    count = 0
+    run = DryRun(made("clock", *values), 200)
+    for time_ns, page, write in trace:
+        for move in run.hear(Signal(time_ns, FAULT, 1, 1, page, PteKind.XIP, write), 0):
+            count += time_ns - last_ns.get(move.index, -(10**12)) < within_ms * MS
+            last_ns[move.index] = time_ns
+    return count
+
+
+@pytest.mark.parametrize("kind", TRACES)
+def test_clock_moves_no_page_back_within_100_ms_unless_told_to(kind: str) -> None:
+    trace = seeded_trace(kind, 1)
+    assert moves_back(trace, 100) == 0
+    assert moves_back(trace, 100, ("stay_ms", 0)) > 300
+    # What that costs is little.
+    hits = replay(trace, made("clock", ("stay_ms", 0)), 200).hits
+    assert 0.96 * hits < outcome("clock", kind, 1).hits < hits
+
+
 # Each policy by itself
 
 
@@ -162,7 +186,7 @@ def test_tpp_demotes_ahead_of_need_what_was_untouched_longest() -> None:
 
 
 def test_clock_gives_a_second_chance() -> None:
-    clock = made("clock", ("high", 75), ("low", 50), ram_pages=4)
+    clock = made("clock", ("high", 75), ("low", 50), ("stay_ms", 0), ram_pages=4)
     assert hear(clock, touch(1, 1)) == [(1, "pagecache")]
     assert hear(clock, touch(1, 2, READ)) == [(2, "pagecache")]
     hear(clock, *(done(2 * MS, MOVED, Move(INO, page, PageKind.PAGECACHE, "")) for page in (1, 2)))
@@ -261,6 +285,9 @@ def test_watermarks_are_checked() -> None:
             Watermarks(high, low)
     with pytest.raises(UsageError, match="high=5 and low=90"):
         made("tpp", ("high", 5))
+    for name, values, least in (("threshold", ("promote", 0), 1), ("tpp", ("stay_ms", -1), 0)):
+        with pytest.raises(UsageError, match=f"expected a whole number of {least} or more"):
+            made(name, values)
 
 
 def test_what_the_decider_holds_back() -> None:

@@ -139,7 +139,6 @@ def test_a_trace_that_is_no_whole_recording_is_refused(tmp_path: Path) -> None:
 
 
 def test_policy_words() -> None:
-    assert policy_of(None) == (None, {})
     assert policy_of("tpp,window_ms=5") == ("tpp", {"window_ms": 5})
     assert json.dumps(policy_of("profile,file=x.json")[1]) == '{"file": "x.json"}'
     with pytest.raises(UsageError, match="KEY=VALUE"):

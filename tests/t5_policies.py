@@ -69,7 +69,7 @@ def test_tpp_learns_from_hint_faults_which_mapped_pages_are_used(live: Mounts) -
 
 def test_clock_demotes_what_its_hand_finds_untouched(live: Mounts) -> None:
     """Twice as many pages as RAM has frames are read through a mapping; nothing is lost."""
-    mount = cold(live, 64, "ram=128K", "policy=clock,high=75,low=50")
+    mount = cold(live, 64, "ram=128K", "policy=clock,high=75,low=50,stay_ms=0")
     with (
         open(mount / "file", "rb") as file,
         mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,

@@ -77,12 +77,15 @@ def test_show_and_test_a_file(tmp_path: Path) -> None:
         "stay_ms     default 0\n"
         "frames      default 2\n"
     )
-    lines = said("test", str(file), "frames=1").splitlines()
-    assert (
-        lines[0] == "hits in RAM   policy     fifo  optimum  (writes to the region: policy, fifo)"
-    )
-    assert [line.split()[0] for line in lines[1:]] == ["zipf", "scan", "writes"]
-    rows = json.loads(said("test", str(file), "frames=1", "--json", "--frames", "50"))
+    lines = said("test", f"{file},frames=1").splitlines()
+    assert lines[:2] == [
+        "        hits in RAM               writes to region  its moves",
+        "trace   policy    fifo  optimum   policy    fifo    promote   demote pingpong",
+    ]
+    assert [line.split()[0] for line in lines[2:]] == ["zipf", "scan", "writes"]
+    assert {tuple(line.split()[-3:]) for line in lines[2:]} == {("1", "0", "0")}
+    assert all(len(line) < 80 for line in lines)
+    rows = json.loads(said("test", f"{file},frames=1", "--json", "--frames", "50"))
     assert [row["promotions"] for row in rows] == [1, 1, 1]
     for row in rows:
         assert 0 <= row["hits"] < row["fifo_hits"] < row["optimum_hits"] < row["accesses"]
@@ -91,7 +94,9 @@ def test_show_and_test_a_file(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told() -> None:
     for words, message in (
         (("test", "lru"), "policy=lru; expected one of off, fifo,"),
-        (("test", "tpp", "high"), "parameter high''; expected KEY=VALUE"),
+        (("test", "tpp,high"), "parameter high''; expected KEY=VALUE"),
+        (("test", "tpp,high=0"), "high=0; expected a whole number of 1 or more"),
+        (("test", "tpp,stay_ms=x"), "stay_ms=x; expected a whole number of 0 or more"),
         (("test", "tpp", "--frames", "0"), "--frames 0; expected 1 or more"),
         (("show", "/absent.py"), "cannot be loaded: FileNotFoundError"),
         ((), "the following arguments are required: ACTION"),

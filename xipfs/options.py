@@ -131,11 +131,11 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
 
 
 def policy_value(name: str, value: str) -> int | str:
-    """Return the value of a policy's parameter: a whole number above 0 if it is one, else text."""
+    """Return the value of a policy's parameter: a whole number if it is one, else text."""
     if not value:
         raise UsageError(f"{name}= has no value", expected=f"{name}=VALUE")
     if value.isascii() and value.isdigit():
-        return _integer(name, value, 1)
+        return int(value)
     return value
 
 

@@ -20,13 +20,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions.add_parser("list", help="name each policy")
     show = actions.add_parser("show", help="say what a policy does, by which signals")
     test = actions.add_parser("test", help="replay seeded traces beside FIFO and the optimum")
-    test.add_argument("policy", metavar="NAME|FILE.py")
-    test.add_argument("values", nargs="*", metavar="KEY=VALUE", help="its parameters")
     test.add_argument("--frames", type=int, default=200, help="RAM in pages (default 200)")
     test.add_argument("--seed", type=int, default=1, help="of the traces (default 1)")
     change = actions.add_parser("set", help="change the policy of a live mount")
     change.add_argument("directory", type=Path, metavar="DIR", help="anything on the mount")
-    for each in (show, change):
+    show.add_argument("policy", metavar="NAME|FILE.py")
+    for each in (test, change):
         each.add_argument("policy", metavar="NAME|FILE.py[,KEY=VALUE...]")
     change.add_argument("--dry", action="store_true", help="count moves, make none")
     for each in actions.choices.values():
@@ -74,10 +73,8 @@ def _row(name: str, source: str) -> Json:
     }
 
 
-def policy_of(text: str | None) -> tuple[str | None, dict[str, int | str]]:
-    """Return name and parameters of ``NAME,KEY=VALUE``; None if there is no text."""
-    if text is None:
-        return None, {}
+def policy_of(text: str) -> tuple[str, dict[str, int | str]]:
+    """Return name and parameters of ``NAME,KEY=VALUE``."""
     name, *words = text.split(",")
     return str(Path(name).absolute()) if name.endswith(".py") else name, _values(words)
 
@@ -93,20 +90,26 @@ def _values(words: list[str]) -> dict[str, int | str]:
 def _test(args: argparse.Namespace) -> tuple[list[Json], list[str]]:
     if args.frames < 1:
         raise UsageError(f"--frames {args.frames}", expected="1 or more")
-    values = _values(args.values)
-    rows = [_compare(args, values, trace) for trace in TRACES]
-    lines = ["hits in RAM   policy     fifo  optimum  (writes to the region: policy, fifo)"]
+    name, values = policy_of(args.policy)
+    rows = [_compare(name, values, trace, args) for trace in TRACES]
+    lines = [
+        "        hits in RAM               writes to region  its moves",
+        "trace   policy    fifo  optimum   policy    fifo    promote   demote pingpong",
+    ]
     lines += [
-        f"{row['trace']:10} {row['hits']:9} {row['fifo_hits']:8} {row['optimum_hits']:8}"
-        f"  ({row['writes_to_region']}, {row['fifo_writes_to_region']})"
+        f"{row['trace']:7} {row['hits']:6} {row['fifo_hits']:7} {row['optimum_hits']:8}"
+        f" {row['writes_to_region']:8} {row['fifo_writes_to_region']:7}"
+        f" {row['promotions']:10} {row['demotions']:8} {row['pingpong']:8}"
         for row in rows
     ]
     return rows, lines
 
 
-def _compare(args: argparse.Namespace, values: dict[str, int | str], name: str) -> Json:
+def _compare(
+    policy: str, values: dict[str, int | str], name: str, args: argparse.Namespace
+) -> Json:
     trace = seeded_trace(name, args.seed)
-    outcome = replay(trace, make_policy(args.policy, values.items(), args.frames), args.frames)
+    outcome = replay(trace, make_policy(policy, values.items(), args.frames), args.frames)
     fifo = replay(trace, make_policy("fifo", [], args.frames), args.frames)
     return {
         "trace": name,

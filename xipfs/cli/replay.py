@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--delay-us {args.delay_us}", expected="0 or more")
     if args.moves and not args.json:
         raise UsageError("--moves without --json", expected="both")
-    policy, values = policy_of(args.policy)
+    policy, values = policy_of(args.policy) if args.policy else (None, {})
     choice = Choice(
         policy=policy,
         values=values,

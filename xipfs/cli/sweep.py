@@ -124,12 +124,7 @@ def policies_of(text: str) -> list[tuple[str, dict[str, Any]]]:
             groups[-1].append(word)
         else:
             groups.append([word])
-    found = []
-    for group in groups:
-        name, values = policy_of(",".join(group))
-        assert name is not None, group
-        found.append((name, values))
-    return found
+    return [policy_of(",".join(group)) for group in groups]
 
 
 def _shown(told: Iterator[Told], count: int) -> Iterator[Told]:

@@ -1,7 +1,7 @@
 """One policy at work: what it is told, what of its plans is let through, what was held back.
 
-These rules hold for every policy, shipped or a user's own; each is off unless a parameter or the
-policy's own default sets it.
+These rules hold for every policy, shipped or a user's own; each is off (0) unless a parameter or
+the policy's own default sets it.
 
 - A page whose move is under way is not asked for again, and counts in ``Seen`` as moved.
 - ``pages_per_s`` bounds the moves of each second of the stream; what is above it is dropped, and

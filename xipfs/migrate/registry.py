@@ -109,8 +109,9 @@ def make_policy(name: str, values: Iterable[tuple[str, Value]], ram_pages: int) 
     fields = {field.name: field for field in dataclasses.fields(policy)}
     for key, value in given.items():
         text = key in fields and fields[key].type in (str, "str")
-        if not text and (not isinstance(value, int) or value < 1):
-            raise UsageError(f"{key}={value}", expected="a whole number of 1 or more")
+        least = 0 if key in COMMON else 1
+        if not text and (not isinstance(value, int) or value < least):
+            raise UsageError(f"{key}={value}", expected=f"a whole number of {least} or more")
         if text:
             given[key] = str(value)
     values_of = {**known, **given}

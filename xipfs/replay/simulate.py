@@ -17,6 +17,8 @@ from typing import NamedTuple
 from xipfs.accounting.charges import PteKind
 from xipfs.migrate.decider import Decider
 from xipfs.migrate.dry_run import DryRun
+from xipfs.migrate.history import PINGPONG_NS
+from xipfs.migrate.page_moves import PageMoves
 from xipfs.migrate.policy import FAULT, Signal
 
 _INO = 1
@@ -39,14 +41,20 @@ class Outcome:
     writes_to_region: int
     promotions: int
     demotions: int
+    """By the policy, and because RAM was full."""
+    pingpong: int
+    """Promotions and demotions of pages that the policy had moved the other way within
+    ``PINGPONG_NS``."""
 
 
 def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Outcome:
     """Run the stream through the policy."""
     decider.foresee((access.time_ns, (_INO, access.page)) for access in accesses)
     run = DryRun(decider, ram_frames)
-    for access in accesses:
-        run.hear(Signal(access.time_ns, FAULT, 1, _INO, access.page, PteKind.XIP, access.write), 0)
+    pages, pingpong = PageMoves(PINGPONG_NS), 0
+    for time_ns, page, write in accesses:
+        for move in run.hear(Signal(time_ns, FAULT, 1, _INO, page, PteKind.XIP, write), 0):
+            pingpong += pages.moved(_INO, [move.index], move.to, time_ns, 0)
     would = run.would
     return Outcome(
         accesses=len(accesses),
@@ -54,6 +62,7 @@ def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Out
         writes_to_region=sum(access.write for access in accesses) - would.writes_in_ram,
         promotions=would.promoted,
         demotions=would.demoted + would.evicted,
+        pingpong=pingpong,
     )
 
 

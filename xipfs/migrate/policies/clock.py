@@ -3,7 +3,8 @@
 Signals used: faults, hint faults, READ and WRITE requests, moves, evictions. Above ``high`` percent
 of RAM the hand goes round: a page touched since it last passed gets a second chance, the others
 are demoted, down to ``low`` percent. Where some pages are used again and again it finds more of
-them in RAM than FIFO, which takes them out as if they were not.
+them in RAM than FIFO, which takes them out as if they were not. No page goes back within
+``stay_ms``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Clock:
     SIGNALS: ClassVar[frozenset[str]] = DONE | TOUCHES
     high: int = 98
     low: int = 95
+    stay_ms: int = 100
     _residents: Residents = field(default_factory=Residents, init=False)
     _marks: Watermarks = field(init=False)
 

@@ -10,12 +10,10 @@ happened or not; its bytes, word by word.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import random
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -28,14 +26,13 @@ import kill_worker
 from forked import ForkedMount, Forker, in_process
 from imagecheck import check
 from kill_worker import Operation, bytes_of
-from live import INSTANCES, LiveMount, is_mounted, new_image
+from live import INSTANCES, LiveMount, die_with_parent, is_mounted, new_image
 
 IMAGE_BYTES = 32 << 20
 WORKERS = 2
 WORD = 8
 #: A worker whose mount is dead must come back with an error, not hang.
 STUCK_S = 20
-PR_SET_PDEATHSIG = 1
 
 Content = dict[str, bytes]
 
@@ -191,7 +188,7 @@ class Killer:
                 + [str(self._rng.randrange(1 << 30))],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
             for directory in directories
         ]
@@ -260,10 +257,6 @@ def holders(directory: Path) -> list[str]:
             if below in (process / "maps").read_text():
                 found.append(f"{process.name} (a mapping)")
     return found
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(

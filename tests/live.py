@@ -9,6 +9,7 @@ ends in SIGBUS, the call in ENOTCONN.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -33,6 +34,7 @@ COMMAND = [sys.executable, "-m", "xipfs"]
 INSTANCES = Path("/sys/kernel/tracing/instances")
 PAGE = 4096
 WATCHDOG_S = 100
+_PR_SET_PDEATHSIG = 1
 _LOG_LINE = re.compile(r"\S+ \S+ xipfs\[\d+\] INFO ")
 
 Json = dict[str, Any]
@@ -68,6 +70,11 @@ def wait_until(what: str, happened: Any, timeout_s: float = 10) -> None:
     while not happened():
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
         time.sleep(0.02)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have this process get the signal when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def is_mounted(directory: Path) -> bool:

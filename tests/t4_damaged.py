@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 from pathlib import Path
 
+import fuzz_mounts
 import pytest
+from conftest import needs
 from fuzz_images import BLOCK, Places, template
+from fuzz_visit import Visit
+from fuzzing import Case, FuzzError, Outcome
 from live import Mounts, xipfs
 
+from xipfs.fuse.mounts import mounts
 from xipfs.image.check import check
 from xipfs.memory.region import Region
+
+MOUNTS = 30
 
 
 def mutant(name: str, field: str, value: int, *, at: int = 0, fits: bool = True) -> bytes:
@@ -74,6 +83,30 @@ def test_damage_met_later_ends_all_changes(live: Mounts, path: Path) -> None:
     assert mount.stats()["mount"]["damage"] == ""
 
 
+def test_a_name_of_the_root_is_damage(live: Mounts, path: Path) -> None:
+    """The kernel refuses such an answer itself, and would leave nobody knowing why."""
+    path.write_bytes(mutant("xip", "name.ino", 1))
+    mount = live.mount(path)
+    mount.expected_log = [r"is damaged: ", r"nothing is changed"]
+    with pytest.raises(OSError, match="Input/output error"):
+        os.listdir(mount.directory)
+    assert "directory inode 1: the leaf at offset " in mount.stats()["mount"]["damage"]
+
+
+def test_damage_met_by_a_migration_is_told_and_ends_all_changes(live: Mounts, path: Path) -> None:
+    entries = template("xip")[1].by_structure["node1.entry"]
+    (at,) = [place for place, each in enumerate(entries) if each.entry == (2, 0, 1)]
+    path.write_bytes(mutant("xip", "node1.entry", 5, at=at, fits=False))
+    mount = live.mount(path)
+    mount.expected_log = [r"is damaged: map of inode 2: the entry at offset", r"nothing is changed"]
+    done = xipfs("migrate", mount / "first", "--to", "pagecache", check=False)
+    assert done.returncode == 1
+    assert "map of inode 2: the entry at offset " in done.stderr
+    assert mount.stats()["mount"]["damage"].startswith("map of inode 2: the entry at offset ")
+    with pytest.raises(OSError, match="Read-only"):
+        (mount / "new").touch()
+
+
 @pytest.mark.parametrize(
     ("field", "reason"),
     [
@@ -99,3 +132,56 @@ def test_a_pending_transaction_is_finished_by_the_mount(live: Mounts, path: Path
     mount.umount()
     assert path.read_bytes()[BLOCK : BLOCK + 8] == b"XIPClean"
     assert Places(path.read_bytes()).word(2 * BLOCK) == 0
+
+
+@needs("root", "fuse")
+@pytest.mark.timeout(300)
+def test_mounts_of_damaged_images_end_well(tmp_path: Path) -> None:
+    """Some of the 200 that ``tools/fuzz`` mounts of its 100,000."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}; again: tools/fuzz --replay {seed}:NUMBER --mounts")
+    numbers = list(range(MOUNTS))
+    # More time for each step than tools/fuzz gives: this machine may have other work.
+    outcome, failures = fuzz_mounts.run(
+        seed, numbers, 2, tmp_path, lambda _done, _failures: None, step_max_s=60
+    )
+    assert not failures
+    endings = outcome.endings
+    assert endings["refused"] < MOUNTS // 2, endings
+    assert endings["read-write, until damage was met"] > 0, endings
+
+
+def sound_case(image: bytes) -> Case:
+    return Case(0, 0, image, ["image xip"], forged=False, copied=False)
+
+
+@needs("root", "fuse")
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGSTOP, "a program hung"), (signal.SIGKILL, "ENOTCONN")]
+)
+def test_the_judge_knows_a_hang_and_a_dead_daemon_and_frees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: str
+) -> None:
+    def visit(mount: fuzz_mounts.FuzzMount) -> Visit:
+        os.kill(mount.daemon, number)
+        if number == signal.SIGKILL:
+            os.waitid(os.P_PID, mount.daemon, os.WEXITED | os.WNOWAIT)
+        return real_visit(mount)
+
+    real_visit = fuzz_mounts.FuzzMount.visit
+    monkeypatch.setattr(fuzz_mounts.FuzzMount, "visit", visit)
+    case = sound_case(template("xip")[0])
+    with pytest.raises(FuzzError, match=rf"^0:0 \(image xip; mounted with .*{told}"):
+        fuzz_mounts.judge(case, Outcome(), tmp_path, step_max_s=3)
+    assert list(tmp_path.iterdir()) == []
+    assert not [mount for mount in mounts() if tmp_path in mount.mountpoint.parents]
+
+
+@needs("root", "fuse")
+def test_the_judge_knows_another_files_bytes(tmp_path: Path) -> None:
+    image, places = template("xip")
+    one, other = min(places.pages), max(places.pages)
+    made = bytearray(image)
+    made[one * BLOCK : (one + 1) * BLOCK] = image[other * BLOCK : (other + 1) * BLOCK]
+    with pytest.raises(FuzzError, match=r"inode \d+ was served with bytes of inode \d+"):
+        fuzz_mounts.judge(sound_case(bytes(made)), Outcome(), tmp_path, step_max_s=60)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 
 from xipfs.accounting.charge_loop import MARKED
-from xipfs.errors import FsError
+from xipfs.errors import FsError, ImageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.mm.flags import (
     FAULT_FLAG_WRITE,
@@ -55,7 +55,7 @@ class LiveFile:
         """Note the frame of page ``index``, if it has one."""
         try:
             pfn = self._fs.page(self._ino, index).pfn
-        except FsError:
+        except (FsError, ImageError):
             return
         if pfn is not None:
             mark = MARKED if self._fs.has_fill_mark(self._ino, index) else 0
@@ -73,6 +73,8 @@ class LiveFile:
             found = self._fs.fault_in(self._ino, vmf.pgoff)
         except FsError as error:
             return VM_FAULT_OOM if error.errno == errno.ENOMEM else VM_FAULT_SIGBUS
+        except ImageError:
+            return VM_FAULT_SIGBUS  # as the kernel's own READ of that page failed
         if found is None:
             return self._hole(vmf)
         pfn, filled = found

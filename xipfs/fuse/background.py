@@ -16,6 +16,10 @@ from typing import Any, Final
 
 import trio
 
+from xipfs.errors import ImageError
+from xipfs.fs.filesystem import Filesystem
+from xipfs.fuse.translate import tell_damage
+
 log = logging.getLogger(__name__)
 
 _PAUSE_MIN_S: Final = 1.0
@@ -26,7 +30,8 @@ _PAUSE_MAX_S: Final = 60.0
 class Background:
     """The tasks of one mount and what failed in them; used from the trio thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, fs: Filesystem) -> None:
+        self._fs = fs
         self._failures: Counter[str] = Counter()
         self._last = ""
 
@@ -57,7 +62,13 @@ class Background:
             pause_s = min(2 * pause_s, _PAUSE_MAX_S)
 
     def failed(self, task: str, error: Exception) -> None:
-        """Log and count a failure; comes while ``error`` is handled."""
+        """Log and count a failure; comes while ``error`` is handled.
+
+        Damage of the image is no defect: it is told as a request's is.
+        """
+        if isinstance(error, ImageError):
+            tell_damage(self._fs, error)
+            return
         self._failures[task] += 1
         self._last = f"{task}: {error!r}"
         log.exception("background task %r failed; the mount goes on", task)

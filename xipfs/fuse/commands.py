@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from xipfs.errors import FsError, ObserverError, UsageError
+from xipfs.errors import FsError, ImageError, ObserverError, UsageError
 from xipfs.fs.types import PageKind
 from xipfs.fuse.control import Command, Json
 from xipfs.fuse.observing import TracefsObserver
+from xipfs.fuse.translate import tell_damage
 from xipfs.fuse.views import would_migrate
 from xipfs.migrate.engine import Job, Tally
 from xipfs.units import pages_of
@@ -76,6 +77,16 @@ class Commands:
         yield {"result": self._live.deciding.describe()}
 
     async def _migrate(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Move pages; damage that is met ends all changes, as in a request handler."""
+        try:
+            async with aclosing(self._move_files(request)) as answers:
+                async for answer in answers:
+                    yield answer
+        except ImageError as error:
+            tell_damage(self._live.fs, error)
+            raise
+
+    async def _move_files(self, request: Json) -> AsyncGenerator[Json, None]:
         """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such)."""
         to = KINDS.get(request["to"])
         if to is None:

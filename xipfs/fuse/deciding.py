@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from xipfs.accounting.charges import Charge
-from xipfs.errors import UsageError
+from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.memory.profiles import Profile
 from xipfs.migrate.history import History
@@ -81,7 +81,12 @@ class Deciding(Steering):
             moves, self._plan = self._plan, []
             history.begin(moves)
             try:
-                await move_all(moves)
+                # Damage that was met ends all changes: the policy hears that its moves failed.
+                if not self._fs.read_only:
+                    await move_all(moves)
+            except FsError:
+                if not self._fs.damage:
+                    raise
             finally:
                 # The policy waits for the end of each of its moves, also of a plan that failed.
                 history.end()

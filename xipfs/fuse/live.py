@@ -76,7 +76,7 @@ class Live:
         )
         self.engine = Engine(fs)
         self.heat = Heat()
-        self.background = Background()
+        self.background = Background(fs)
         self.writeback = Writeback(fs, options, self.background.failed)
         self.fault_log = FaultLog(lambda pid: self.observer.comm(pid))
         self.accountant.on_charge = self.fault_log.add

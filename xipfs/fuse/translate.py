@@ -43,8 +43,9 @@ def handler(
         except pyfuse3.FUSEError:
             raise
         except XipfsError as error:
-            if isinstance(error, ImageError):
-                _tell_damage(self, error)
+            fs = getattr(self, "fs", None)
+            if isinstance(error, ImageError) and isinstance(fs, Filesystem):
+                tell_damage(fs, error)
             raise pyfuse3.FUSEError(error.errno) from None
         except Exception as error:
             log.exception("%s failed; answering EIO", method.__name__)
@@ -53,15 +54,13 @@ def handler(
     return answered  # type: ignore[return-value]  # wraps() hides that self stays first
 
 
-def _tell_damage(server: object, error: ImageError) -> None:
-    """Let the handlers' filesystem know that its image is damaged; log what is new."""
-    fs = getattr(server, "fs", None)
-    if isinstance(fs, Filesystem):
-        first = not fs.damage
-        if fs.note_damage(error):
-            log.error("%s is damaged: %s", fs.image_path, error)
-        if first:
-            log.error("%s: nothing is changed any more; unmount it", fs.image_path)
+def tell_damage(fs: Filesystem, error: ImageError) -> None:
+    """Let the filesystem know that its image is damaged; log what is new."""
+    first = not fs.damage
+    if fs.note_damage(error):
+        log.error("%s is damaged: %s", fs.image_path, error)
+    if first:
+        log.error("%s: nothing is changed any more; unmount it", fs.image_path)
 
 
 def unanswered(

@@ -80,7 +80,8 @@ class _Leaf:
         if start <= len(self.data):
             hash_, ino, kind, length = layout.LEAF_RECORD.unpack_from(self.data, position)
             name = self.data[start : start + length]
-            if length and len(name) == length and ino:
+            # No name leads to the root: the kernel would answer EIO without a word.
+            if length and len(name) == length and ino > layout.ROOT_INO:
                 return DirectoryEntry(name, ino, kind, hash_), position + (
                     _RECORD + length + 7 & ~7
                 )

@@ -16,13 +16,16 @@ both again, alone. A page that is pinned at 3 is tried again, up to ``PASSES_MAX
 unmapped, so what maps it meanwhile comes through 1 and 2 again first. A page that direct I/O is at
 work on is not invalidated at 1 and not moved at 3 (trace/direct_io.py), and tried again as often.
 
-Step 3 keeps other requests waiting, so it is bounded by ``CHUNK_PAGES``; and while other requests
-come, the next chunk waits ``_GIVE_WAY`` times as long as this one took.
+Step 3 keeps other requests waiting, so it is bounded: by ``CHUNK_PAGES`` while other requests come,
+and the next chunk then waits ``_GIVE_WAY`` times as long as this one kept them; by ``IDLE_PAGES``
+while none do, which is the larger since each chunk has its own transaction and its own books.
 """
 
 from __future__ import annotations
 
+import bisect
 import errno
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -50,10 +53,13 @@ from xipfs.migrate.policy import Move
 from xipfs.units import PAGE_SIZE
 
 GROUP_PAGES: Final = 16 * CHUNK_PAGES
+IDLE_PAGES: Final = 4 * CHUNK_PAGES
+#: Nobody asks for anything if nobody has for so long.
+_IDLE_S: Final = 0.1
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
 _PASS_PAUSE_S: Final = 0.001
 #: Others get at least this many times the time that a bulk move takes from them.
-_GIVE_WAY: Final = 5
+_GIVE_WAY: Final = 8
 #: A request that waited for a chunk to end is with its handler after so many turns of the loop.
 _TURNS_TO_A_HANDLER: Final = 3
 
@@ -72,6 +78,8 @@ class _Window:
     already: int
     event: ChunkEvent
     touched: bool = False
+    blocked_ns: int = 0
+    """For how long requests waited for it."""
     in_use: set[int] = field(default_factory=set)
     """Pages that direct I/O was at work on, which were not taken away and cannot move."""
 
@@ -94,6 +102,7 @@ class Migrator:
         self._drain = drain
         self._windows: list[_Window] = []
         self._requests = 0
+        self._last_request_s = -math.inf
         self.history = History()
         #: Told of pages that are not tried again: new kind, why they were to move, why they do not.
         self.on_give_up: Callable[[int, list[int], PageKind, str, str], None] = _nobody_listens
@@ -104,6 +113,7 @@ class Migrator:
     def page_io(self, ino: int, first: int, last: int) -> None:
         """Hear of a READ or WRITE of pages first..last."""
         self._requests += 1
+        self._last_request_s = trio.current_time()
         for window in self._windows:
             wanted = window.wanted
             if window.ino == ino and first < wanted.stop and wanted.start <= last:
@@ -122,12 +132,14 @@ class Migrator:
         for job in jobs:
             for group in cut(job.pages, GROUP_PAGES):
                 await self._give_way(before_ns)
-                windows = await self._begin(job, group)
+                idle = trio.current_time() - self._last_request_s > _IDLE_S
+                chunks = cut(group, IDLE_PAGES if idle else CHUNK_PAGES)
+                windows = await self._begin(job, group, chunks)
                 if not windows:
                     await trio.lowlevel.checkpoint()
                 before_ns = 0
                 try:
-                    for chunk in cut(group, CHUNK_PAGES):
+                    for chunk in chunks:
                         tally = Tally(already=len(chunk))
                         if windows and windows[0].chunk == chunk:
                             await self._give_way(before_ns)
@@ -144,22 +156,26 @@ class Migrator:
             total += tally
         return total
 
-    async def _begin(self, job: Job, group: range) -> list[_Window]:
-        """Take steps 1 and 2 for those chunks of ``group`` that have pages to move."""
+    async def _begin(self, job: Job, group: range, chunks: list[range]) -> list[_Window]:
+        """Take steps 1 and 2 for those ``chunks`` of ``group`` that have pages to move."""
+        start_ns = time.monotonic_ns()
         ino, to, why = job.ino, job.to, job.why
-        windows = []
-        for chunk in cut(group, CHUNK_PAGES):
-            try:
-                wanted = self._engine.needing_move(ino, chunk, to)
-            except FsError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                wanted = list(chunk)  # told as gone when its turn comes
-            if wanted:
-                event = ChunkEvent(time.time_ns(), ino, wanted[0], wanted[-1], to.value, why)
-                span = range(wanted[0], wanted[-1] + 1)
-                windows.append(_Window(ino, chunk, span, len(chunk) - len(wanted), event))
+        try:
+            pages = self._engine.needing_move(ino, group, to)
+        except FsError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            pages = list(group)  # told as gone when its turn comes
+        windows, at = [], 0
+        for chunk in chunks:
+            stop = bisect.bisect_left(pages, chunk.stop, at)
+            if at < stop:
+                span = range(pages[at], pages[stop - 1] + 1)
+                event = ChunkEvent(time.time_ns(), ino, span[0], span[-1], to.value, why)
+                windows.append(_Window(ino, chunk, span, len(chunk) - (stop - at), event))
+            at = stop
         if windows:
+            windows[0].blocked_ns = time.monotonic_ns() - start_ns
             self._windows += windows
             try:
                 whole = range(windows[0].wanted.start, windows[-1].wanted.stop)
@@ -192,7 +208,7 @@ class Migrator:
             self._windows.remove(windows.pop(0))
         for reason, count in tally.failed.items():
             self._engine.give_up(reason, count)
-        return window.event.durations_ns.get("move", 0), tally
+        return window.blocked_ns, tally
 
     async def _move_window(self, window: _Window, to: PageKind) -> Tally:
         refused: dict[int, list[int]] = {}
@@ -235,6 +251,7 @@ class Migrator:
         event.moved += len(result.moved)
         event.moved_bytes = event.moved * PAGE_SIZE
         event.ram_pages_used = self._engine.ram_pages_used()
+        window.blocked_ns += time.monotonic_ns() - start_ns
         return result.refused
 
     async def _take_away(self, window: _Window, pages: range) -> None:
@@ -249,7 +266,7 @@ class Migrator:
         start_ns = time.monotonic_ns()
         in_use = await self._notifier.invalidate_pages(window.ino, pages.start, len(pages), MOVE)
         for each in taken:
-            each.in_use = in_use.intersection(each.wanted)
+            each.in_use = {page for page in in_use if page in each.wanted}
         start_ns = window.took("invalidate", start_ns)
         await self._drain()
         window.took("drain", start_ns)

@@ -98,7 +98,7 @@ class Engine:
         Moved pages are counted here, refused ones by ``give_up``: a pinned page may be tried again.
         """
         result, at = Moved(), pages.start
-        for stop in [*sorted(in_use.intersection(pages)), pages.stop]:
+        for stop in [*sorted(page for page in in_use if page in pages), pages.stop]:
             if at < stop:
                 result.add(self._fs.move(ino, range(at, stop), to))
             if stop < pages.stop:

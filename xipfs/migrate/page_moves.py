@@ -26,7 +26,7 @@ COUNTS: Final = ("promoted", "demoted", "failed", "refaults", "pingpong")
 _PROMOTED, _DEMOTED, _FAILED, _REFAULTS, _PINGPONG = range(len(COUNTS))
 _KIND: Final = {PageKind.XIP: 1, PageKind.PAGECACHE: 2}
 
-Places = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int64] | slice
 
 
 def _counts() -> npt.NDArray[np.uint32]:
@@ -58,10 +58,18 @@ class PageMoves:
         return len(self._blocks)
 
     def _in_blocks(self, ino: int, pages: Sequence[int]) -> Iterator[tuple[_Block, Places]]:
-        indexes = np.array(pages, np.int64)
-        numbers = indexes >> _BLOCK_SHIFT
-        for number in np.unique(numbers).tolist():
-            yield self._latest(ino, number), indexes[numbers == number] & _BLOCK - 1
+        first, stop = pages[0], pages[-1] + 1
+        if len(pages) == stop - first:
+            while first < stop:
+                number, at = divmod(first, _BLOCK)
+                count = min(stop - first, _BLOCK - at)
+                yield self._latest(ino, number), slice(at, at + count)
+                first += count
+        else:
+            indexes = np.array(pages, np.int64)
+            numbers = indexes >> _BLOCK_SHIFT
+            for number in np.unique(numbers).tolist():
+                yield self._latest(ino, number), indexes[numbers == number] & _BLOCK - 1
         self._forget()
 
     def _latest(self, ino: int, number: int) -> _Block:

@@ -13,7 +13,7 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.dry_run import DryRun
-from xipfs.migrate.engine import CHUNK_PAGES, Engine, cut
+from xipfs.migrate.engine import IDLE_PAGES, Engine, cut
 from xipfs.migrate.estimate import Would, would_move
 from xipfs.migrate.policy import EVICTED, FAULT, MOVED, Signal
 from xipfs.migrate.registry import make_policy
@@ -72,19 +72,19 @@ def test_an_estimate_of_any_move_is_what_the_move_then_costs() -> None:
     engine = Engine(fs)
     ino = int(fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino)
     for _ in range(12):
-        first = chance.randrange(1400)
+        first = chance.randrange(2300)
         fs.write(ino, first * PAGE, chance.randbytes(chance.randrange(1, 200) * PAGE))
     end = fs.getattr(ino).size_bytes // PAGE
     moved = 0
     for turn in range(60):
         to = chance.choice((PageKind.PAGECACHE, PageKind.XIP))
         first = chance.randrange(end)
-        pages = range(first, min(first + chance.choice((1, 2, 9, 300, 1500)), end))
+        pages = range(first, min(first + chance.choice((1, 2, 9, 300, 2400)), end))
         wanted = engine.pages_with_bytes(ino, pages)
         would, told = would_move(fs, [(ino, wanted)], to)
         before = cost(fs, None)
         for run in wanted:
-            for chunk in cut(run, CHUNK_PAGES):
+            for chunk in cut(run, IDLE_PAGES):
                 engine.move_pages(ino, chunk, to)
         assert would.cost(None, 64)["cost"] == spent(fs, before), (turn, to, pages)
         moved += told["would_move"]

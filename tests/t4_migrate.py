@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import needs
@@ -186,6 +187,60 @@ while not select.select([sys.stdin], [], [], 0)[0]:
 mapped.close()
 print(rounds)
 """
+
+
+#: Maps the file; touches page N when told "N" and says what byte it found there.
+_READER = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+print(sys.argv[1], flush=True)
+for line in sys.stdin:
+    print(mapped[int(line) * 4096 + 7], flush=True)
+"""
+
+
+def test_when_the_reply_comes_no_process_has_the_page_mapped(mnt: LiveMount) -> None:
+    """The next touch faults, whoever makes it: it sees the new placement."""
+    path = mnt / "mapped"
+    path.write_bytes(NOISE)
+    control = os.open(mnt / ".xipfs" / "control", os.O_RDWR)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", _READER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said, told = reader.stdout, reader.stdin
+        assert said is not None
+        assert told is not None
+        assert said.readline() == f"{path}\n"
+        maps = Path(f"/proc/{reader.pid}/maps").read_text().splitlines()
+        (start,) = [int(line.partition("-")[0], 16) for line in maps if line.endswith(str(path))]
+
+        def touch(page: int) -> int:
+            print(page, file=told, flush=True)
+            return int(said.readline())
+
+        def is_mapped(page: int) -> bool:
+            with open(f"/proc/{reader.pid}/pagemap", "rb", buffering=0) as pagemap:
+                entry = os.pread(pagemap.fileno(), 8, (start // PAGE + page) * 8)
+            return bool(int.from_bytes(entry, "little") >> 63)
+
+        for turn in range(100):
+            page, to = turn % 41, "xip" if turn // 41 % 2 else "pagecache"
+            assert touch(page) == NOISE[page * PAGE + 7]
+            assert is_mapped(page)
+            request = {"op": "migrate", "ino": path.stat().st_ino, "to": to, "ranges": [[page, 1]]}
+            os.write(control, json.dumps(request).encode())
+            answer = os.read(control, 1 << 16)
+            assert not is_mapped(page), (turn, answer)
+            assert json.loads(answer) == {"result": {"moved": 1, "already": 0, "failed": {}}}
+            assert os.read(control, 1) == b""
+    finally:
+        reader.communicate(timeout=30)
+        os.close(control)
 
 
 def test_what_cannot_be_migrated(mnt: LiveMount, live: Mounts) -> None:

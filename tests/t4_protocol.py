@@ -19,9 +19,9 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.commands import Commands
 from xipfs.fuse.control import Json
-from xipfs.fuse.migration import GROUP_PAGES, IDLE_PAGES, Migrator
+from xipfs.fuse.migration import GROUP_PAGES, Migrator
 from xipfs.fuse.worker import Worker
-from xipfs.migrate.engine import CHUNK_PAGES, Engine, Job, Tally
+from xipfs.migrate.engine import CHUNK_PAGES, IDLE_PAGES, Engine, Job, Tally
 from xipfs.units import PAGE_SIZE
 
 P, X = PageKind.PAGECACHE, PageKind.XIP

@@ -40,6 +40,7 @@ from xipfs.fs.types import PageKind
 from xipfs.fuse.notify import Notifier
 from xipfs.migrate.engine import (
     CHUNK_PAGES,
+    IDLE_PAGES,
     PASSES_MAX,
     REASONS,
     Engine,
@@ -53,9 +54,8 @@ from xipfs.migrate.policy import Move
 from xipfs.units import PAGE_SIZE
 
 GROUP_PAGES: Final = 16 * CHUNK_PAGES
-IDLE_PAGES: Final = 4 * CHUNK_PAGES
 #: Nobody asks for anything if nobody has for so long.
-_IDLE_S: Final = 0.1
+_IDLE_S: Final = 0.02
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
 _PASS_PAUSE_S: Final = 0.001
 #: Others get at least this many times the time that a bulk move takes from them.

@@ -27,8 +27,10 @@ REASONS: Final = {
 #: How often a pinned page is tried before it counts as refused: NR_MAX_MIGRATE_PAGES_RETRY of
 #: Linux 6.3 and later (mm/migrate.c; the same 10 passes stand there as a number in 6.1).
 PASSES_MAX: Final = 10
-#: Pages of one step of a migration: it bounds the time for which other requests wait.
+#: Pages of one step of a migration, which bounds the time for which other requests wait: while
+#: there are any, and while there are none.
 CHUNK_PAGES: Final = 512
+IDLE_PAGES: Final = 4 * CHUNK_PAGES
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from xipfs.image.journal import FENCES, flushed_lines
 from xipfs.image.layout import FANOUT
 from xipfs.memory.profiles import Profile, load_profile
 from xipfs.memory.wear import LINE_SIZE
-from xipfs.migrate.engine import CHUNK_PAGES, cut, runs
+from xipfs.migrate.engine import IDLE_PAGES, cut, runs
 from xipfs.migrate.policy import Page
 from xipfs.units import PAGE_SIZE
 
@@ -98,14 +98,15 @@ def would_move(
 ) -> tuple[Would, dict[str, Any]]:
     """Return what a migration of these pages would do now, and its outcome as ``migrate`` tells it.
 
-    Nothing moves. Pinned pages are those that are pinned at this moment.
+    Nothing moves. Pinned pages are those that are pinned at this moment; nobody else asks the mount
+    for anything meanwhile, so that each step is a large one.
     """
     would, already, pinned = Would(), 0, 0
     moves: list[Page] = []
     other = PageKind.XIP if to is PageKind.PAGECACHE else PageKind.PAGECACHE
-    step = min(CHUNK_PAGES, fs.memory.ram_pages)
+    step = min(IDLE_PAGES, fs.memory.ram_pages)
     for ino, ranges in files:
-        for pages in [chunk for each in ranges for chunk in cut(each, CHUNK_PAGES)]:
+        for pages in [chunk for each in ranges for chunk in cut(each, IDLE_PAGES)]:
             wanted = fs.wanted(ino, pages, to)
             already += len(fs.wanted(ino, pages, other))
             moving = wanted

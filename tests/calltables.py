@@ -59,7 +59,7 @@ def _flags(text: str) -> int:
     return flags
 
 
-def _make(kind: str, name: str, owner: str = "", mode: str = "") -> None:
+def make(kind: str, name: str, owner: str = "", mode: str = "") -> None:
     if kind == "regular":
         os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o644))
     elif kind == "dir":
@@ -140,7 +140,7 @@ def _bad_address(name: str, *arguments: str) -> None:
 
 
 CALLS: dict[str, Callable[..., object]] = {
-    "make": _make,
+    "make": make,
     "remove": _remove,
     "attrs": lambda *words: _attrs(False, *words),
     "sattrs": lambda *words: _attrs(True, *words),
@@ -189,7 +189,7 @@ def _times(directory: Path, name: str) -> tuple[int, int, int]:
     return status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _wait_for_the_clock(newest_ns: int) -> None:
+def wait_for_the_clock(newest_ns: int) -> None:
     """Wait until a time given by the kernel's coarse clock is later than ``newest_ns``."""
     while time.clock_gettime_ns(CLOCK_REALTIME_COARSE) <= newest_ns:
         time.sleep(0.0005)
@@ -218,7 +218,7 @@ class Table:
         names = {name: letters for name, _, letters in (each.rpartition("=") for each in moves)}
         before = {name: _times(self.directory, name) for name in names}
         if before:
-            _wait_for_the_clock(max(ctime_ns for _, _, ctime_ns in before.values()))
+            wait_for_the_clock(max(ctime_ns for _, _, ctime_ns in before.values()))
         if user not in self._workers:
             self._workers[user] = Worker(self.directory, user, carry_out)
         result = self._workers[user].do(tuple(call))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -122,13 +123,27 @@ def side(request: pytest.FixtureRequest, shared: Mounts) -> Iterator[Path]:
 
 
 @pytest.fixture
-def table(side: Path, request: pytest.FixtureRequest) -> Iterator[Table]:
-    """Runs tables of calls in a directory of the test's own, which only root may change."""
+def place(side: Path, request: pytest.FixtureRequest) -> Path:
+    """A directory of the test's own, which only root may change."""
     directory = side / re.sub(r"\W", "-", request.node.name)
     directory.mkdir(mode=0o755)
-    made = Table(directory)
+    return directory
+
+
+@pytest.fixture
+def table(place: Path) -> Iterator[Table]:
+    """Runs tables of calls in the test's own directory."""
+    made = Table(place)
     yield made
     made.end()
+
+
+@pytest.fixture
+def inside(place: Path) -> Iterator[Path]:
+    """The test's own directory, open to all; the working directory meanwhile."""
+    os.chmod(place, 0o777)
+    with contextlib.chdir(place):
+        yield place
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from acting import libc
 from conftest import needs
 from live import PAGE, LiveMount, Mounts
 
@@ -683,7 +684,10 @@ def test_what_no_handler_serves_is_refused_cleanly(at: Path) -> None:
     descriptor = os.open("file", os.O_RDWR)
     os.posix_fallocate(descriptor, 0, 10_000)  # the C library writes instead
     assert os.fstat(descriptor).st_size == 10_000
-    assert LIBC.fallocate(descriptor, 3, ctypes.c_long(0), ctypes.c_long(PAGE)) == -1
+    before = os.fstat(descriptor)
+    for mode in (0, 1, 3, 8, 0x10, 0x11, 0x20, 0x41):
+        assert result_of(libc, "fallocate", descriptor, mode, 0, PAGE) == "ENOTSUP", mode
+    assert os.fstat(descriptor) == before
     assert os.lseek(descriptor, 0, os.SEEK_DATA) == 0
     os.close(descriptor)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
-from xipfs.accounting.charges import Charge, PteKind
+from xipfs.accounting.charges import Charge, ChargeBatch, PteKind
 from xipfs.fs.types import PageKind
 from xipfs.migrate.books import Table
-from xipfs.migrate.history import ChunkEvent, Histogram, History
+from xipfs.migrate.history import PINGPONG_NS, ChunkEvent, Histogram, History
 from xipfs.migrate.page_moves import PageMoves
 from xipfs.migrate.policy import Move
+from xipfs.mm.access import MAPS_PAGECACHE
 from xipfs.stats.series import Series
+from xipfs.trace.fault_batch import CELL_COLUMNS, INDEX, INO, PID, TIME
 
+KINDS = (PageKind.XIP, PageKind.PAGECACHE)
 SECOND = 1_000_000_000
 
 
@@ -102,6 +106,72 @@ def test_a_table_sums_up_what_it_does_not_keep_apart() -> None:
         table.line(key).demoted += 1
     rows = [(row["ino"], row["demoted"]) for row in table.describe(("ino",))]
     assert rows == [(1, 2), (3, 1), (None, 1)], "2 was unchanged for longest"
+
+
+def test_a_snapshot_sums_up_the_files_that_it_does_not_show() -> None:
+    history = History()
+    for ino in range(2, 62):
+        history.moved(ino, list(range(ino)), PageKind.PAGECACHE, 1)
+    told = history.describe()
+    assert [row["ino"] for row in told["by_file"]] == [*range(61, 11, -1), None]
+    # 2 + 3 + ... + 11
+    assert (told["by_file"][-1]["promoted"], told["by_file_left_off"]) == (65, 10)
+    assert sum(row["promoted"] for row in told["by_file"]) == sum(range(2, 62))
+    assert (told["by_process"], told["by_process_left_off"]) == ([], 0)
+    table: Table[int] = Table(lines_max=2)
+    for key in range(5):
+        table.line(key).failed += 1
+    assert (table.left_off(2), table.left_off(1)) == (3, 4)
+
+
+def batch_of(charges: list[Charge]) -> ChargeBatch:
+    """Return the charges as arrays; every hint fault, and each fifth, was charged by hand."""
+    cells = np.zeros((len(charges), CELL_COLUMNS), np.int64)
+    kind = np.full(len(charges), MAPS_PAGECACHE, np.int64)
+    by_hand = {}
+    for place, charge in enumerate(charges):
+        columns = [TIME, PID, INO, INDEX]
+        cells[place, columns] = charge.time_ns, charge.pid, charge.ino, charge.page
+        if charge.hint or place % 5 == 0:
+            by_hand[place], kind[place] = charge, -1
+    zeros = np.zeros(len(charges), np.int64)
+    return ChargeBatch(cells, kind, zeros, zeros, by_hand)
+
+
+def test_a_batch_of_faults_counts_as_its_faults_one_by_one() -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}: chance = random.Random({seed}) plays it again")
+    chance = random.Random(seed)
+    one_by_one, at_once = History(), History()
+    for history in (one_by_one, at_once):
+        history.pages = PageMoves(PINGPONG_NS, blocks_max=5)
+    now_ns = 1000
+    for _ in range(200):
+        now_ns += 1000
+        ino, first, to = chance.randrange(2, 5), chance.randrange(600), chance.choice(KINDS)
+        pages = list(range(first, first + chance.choice((1, 3, 70))))
+        plan = [Move(ino, page, to, chance.choice("ab"), "p", 7) for page in pages[::2]]
+        charges = []
+        for _ in range(chance.randrange(60)):
+            page = chance.choice((first + chance.randrange(4), chance.randrange(700)))
+            time_ns = now_ns + chance.choice((-1500, -1, 0, 1, 700))
+            charges.append(
+                Charge(
+                    time_ns, chance.randrange(70, 75), chance.randrange(2, 6), page,
+                    PteKind.PAGECACHE, False, False, 0, chance.random() < 0.2,
+                )
+            )  # fmt: skip
+        for history in (one_by_one, at_once):
+            history.begin(plan)
+            history.moved(ino, pages, to, now_ns)
+            history.end()
+        one_by_one.charged(charges)
+        at_once.charged(batch_of(charges))
+        assert at_once.describe() == one_by_one.describe()
+        assert at_once.pages.most_moved(9999) == one_by_one.pages.most_moved(9999)
+    assert one_by_one.refaults > 100
+    assert one_by_one.pages.forgotten > 100
+    assert {row["reason"] for row in one_by_one.describe()["by_cause"]} == {"a", "b", "manual"}
 
 
 def test_pages_are_forgotten_by_blocks() -> None:

@@ -8,6 +8,7 @@ for the cause of the move back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Table(Generic[Key]):
         self._lines_max = lines_max
         self._lines: OrderedDict[Key, MoveCounts] = OrderedDict()
         self.older = MoveCounts()
+        self._nr_older = 0
 
     def line(self, key: Key) -> MoveCounts:
         """Return the line of ``key``, to be changed."""
@@ -78,19 +80,28 @@ class Table(Generic[Key]):
             line = self._lines[key] = MoveCounts()
             if len(self._lines) > self._lines_max:
                 self.older.merge(self._lines.popitem(last=False)[1])
+                self._nr_older += 1
         else:
             self._lines.move_to_end(key)
         return line
 
-    def describe(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    def describe(self, names: tuple[str, ...], shown: int = LINES_MAX) -> list[dict[str, Any]]:
         """Return the lines as JSON-ready objects, the most moved first; ``names``: a key's parts.
 
-        The sum of the older lines comes last, its key's parts null.
+        The sum of those above ``shown``, and of the older ones, comes last, its key's parts null.
         """
         rows: list[dict[str, Any]] = []
-        for key, counts in sorted(self._lines.items(), key=lambda line: -line[1].moved()):
+        lines = sorted(self._lines.items(), key=lambda line: -line[1].moved())
+        for key, counts in lines[:shown]:
             parts = key if isinstance(key, tuple) else (key,)
             rows.append(dict(zip(names, parts, strict=True)) | counts.describe())
-        if self.older != MoveCounts():
-            rows.append(dict.fromkeys(names) | self.older.describe())
+        others = dataclasses.replace(self.older)
+        for _, counts in lines[shown:]:
+            others.merge(counts)
+        if others != MoveCounts():
+            rows.append(dict.fromkeys(names) | others.describe())
         return rows
+
+    def left_off(self, shown: int) -> int:
+        """Return of how many lines ``describe`` gives the sum only; one that came back is two."""
+        return self._nr_older + max(len(self._lines) - shown, 0)

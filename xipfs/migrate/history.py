@@ -2,7 +2,7 @@
 
 A *refault* is the first charged fault of a page after its move; a *ping-pong* is a page moved back
 within ``PINGPONG_NS``. Both need the pages' last moves, which ``page_moves`` keeps of a bounded
-number of pages, so the two counts are lower bounds once more pages than that moved.
+number of pages; the two counts are lower bounds once ``pages_forgotten`` is not 0.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from xipfs.accounting.charges import Charge
+import numpy as np
+
+from xipfs.accounting.charges import Charge, ChargeBatch
 from xipfs.fs.types import PageKind
-from xipfs.migrate.books import MoveCounts, Table
-from xipfs.migrate.page_moves import PageMoves
+from xipfs.migrate.books import Key, MoveCounts, Table
+from xipfs.migrate.page_moves import Ints, PageMoves
 from xipfs.migrate.policy import Move, Page
+from xipfs.trace.fault_batch import INDEX, INO, PID, TIME
 
 EVENTS_MAX: Final = 4096
-#: Files and processes in a snapshot: those that moved most.
+#: Files and processes in a snapshot by themselves: those that moved most; the rest is summed up.
 LINES_SHOWN: Final = 50
 #: The reason of what no policy asked for.
 MANUAL: Final = "manual"
@@ -90,6 +93,13 @@ class ChunkEvent:
 _Cause = tuple[str | None, str, str]
 """Policy (None: by hand), reason and new kind."""
 _BY_HAND: Final = (None, MANUAL, 0)
+
+
+def _counted(values: Ints) -> tuple[list[int], list[int]]:
+    """Return the different ``values`` and how often each is there; the one met last comes last."""
+    different, last, counts = np.unique(values[::-1], return_index=True, return_counts=True)
+    order = np.argsort(-last)
+    return different[order].tolist(), counts[order].tolist()
 
 
 class History:
@@ -170,19 +180,38 @@ class History:
                 if line is not None:
                     line.failed += len(group)
 
-    def charged(self, charges: Iterable[Charge]) -> None:
+    def charged(self, charges: ChargeBatch | Iterable[Charge]) -> None:
         """Look for faults of pages that have moved before; hint faults are no program's own."""
-        if not len(self.pages):
+        if isinstance(charges, ChargeBatch):
+            self._charged_many(charges)
             return
         for charge in charges:
             if charge.hint:
                 continue
             number = self.pages.faulted(charge.ino, charge.page, charge.time_ns)
             if number is not None:
+                self._refaulted(self.files, charge.ino, 1)
+                self._refaulted(self.processes, charge.pid, 1)
+                self._refaulted(self.causes, self._causes[number], 1)
                 self.refaults += 1
-                self.files.line(charge.ino).refaults += 1
-                self.processes.line(charge.pid).refaults += 1
-                self.causes.line(self._causes[number]).refaults += 1
+
+    def _charged_many(self, charges: ChargeBatch) -> None:
+        own = np.ones(len(charges), bool)
+        for place, charge in charges.by_hand.items():
+            own[place] = not charge.hint
+        cells = charges.cells[own]
+        which, causes = self.pages.faulted_many(cells[:, INO], cells[:, INDEX], cells[:, TIME])
+        self.refaults += which.size
+        for ino, count in zip(*_counted(cells[which, INO]), strict=True):
+            self._refaulted(self.files, ino, count)
+        for pid, count in zip(*_counted(cells[which, PID]), strict=True):
+            self._refaulted(self.processes, pid, count)
+        for number, count in zip(*_counted(causes), strict=True):
+            self._refaulted(self.causes, self._causes[number], count)
+
+    @staticmethod
+    def _refaulted(table: Table[Key], key: Key, count: int) -> None:
+        table.line(key).refaults += count
 
     def record(self, event: ChunkEvent) -> None:
         """Add the event of a chunk that is over."""
@@ -230,8 +259,11 @@ class History:
             "pingpong": self.pingpong,
             "pingpong_window_ns": PINGPONG_NS,
             "by_cause": self.causes.describe(("policy", "reason", "to")),
-            "by_file": self.files.describe(("ino",))[:LINES_SHOWN],
-            "by_process": self.processes.describe(("pid",))[:LINES_SHOWN],
+            "by_file": self.files.describe(("ino",), LINES_SHOWN),
+            "by_file_left_off": self.files.left_off(LINES_SHOWN),
+            "by_process": self.processes.describe(("pid",), LINES_SHOWN),
+            "by_process_left_off": self.processes.left_off(LINES_SHOWN),
+            "pages_forgotten": self.pages.forgotten,
             "chunks": self._chunks,
             "step_ns": {step: each.describe() for step, each in self._steps.items()},
         }

@@ -1,8 +1,8 @@
 """What became of single pages that were moved, for a bounded number of pages.
 
 Arrays by blocks of 256 pages of a file, since pages move in runs and a bulk move must not wait for
-its books. The blocks that moved latest are kept; counts of the others are gone, which ``forgotten``
-says.
+its books; and faults come in batches, which must not either. The blocks that moved latest are kept;
+counts of the others are gone, and ``forgotten`` says of how many pages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -20,69 +19,76 @@ from xipfs.fs.types import PageKind
 
 _BLOCK_SHIFT: Final = 8
 _BLOCK: Final = 1 << _BLOCK_SHIFT
-#: 1,048,576 pages when they are dense, 38 MB.
+#: 1,048,576 pages when they are dense, 32 MB.
 BLOCKS_MAX: Final = 4096
 COUNTS: Final = ("promoted", "demoted", "failed", "refaults", "pingpong")
 _PROMOTED, _DEMOTED, _FAILED, _REFAULTS, _PINGPONG = range(len(COUNTS))
 _KIND: Final = {PageKind.XIP: 1, PageKind.PAGECACHE: 2}
 
-Places = npt.NDArray[np.int64] | slice
-
-
-def _counts() -> npt.NDArray[np.uint32]:
-    return np.zeros((len(COUNTS), _BLOCK), np.uint32)
-
-
-@dataclass(eq=False, slots=True)
-class _Block:
-    """256 pages: counts, when each moved last, why and to what (0: never), refault to come."""
-
-    counts: npt.NDArray[np.uint32] = field(default_factory=_counts)
-    moved_ns: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BLOCK, np.int64))
-    kind: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(_BLOCK, np.uint8))
-    cause: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(_BLOCK, np.uint16))
-    fresh: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(_BLOCK, np.bool_))
+Ints = npt.NDArray[np.int64]
 
 
 class PageMoves:
-    """Moves, refaults and ping-pong of single pages."""
+    """Moves, refaults and ping-pong of single pages.
+
+    A block has a slot; a page's place is its slot's first one and its number within the block.
+    """
 
     def __init__(self, pingpong_ns: int, blocks_max: int = BLOCKS_MAX) -> None:
         self._pingpong_ns = pingpong_ns
         self._blocks_max = blocks_max
-        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
+        #: The slot of each block (inode, page number >> 8), the one that moved latest last.
+        self._slots: OrderedDict[tuple[int, int], int] = OrderedDict()
+        # Memory that nobody has written is not there yet.
+        places = blocks_max << _BLOCK_SHIFT
+        self._counts = np.zeros((len(COUNTS), places), np.uint32)
+        #: When the page moved last, to what (0: never), why; whether a refault is to come.
+        self._moved_ns = np.zeros(places, np.int64)
+        self._kind = np.zeros(places, np.uint8)
+        self._cause = np.zeros(places, np.uint16)
+        self._fresh = np.zeros(places, np.bool_)
+        #: How many pages' refaults are to come.
+        self._nr_fresh = 0
         self.forgotten = 0
 
-    def __len__(self) -> int:
-        """Return how many blocks are kept."""
-        return len(self._blocks)
+    def _slot(self, block: tuple[int, int]) -> int:
+        """Return the block's slot, which is now the one used last; the oldest may lose its own."""
+        slot = self._slots.get(block)
+        if slot is None:
+            slot = len(self._slots)
+            if slot == self._blocks_max:
+                slot = self._slots.popitem(last=False)[1]
+                self._clear(slice(slot << _BLOCK_SHIFT, (slot + 1) << _BLOCK_SHIFT))
+            self._slots[block] = slot
+        self._slots.move_to_end(block)
+        return slot
 
-    def _in_blocks(self, ino: int, pages: Sequence[int]) -> Iterator[tuple[_Block, Places]]:
-        first, stop = pages[0], pages[-1] + 1
-        if len(pages) == stop - first:
-            while first < stop:
-                number, at = divmod(first, _BLOCK)
-                count = min(stop - first, _BLOCK - at)
-                yield self._latest(ino, number), slice(at, at + count)
-                first += count
-        else:
-            indexes = np.array(pages, np.int64)
-            numbers = indexes >> _BLOCK_SHIFT
-            for number in np.unique(numbers).tolist():
-                yield self._latest(ino, number), indexes[numbers == number] & _BLOCK - 1
-        self._forget()
+    def _clear(self, places: slice) -> None:
+        self.forgotten += int(np.count_nonzero(self._kind[places]))
+        self._nr_fresh -= int(np.count_nonzero(self._fresh[places]))
+        self._counts[:, places] = 0
+        for array in (self._moved_ns, self._kind, self._cause, self._fresh):
+            array[places] = 0
 
-    def _latest(self, ino: int, number: int) -> _Block:
-        block = self._blocks.get((ino, number))
-        if block is None:
-            block = self._blocks[ino, number] = _Block()
-        self._blocks.move_to_end((ino, number))
-        return block
-
-    def _forget(self) -> None:
-        while len(self._blocks) > self._blocks_max:
-            _, gone = self._blocks.popitem(last=False)
-            self.forgotten += int(np.count_nonzero(gone.kind))
+    def _in_blocks(self, ino: int, pages: Sequence[int]) -> Iterator[Ints | slice]:
+        """Yield the places of ``pages``, which ascend, block by block."""
+        low, high = pages[0] >> _BLOCK_SHIFT, pages[-1] >> _BLOCK_SHIFT
+        run = len(pages) == pages[-1] + 1 - pages[0]
+        indexes = np.zeros(0, np.int64) if run else np.array(pages, np.int64)
+        numbers = indexes >> _BLOCK_SHIFT
+        blocks = range(low, high + 1) if run else np.unique(numbers).tolist()
+        # A block that is kept must not lose its slot to another one of the same move.
+        for number in blocks:
+            if (ino, number) in self._slots:
+                self._slots.move_to_end((ino, number))
+        for number in blocks:
+            place = self._slot((ino, number)) << _BLOCK_SHIFT
+            if run:
+                first, last = max(pages[0] - (number << _BLOCK_SHIFT), 0), pages[-1]
+                stop = min(last + 1 - (number << _BLOCK_SHIFT), _BLOCK)
+                yield slice(place + first, place + stop)
+            else:
+                yield place + (indexes[numbers == number] & _BLOCK - 1)
 
     def moved(self, ino: int, pages: Sequence[int], to: PageKind, now_ns: int, cause: int) -> int:
         """Enter pages that moved just now; return how many of them were ping-pong.
@@ -92,43 +98,74 @@ class PageMoves:
         if len(pages) == 1:
             return self._moved_one(ino, pages[0], to, now_ns, cause)
         pingpong, kind = 0, _KIND[to]
-        for block, at in self._in_blocks(ino, pages):
-            before = block.kind[at]
-            recent = now_ns - block.moved_ns[at] <= self._pingpong_ns
+        for at in self._in_blocks(ino, pages):
+            before = self._kind[at]
+            recent = now_ns - self._moved_ns[at] <= self._pingpong_ns
             back = (before != 0) & (before != kind) & recent
-            block.counts[_PINGPONG, at] += back
-            block.counts[_PROMOTED if to is PageKind.PAGECACHE else _DEMOTED, at] += 1
-            block.kind[at], block.moved_ns[at] = kind, now_ns
-            block.cause[at], block.fresh[at] = cause, True
+            self._counts[_PINGPONG, at] += back
+            self._counts[_PROMOTED if to is PageKind.PAGECACHE else _DEMOTED, at] += 1
+            self._kind[at], self._moved_ns[at] = kind, now_ns
+            self._nr_fresh += before.size - int(np.count_nonzero(self._fresh[at]))
+            self._cause[at], self._fresh[at] = cause, True
             pingpong += int(np.count_nonzero(back))
         return pingpong
 
     def _moved_one(self, ino: int, page: int, to: PageKind, now_ns: int, cause: int) -> int:
         """``moved`` for one page: on arrays it would take five times as long."""
-        block, at, kind = self._latest(ino, page >> _BLOCK_SHIFT), page & _BLOCK - 1, _KIND[to]
-        recent = now_ns - int(block.moved_ns[at]) <= self._pingpong_ns
-        back = recent and int(block.kind[at]) not in (0, kind)
-        block.counts[_PINGPONG, at] += back
-        block.counts[_PROMOTED if to is PageKind.PAGECACHE else _DEMOTED, at] += 1
-        block.kind[at], block.moved_ns[at] = kind, now_ns
-        block.cause[at], block.fresh[at] = cause, True
-        self._forget()
+        at = (self._slot((ino, page >> _BLOCK_SHIFT)) << _BLOCK_SHIFT) + (page & _BLOCK - 1)
+        kind = _KIND[to]
+        recent = now_ns - int(self._moved_ns[at]) <= self._pingpong_ns
+        back = recent and int(self._kind[at]) not in (0, kind)
+        self._counts[_PINGPONG, at] += back
+        self._counts[_PROMOTED if to is PageKind.PAGECACHE else _DEMOTED, at] += 1
+        self._kind[at], self._moved_ns[at] = kind, now_ns
+        self._nr_fresh += not self._fresh[at]
+        self._cause[at], self._fresh[at] = cause, True
         return int(back)
 
     def failed(self, ino: int, pages: Sequence[int]) -> None:
         """Enter pages that were refused for good."""
-        for block, at in self._in_blocks(ino, pages):
-            block.counts[_FAILED, at] += 1
+        for at in self._in_blocks(ino, pages):
+            self._counts[_FAILED, at] += 1
 
     def faulted(self, ino: int, page: int, time_ns: int) -> int | None:
         """Return the cause of the page's last move if this is the first fault since, else None."""
-        block = self._blocks.get((ino, page >> _BLOCK_SHIFT))
-        at = page & _BLOCK - 1
-        if block is None or not block.fresh[at] or time_ns <= block.moved_ns[at]:
+        if not self._nr_fresh:
             return None
-        block.fresh[at] = False
-        block.counts[_REFAULTS, at] += 1
-        return int(block.cause[at])
+        slot = self._slots.get((ino, page >> _BLOCK_SHIFT))
+        if slot is None:
+            return None
+        at = (slot << _BLOCK_SHIFT) + (page & _BLOCK - 1)
+        if not self._fresh[at] or time_ns <= self._moved_ns[at]:
+            return None
+        self._fresh[at] = False
+        self._nr_fresh -= 1
+        self._counts[_REFAULTS, at] += 1
+        return int(self._cause[at])
+
+    def faulted_many(self, inos: Ints, pages: Ints, times_ns: Ints) -> tuple[Ints, Ints]:
+        """``faulted`` of many: return which of them (ascending) are refaults, and their causes."""
+        none = np.zeros(0, np.int64)
+        if not self._nr_fresh or not inos.size:
+            return none, none
+        numbers = pages >> _BLOCK_SHIFT
+        # A program's faults stay in a block for a while: one look-up for each stay.
+        new = np.flatnonzero((np.diff(inos) != 0) | (np.diff(numbers) != 0)) + 1
+        starts = np.concatenate([[0], new])
+        stays = zip(inos[starts].tolist(), numbers[starts].tolist(), strict=True)
+        slots = np.array([self._slots.get(block, -1) for block in stays], np.int64)
+        slot = np.repeat(slots, np.diff(np.append(starts, inos.size)))
+        known = np.flatnonzero(slot >= 0)
+        at = (slot[known] << _BLOCK_SHIFT) + (pages[known] & _BLOCK - 1)
+        answers = self._fresh[at] & (times_ns[known] > self._moved_ns[at])
+        # Of several faults of a page the first one is it.
+        at, first = np.unique(at[answers], return_index=True)
+        self._fresh[at] = False
+        self._nr_fresh -= at.size
+        self._counts[_REFAULTS, at] += 1
+        which, causes = known[answers][first], self._cause[at].astype(np.int64)
+        order = np.argsort(which)
+        return which[order], causes[order]
 
     def most_moved(self, count: int) -> list[dict[str, Any]]:
         """Return the ``count`` pages with the most moves and failures, the most first."""
@@ -139,8 +176,9 @@ class PageMoves:
         ]
 
     def _rows(self) -> Iterator[tuple[int, int, int, list[int]]]:
-        for (ino, number), block in self._blocks.items():
-            moves = block.counts[_PROMOTED] + block.counts[_DEMOTED] + block.counts[_FAILED]
+        for (ino, number), slot in self._slots.items():
+            counts = self._counts[:, slot << _BLOCK_SHIFT : (slot + 1) << _BLOCK_SHIFT]
+            moves = counts[_PROMOTED] + counts[_DEMOTED] + counts[_FAILED]
             for at in np.flatnonzero(moves).tolist():
                 index = (number << _BLOCK_SHIFT) + at
-                yield int(moves[at]), ino, index, block.counts[:, at].tolist()
+                yield int(moves[at]), ino, index, counts[:, at].tolist()

@@ -138,6 +138,8 @@ def _migration(text: _Text, migration: Json) -> None:
         lines = [
             ({key: "" if line[key] is None else line[key] for key in keys}, line)
             for line in migration[table]
+            # The sum of the other lines falls when one of them is shown: it is no counter.
+            if any(line[key] is not None for key in keys)
         ]
         for name, about in _COUNTS.items():
             text.counter(
@@ -145,6 +147,11 @@ def _migration(text: _Text, migration: Json) -> None:
                 f"{about}, {table.replace('_', ' ')}",
                 ((labels, line[name]) for labels, line in lines),
             )
+    text.counter(
+        "xipfs_migration_pages_forgotten",
+        "moved pages whose refaults and ping-pong are not counted any more",
+        [({}, migration["pages_forgotten"])],
+    )
     reasons = migration["fail_reasons"].items()
     text.counter(
         "xipfs_migration_failed",

@@ -170,7 +170,8 @@ def compare(seed: int, run: Run, count: int) -> int:
         plain.feed(np.array(rows, np.uint64), choose.choice([0, 1, 8, 64]))
         if choose.random() < 0.3:
             for script in (alone, both):
-                script.grammar.settle(alone.now, lambda t: t.tid == PID, lambda: alone.now)
+                script.grammar.look(lambda t: t.tid == PID, lambda: alone.now)
+                script.grammar.settle(alone.now)
         expected, got = alone.output.take(), both.output.take()
         assert list(expanded(got)) == expected
         assert both.unfollowed == alone.unfollowed

@@ -200,6 +200,7 @@ def test_nothing_is_claimed_of_programs_whose_calls_are_unseen_nor_of_their_chil
         (ev.COPIED, False, "?a?....."),
         (ev.COPIED, True, "fff....."),
         (ev.FOREIGN, False, "????????"),
+        (ev.CROSSED, False, "????????"),
     ],
 )
 def test_a_cloud_is_over_what_may_have_changed(

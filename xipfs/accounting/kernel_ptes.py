@@ -37,6 +37,7 @@ from xipfs.accounting.kernel_states import (
     BEFORE,
     COPIED,
     COPIES_UNKNOWN,
+    CROSSED,
     FILE,
     FOREIGN,
     GUP,
@@ -63,7 +64,8 @@ from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
 #: Above every address.
 _END: Final = 1 << 57
-_CLOUDS: Final = {ev.COPIED: COPIED, ev.FOREIGN: FOREIGN, ev.AMBIGUOUS: AMBIGUOUS}
+_OF_ANY_PAGE: Final = {ev.FOREIGN: FOREIGN, ev.AMBIGUOUS: AMBIGUOUS, ev.CROSSED: CROSSED}
+_CLOUDS: Final = {ev.COPIED: COPIED, **_OF_ANY_PAGE}
 #: A larger range (16 GiB) is not doubted page by page; its address space as a whole is.
 DOUBT_PAGES_MAX: Final = 4 << 20
 
@@ -299,7 +301,7 @@ class KernelPtes:
         number = vma.mm.name
         assert isinstance(number, int)
         for reason in self.clouds.get(number, ()):
-            if reason in (FOREIGN, AMBIGUOUS):
+            if reason in _OF_ANY_PAGE.values():
                 states[states < UNKNOWN] = reason
             elif reason == RECLAIMED or not vma.flags & VM_MAYSHARE:
                 states[states == FILE] = reason

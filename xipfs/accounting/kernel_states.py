@@ -27,6 +27,7 @@ REASONS: Final = (
     "another process read or wrote its memory (ptrace, process_vm_readv)",
     "memory was reclaimed",
     "get_user_pages of a page that is mapped more than once",
+    "taken away beside a fault that was, or was not, over",
 )
 (
     BEFORE,
@@ -45,6 +46,7 @@ REASONS: Final = (
     FOREIGN,
     RECLAIMED,
     AMBIGUOUS,
+    CROSSED,
 ) = range(UNKNOWN, UNKNOWN + len(REASONS))
 
 #: After this time a page that was added to the page cache is not waiting for its READ any more.

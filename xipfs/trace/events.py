@@ -38,6 +38,7 @@ UNTRACED: Final = "untraced"
 COPIED: Final = "copied"
 FOREIGN: Final = "foreign"
 AMBIGUOUS: Final = "ambiguous"
+CROSSED: Final = "crossed"
 
 
 class Map(NamedTuple):
@@ -122,7 +123,8 @@ class Cloud(NamedTuple):
     why: str
     """COPIED: private mappings may have copies where file pages were. FOREIGN: another process
     faulted pages in or copied them. AMBIGUOUS: a page was faulted in without an exception that
-    would tell which of the mappings of its file it is in."""
+    would tell which of the mappings of its file it is in. CROSSED: one was taken away that a fault
+    had mapped before, or mapped after."""
 
 
 class Reclaim(NamedTuple):

@@ -150,9 +150,11 @@ class Faults:
             self._learn_prot(thread, vma)
             self._emit(thread.pf_last_ns, self._finished(thread))
         self._report_arounds(thread)
+        at_ns, space = thread.pf_last_ns, thread.space.id
         if thread.pf_ambiguous:
-            at_ns = thread.pf_last_ns
-            self._emit(at_ns, events.Cloud(at_ns, thread.space.id, events.AMBIGUOUS))
+            self._emit(at_ns, events.Cloud(at_ns, space, events.AMBIGUOUS))
+        if thread.pf_crossed_ns == at_ns:
+            self._emit(at_ns, events.Cloud(at_ns, space, events.CROSSED))
 
     def _report_arounds(self, thread: Thread) -> None:
         base = thread.pf_address & PAGE_MASK
@@ -242,7 +244,8 @@ class Faults:
             # The trap's own first record contradicts what we believed was mapped there.
             self._unfollowed[_DISAGREED] += 1
             assert thread.pf_vma is not None
-            self._forget(time_ns, thread, thread.pf_vma)
+            gone = thread.pf_vma
+            self._calls.remove(time_ns, thread.space, gone.start, gone.end)
             thread.pf_ino = -1
         if fresh and self._at_trap(thread, time_ns, ino, index, first, last):
             return True
@@ -273,7 +276,7 @@ class Faults:
             return False
         if page is None or vma.ino not in (None, ino):
             self._unfollowed[_DISAGREED] += 1
-            self._forget(time_ns, thread, vma)
+            self._calls.remove(time_ns, thread.space, vma.start, vma.end)
             minimal = self._minimal(thread, ino, index)
             if minimal is None or index is None:
                 return False
@@ -320,9 +323,6 @@ class Faults:
         vma = Vma(start, start + PAGE_SIZE, ino=ino, pgoff=index, prot_known=False, fresh=False)
         thread.space.vmas.insert(vma)
         return vma
-
-    def _forget(self, time_ns: int, thread: Thread, vma: Vma) -> None:
-        self._calls.remove(time_ns, thread.space, vma.start, vma.end)
 
     def _window_index(self, vma: Vma, address: int, first: int) -> int:
         """Return the faulting page, given the first page of its fault-around (do_fault_around)."""

@@ -21,6 +21,8 @@ from xipfs.trace.threads import Space, Thread
 from xipfs.trace.vmas import Vma
 
 Row = Sequence[int]
+#: What ``Thread.pf_over`` says of a fault that was not found over: it waits, or may be.
+_ANSWERS: Final = {False: -1, None: 0}
 _OF_FILES: Final = frozenset({records.FAULT, records.MAP_PAGES})
 
 
@@ -52,6 +54,8 @@ class Grammar:
         self._adoptions = adoptions
         #: Threads inside a call on another process's memory, and whose.
         self._foreign: dict[int, int] = {}
+        #: (time, first page, page after) of what left the page cache since ``settle``, by inode.
+        self._deleted: dict[int, list[tuple[int, int, int]]] = {}
         #: The last record of the oldest fault that ``settle`` did not report and that may be over.
         self.unsettled_ns: int | None = None
         self.faults = Faults(processes, self._calls, fault_around_pages)
@@ -92,34 +96,60 @@ class Grammar:
             else:
                 handlers[kind](thread, row)
 
-    def settle(
+    def look(
         self,
-        fed_ns: int,
         is_over: Callable[[Thread], bool | None],
         clock: Callable[[], int] = time.monotonic_ns,
-    ) -> None:
-        """Report the open faults that are over, though nothing closed them yet.
+    ) -> bool:
+        """Ask of the faults that nothing closed whether they are over (see ``settling``).
 
-        All records up to ``fed_ns`` were fed. ``is_over`` (see ``settling``) looks later, and the
-        fault may have made its last ones in between: so what it finds over is reported by the first
-        call after the records up to that look were fed, if none of this fault was among them.
+        Return whether one is. The look is later than the records that were fed, and a fault may
+        have made its last ones in between: feed those up to now before ``settle``.
+        """
+        found = False
+        for thread in list(self._threads.values()):
+            if _is_untold(thread):
+                last_ns = thread.pf_last_ns
+                if thread.pf_over[0] != last_ns or thread.pf_over[1] <= 0:
+                    answer = is_over(thread)
+                    thread.pf_over = (last_ns, clock() if answer else _ANSWERS[answer])
+                found |= thread.pf_over[1] > 0
+        return found
+
+    def settle(self, fed_ns: int) -> None:
+        """Report the faults that were found over, now that all records up to ``fed_ns`` were fed.
+
+        Of the others remember what left the page cache meanwhile: if such a fault turns out to have
+        been over before, its page is not mapped any more.
         """
         self.unsettled_ns = None
         for thread in list(self._threads.values()):
             if not _is_untold(thread):
                 continue
-            last_ns = thread.pf_last_ns
-            if thread.pf_over[0] == last_ns:
-                if thread.pf_over[1] <= fed_ns:
-                    self.faults.report(thread)
-                    continue
-            else:
-                answer = is_over(thread)
-                if answer is False:
-                    continue
-                if answer:
-                    thread.pf_over = (last_ns, clock())
-            self.unsettled_ns = min(last_ns, self.unsettled_ns or last_ns)
+            last_ns, over_ns = thread.pf_over
+            if last_ns != thread.pf_last_ns:
+                over_ns = _ANSWERS[None]
+            if 0 < over_ns <= fed_ns:
+                self.faults.report(thread)
+                continue
+            if self._deleted_since(thread):
+                thread.pf_crossed_ns = thread.pf_last_ns
+            if over_ns != _ANSWERS[False]:
+                self.unsettled_ns = min(thread.pf_last_ns, self.unsettled_ns or thread.pf_last_ns)
+        self._deleted.clear()
+
+    def _note_deleted(self, time_ns: int, ino: int, first: int, end: int) -> None:
+        ranges = self._deleted.setdefault(ino, [])
+        if ranges and ranges[-1][2] == first:
+            first = ranges.pop()[1]
+        ranges.append((time_ns, first, end))
+
+    def _deleted_since(self, thread: Thread) -> bool:
+        """Tell whether the page of the open fault left the cache after the fault's last record."""
+        return any(
+            time_ns > thread.pf_last_ns and first <= thread.pf_index < end
+            for time_ns, first, end in self._deleted.get(thread.pf_ino, ())
+        )
 
     def changing(self) -> frozenset[int]:
         """Return the address spaces that a thread is changing now, in a system call or a fault."""
@@ -155,7 +185,9 @@ class Grammar:
                 self.faults.added(thread, time_ns, ino, index, pages)
             self._emit(time_ns, events.CacheAdd(time_ns, ino, index, pages))
         elif kind == records.CACHE_DELETE:
-            self._emit(time_ns, events.CacheDelete(time_ns, row[3], row[4], 1 << row[5]))
+            ino, index, pages = row[3], row[4], 1 << row[5]
+            self._note_deleted(time_ns, ino, index, index + pages)
+            self._emit(time_ns, events.CacheDelete(time_ns, ino, index, pages))
         elif kind == records.LOST:
             for thread in self._threads.values():
                 self.faults.close(thread)

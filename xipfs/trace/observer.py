@@ -190,20 +190,21 @@ class Observer:
         """Return what happened until ``until_ns`` (default: now) and was not returned before.
 
         In the order in which it took effect. A fault that is still inside the kernel comes with a
-        later call, once. So does the last one of a thread that runs on: with the next call if its
-        page is mapped; ``unsettled_ns`` tells whether there is one to ask for again. Of a backlog
-        one call returns a part, and ``behind`` says so.
+        later call, once; so may the last one of a thread that runs on, if its page is mapped no
+        more: ``unsettled_ns`` tells whether there is one to ask for again. What proves others over
+        came a little after ``until_ns``, and so may what is returned. Of a backlog one call returns
+        a part, and ``behind`` says so.
         """
         with self._lock, _collector_paused():
             now_ns = time.monotonic_ns()
             cut_ns = now_ns if until_ns is None else min(until_ns, now_ns)
-            rows, reached_ns = self._read(cut_ns)
-            rows = without_explained(rows)
+            reached_ns = self._feed(cut_ns)
             self.behind = reached_ns < cut_ns
-            self._plain.feed(rows)
             if not self.behind:
                 # What /proc says now is later than records that wait to be decoded.
-                self._grammar.settle(cut_ns, is_over)
+                if self._grammar.look(is_over):
+                    reached_ns = self._feed(time.monotonic_ns())
+                self._grammar.settle(reached_ns)
                 self._grammar.bury(cut_ns)
             if self._processes.newcomers:
                 newcomers, self._processes.newcomers = self._processes.newcomers, []
@@ -281,6 +282,12 @@ class Observer:
 
     def _take_adoption(self, number: int) -> Adoption:
         return self._adoptions.pop(number)
+
+    def _feed(self, until_ns: int) -> int:
+        """Have the records up to ``until_ns`` put together; return up to when that was done."""
+        rows, reached_ns = self._read(until_ns)
+        self._plain.feed(without_explained(rows))
+        return reached_ns
 
     def _read(self, until_ns: int) -> tuple[Rows, int]:
         """Return rows sorted by time, and the time up to which they are all; keep later ones."""

@@ -176,6 +176,8 @@ def _is_plain(thread: Thread) -> bool:
     """Tell whether the thread's open fault, if it has one, is all in the fields that are copied."""
     if thread.stores or thread.pf_copied or thread.pf_ambiguous:
         return False
+    if thread.pf_crossed_ns == thread.pf_last_ns:
+        return not thread.pf_open
     if not thread.pf_open:
         return True
     if thread.pf_origin != events.TRAP or thread.pf_signal or thread.pf_reported:

@@ -98,6 +98,13 @@ class Processes:
         if any(vma.told for vma in space.vmas.meeting(start, end)):
             self.output.emit(time_ns, events.Extent(time_ns, space.id, start, end))
 
+    def zapped(self, space: Space, start: int, end: int) -> None:
+        """PTEs of [start, end) went: those of faults that are open may be among them."""
+        for tid in space.tids:
+            thread = self.threads[tid]
+            if thread.pf_open and start <= thread.pf_address < end:
+                thread.pf_crossed_ns = thread.pf_last_ns
+
     def around(self, time_ns: int, thread: Thread, address: int, first: int, last: int) -> None:
         """Emit a fault-around of the open fault's file, pages first..last, first at ``address``.
 

@@ -389,6 +389,7 @@ class SystemCalls:
             if vma.told:
                 first, stop = max(vma.start, start), min(vma.end, end)
                 self._output.emit(time_ns, events.Zap(time_ns, space.id, first, stop))
+                self._processes.zapped(space, first, stop)
 
     def _process_madvise(self, _time_ns: int, _thread: Thread, result: int) -> None:
         if result < _ERROR_MIN:

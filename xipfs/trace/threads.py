@@ -41,6 +41,7 @@ class Thread:
         "pf_ambiguous",
         "pf_arounds",
         "pf_copied",
+        "pf_crossed_ns",
         "pf_error",
         "pf_faults",
         "pf_index",
@@ -90,7 +91,9 @@ class Thread:
         self.pf_added = self.pf_mapped_last = self.pf_reported = self.pf_copied = False
         self.pf_ambiguous = False
         self.pf_arounds: list[tuple[int, int]] = []
-        #: The last record of the fault that was found over, and when it was found so.
+        #: The last record of a fault whose page was taken away after it, perhaps when it was over.
+        self.pf_crossed_ns = 0
+        #: The last record of the fault that was looked at, and when it was found over.
         self.pf_over = (0, 0)
         #: The last record of a fault that may be over, and how long the thread had run by then.
         self.pf_ran = (0, 0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import random
+import struct
 
 import pytest
 from imagecheck import check
 from media import RecordingMedium, new_medium, open_medium
 
 from xipfs.clock import ManualClock
-from xipfs.errors import FsError
+from xipfs.errors import FsError, ImageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind, WriteOrigin
 from xipfs.image.layout import MAX_FILE_BYTES
@@ -18,8 +19,8 @@ from xipfs.image.layout import MAX_FILE_BYTES
 PAGE = 4096
 ROOT = 1
 KINDS = [PageKind.XIP, PageKind.PAGECACHE]
-#: Around 0, a page, a transaction (128 pages) and where the map gets its first and second level.
-EDGES = [0, 1, 4095, 4096, 4097, 8191, 8192, 128 * PAGE - 1, 128 * PAGE + 1, 512 * PAGE + 1]
+#: Around 0, a page, a transaction (256 pages) and where the map gets its first and second level.
+EDGES = [0, 1, 4095, 4096, 4097, 8191, 8192, 256 * PAGE - 1, 256 * PAGE + 1, 512 * PAGE + 1]
 
 
 @pytest.fixture
@@ -176,9 +177,46 @@ def test_a_full_image_takes_what_fits_and_is_not_damaged(kind: PageKind) -> None
 def test_a_write_longer_than_a_transaction_may_end_early() -> None:
     fs = open_medium(new_medium(380))
     ino = make(fs)
-    # 128 pages a transaction: two fit, the third does not.
+    # 256 pages a transaction, which is what the kernel sends at once: one fits, not the second.
     assert fs.write(ino, 0, pattern(500 * PAGE)) == 256 * PAGE
     assert fs.getattr(ino).size_bytes == 256 * PAGE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_write_that_does_not_fit_changes_nothing(kind: PageKind) -> None:
+    """Half of its pages are there already."""
+    fs = open_medium(new_medium(380))
+    ino = make(fs, kind)
+    fs.write(ino, 0, pattern(4 * PAGE))
+    filler = make(fs, PageKind.XIP, b"filler")
+    while fs.statfs().blocks_free > 2:
+        fs.write(filler, fs.getattr(filler).size_bytes, bytes(PAGE))
+    before = fs.getattr(ino)
+    with fails(errno.ENOSPC):
+        fs.write(ino, 0, pattern(8 * PAGE, 5))
+    assert bytes(fs.read(ino, 0, 9 * PAGE)) == pattern(4 * PAGE)
+    assert fs.getattr(ino) == before
+
+
+def test_a_truncation_that_meets_damage_loses_no_bytes() -> None:
+    """What was written and not yet at home is there still, and goes home."""
+    medium = new_medium(1400)
+    fs = open_medium(medium, ram_pages=24)
+    ino = make(fs, PageKind.PAGECACHE)
+    fs.write(ino, 600 * PAGE, b"far")
+    fs.write(ino, 0, pattern(3 * PAGE))
+    volume = fs._core.volume
+    inode = volume.inodes.get(ino)
+    root = (inode.root & ((1 << 40) - 1)) * PAGE
+    (second,) = struct.unpack_from("<Q", medium.load(root, 16), 8)
+    medium.store(((second & ((1 << 40) - 1)) * PAGE) + (600 - 512) * 8, b"\xff")
+    with pytest.raises(ImageError) as damage:
+        fs.setattr(ino, size_bytes=0)
+    assert bytes(fs.read(ino, 0, 3 * PAGE)) == pattern(3 * PAGE)
+    fs.note_damage(damage.value)
+    fs.close()
+    again = open_medium(RecordingMedium(medium.durable))
+    assert bytes(again.read(ino, 0, 3 * PAGE)) == pattern(3 * PAGE)
 
 
 def test_names_need_room_too_and_fail_without_damage() -> None:

@@ -18,11 +18,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import pyfuse3
 import pytest
 from conftest import needs
 from live import ENVIRONMENT, PAGE, is_mounted, new_image, wait_until, xipfs
+from media import new_medium, open_medium
 
+from xipfs.errors import ImageError
+from xipfs.fuse.names import RequestHooks
 from xipfs.fuse.operations import Operations
 
 pytestmark = [needs("root", "fuse")]
@@ -194,6 +199,26 @@ UNSEEN = ("forget", "release", "releasedir")
 
 def test_there_is_a_trigger_for_every_handler() -> None:
     assert sorted(TRIGGERS) == handlers()
+
+
+@pytest.mark.expects_log
+async def test_a_failure_while_damage_is_told_is_eio_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the dirty pages that go home then one cannot; nothing is changed any more all the same."""
+    fs = open_medium(new_medium(64))
+
+    def fail(*_args: object) -> None:
+        raise MemoryError("injected")
+
+    def damaged(*_args: object) -> None:
+        raise ImageError("a structure at offset 7 is damaged")
+
+    monkeypatch.setattr(fs, "statfs", damaged)
+    monkeypatch.setattr(fs._core.cache, "sync_all", fail)
+    operations = Operations(fs, cast(RequestHooks, None))
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        await operations.statfs(cast(pyfuse3.RequestContext, None))
+    assert raised.value.errno == errno.EIO
+    assert (fs.read_only, fs.damage) == (True, "a structure at offset 7 is damaged")
 
 
 @pytest.mark.parametrize("handler", handlers())

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import mmap
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
+import pyfuse3
 import pytest
 from conftest import needs
 from live import PAGE, Mounts, wait_until
+from media import new_medium, open_medium
+
+from xipfs.fuse.names import RequestHooks
+from xipfs.fuse.operations import OpenFile, Operations
 
 pytestmark = [needs("root", "fuse")]
 
@@ -50,6 +59,68 @@ def test_the_policy_chooses_what_leaves_a_full_ram(live: Mounts) -> None:
     vmstat = mount.vmstat()
     assert vmstat["pgevict"] >= vmstat["pgevict_policy"] > 0
     assert vmstat["nr_resident_pages"] <= 16
+
+
+def errno_of(call: Callable[[], object]) -> int | None:
+    """Return the error that it ends with, 0 for none."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+@pytest.mark.parametrize("pagecache", [False, True], ids=["xip", "pagecache"])
+def test_stores_into_holes_of_a_full_image_are_kept_or_reported(
+    live: Mounts, pagecache: bool
+) -> None:
+    """The kernel sends up to 256 pages at once and does not look at how many were taken."""
+    mount = live.mount(live.image(size_bytes=2 << 20, pagecache=pagecache), "ram=1M")
+    free = os.statvfs(mount.directory).f_bfree
+    told = []
+    for name, count in (("many", free + 100), ("some", free // 2)):
+        descriptor = os.open(mount / name, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(descriptor, count * PAGE)
+        with mmap.mmap(descriptor, count * PAGE) as mapped:
+            for index in range(count):
+                mapped[index * PAGE : index * PAGE + 8] = b"%8d" % index
+            told.append(errno_of(mapped.flush))
+        if told[-1]:
+            os.ftruncate(descriptor, 0)
+        os.close(descriptor)
+    assert told == [errno.ENOSPC, 0], "the first does not fit, the second does"
+    again = live.remount(mount, "ro")
+    data = (again / name).read_bytes()
+    assert [data[at * PAGE : at * PAGE + 8] for at in range(count)] == [
+        b"%8d" % index for index in range(count)
+    ]
+
+
+class _NoHooks:
+    """What handlers tell nobody here."""
+
+    def page_io(self, *_args: object, **_how: object) -> None:
+        """Hear nothing."""
+
+    def write_back_of_ours(self, *_args: object) -> bool:
+        """Not know it."""
+        return False
+
+
+async def test_a_write_that_is_not_taken_whole_is_told_at_fsync() -> None:
+    """Of a request larger than a transaction, which this kernel does not send aligned."""
+    fs = open_medium(new_medium(380))
+    ino = fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
+    operations = Operations(fs, cast(RequestHooks, _NoHooks()))
+    handle = pyfuse3.FileHandleT(2)
+    operations._files[handle] = OpenFile(ino, 1)
+    assert await operations.write(handle, 0, bytes(400 * PAGE)) == 256 * PAGE
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        await operations.fsync(handle, False)
+    assert raised.value.errno == errno.ENOSPC
+    await operations.fsync(handle, False)
+    assert await operations.write(handle, 0, bytes(256 * PAGE)) == 256 * PAGE
+    await operations.fsync(handle, False)
 
 
 def test_one_frame_of_ram_and_a_full_image_end_in_enospc(live: Mounts, tmp_path: Path) -> None:

@@ -30,9 +30,10 @@ from xipfs.image.record import Inode
 from xipfs.memory.region import Buffer
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE, Pfn
 
-#: Pages a transaction links at most; with the smallest journal the bitmap may scatter them over
-#: this many lines and they still fit.
-_CHUNK_PAGES: Final = 128
+#: Pages a transaction links at most: what the kernel sends at once, so that of one request all is
+#: taken or nothing. It does not look at how much of a write-back was. With the smallest journal
+#: the bitmap may scatter them over this many lines and they still fit.
+_CHUNK_PAGES: Final = 256
 _OFFSET_MASK: Final = PAGE_SIZE - 1
 
 
@@ -147,14 +148,14 @@ class Content:
         first = offset >> PAGE_SHIFT
         count = ((end - 1) >> PAGE_SHIFT) - first + 1
         bodies = core.volume.maps.entries(inode, first, count)
-        fresh = bodies == 0
-        for part in segments(bodies):
-            if part.kind is PageKind.XIP:
-                self._store(part, first, offset, data)
+        overwritten = [part for part in segments(bodies) if part.kind is PageKind.XIP]
         with core.change():
-            if fresh.any():
+            if (bodies == 0).any():
                 through = origin is WriteOrigin.WRITEBACK
                 self._link(inode, first, bodies, offset, data, through=through)
+            # In place, so only when nothing is left that could be refused.
+            for part in overwritten:
+                self._store(part, first, offset, data)
             inode.size_bytes = max(inode.size_bytes, end)
             inode.mtime_ns = inode.ctime_ns = core.now_ns()
             core.put(inode)

@@ -86,8 +86,8 @@ class Lifetime:
         if not core.damage:
             core.damage = text
             if not core.read_only:
-                core.cache.sync_all()
                 core.read_only = True
+                core.cache.sync_all()
         if text in core.damage_told or len(core.damage_told) >= _TOLD_MAX:
             return False
         core.damage_told.add(text)

@@ -299,12 +299,15 @@ class PageCache:
         self._frames.remove_run(pfns)
         self._memory.put_ram_run(pfns)
 
-    def drop_from(self, ino: int, first: int) -> None:
-        """Forget the file's pages from ``first`` on: they are being cut off."""
+    def cut_off(self, ino: int, first: int) -> Pfns:
+        """Tell that the file loses its pages from ``first`` on; return their frames, to ``drop``.
+
+        They are dropped when that is final: until then they may hold the only new bytes.
+        """
         self.on_cut(Ino(ino), PageIndex(first))
         pages = np.array(sorted(index for index in self.pages_of(ino) if index >= first), np.int64)
         self.unmap(ino, pages)
-        self.drop(self.get_run(ino, pages))
+        return self.get_run(ino, pages)
 
     def _evict(self, count: int) -> int:
         """Drop ``count`` pages that are not pinned; return how many.

@@ -38,7 +38,7 @@ class Reclaim:
         core = self._core
         inode = core.inode(ino)
         assert size_bytes < inode.size_bytes
-        core.cache.drop_from(ino, pages_of(size_bytes))
+        frames = core.cache.cut_off(ino, pages_of(size_bytes))
         with core.change():
             inode.size_bytes = size_bytes
             amend(inode)
@@ -46,6 +46,7 @@ class Reclaim:
             if not done and not inode.orphan:
                 core.volume.inodes.orphan(inode)
             core.put(inode)
+        core.cache.drop(frames)
         if not done:
             self._finish(ino)
 
@@ -53,7 +54,7 @@ class Reclaim:
         """Free an unlinked inode that nobody holds, with all it owns."""
         core = self._core
         assert ino not in core.holds, ino
-        core.cache.drop_from(ino, 0)
+        core.cache.drop(core.cache.cut_off(ino, 0))
         self._finish(ino)
 
     def recover(self) -> int:

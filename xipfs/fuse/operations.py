@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import pyfuse3
 
+from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import WriteOrigin
 from xipfs.fuse.control import ControlHandle
@@ -40,6 +41,8 @@ class Operations(NameOperations):
         self._next_fh = 1
         self._files: dict[int, OpenFile | ControlHandle] = {}
         self._dirs: dict[int, int] = {}
+        #: Files of which a WRITE was not taken whole and no fsync has told it yet.
+        self._short: set[int] = set()
 
     def _new_fh(self) -> pyfuse3.FileHandleT:
         self._next_fh += 1
@@ -117,6 +120,9 @@ class Operations(NameOperations):
         ours = self.hooks.write_back_of_ours(file.ino, off, len(buf))
         origin = WriteOrigin.WRITEBACK if ours else WriteOrigin.PROGRAM
         written = self.fs.write(file.ino, off, buf, origin=origin)
+        if written < len(buf):
+            # If it was the kernel's write-back of a mapping, nobody looks at the count.
+            self._short.add(file.ino)
         if not ours:
             self.hooks.page_io(file.pid, file.ino, off, written, write=True)
         return written
@@ -141,6 +147,9 @@ class Operations(NameOperations):
         file = self._files[fh]
         if isinstance(file, OpenFile):
             self.fs.fsync(file.ino, datasync)
+            if file.ino in self._short:
+                self._short.discard(file.ino)
+                raise FsError(errno.ENOSPC)
 
     # Directories
 

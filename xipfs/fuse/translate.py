@@ -45,7 +45,10 @@ def handler(
         except XipfsError as error:
             fs = getattr(self, "fs", None)
             if isinstance(error, ImageError) and isinstance(fs, Filesystem):
-                tell_damage(fs, error)
+                try:
+                    tell_damage(fs, error)
+                except Exception:
+                    log.exception("%s: what was written may not be home", method.__name__)
             raise pyfuse3.FUSEError(error.errno) from None
         except Exception as error:
             log.exception("%s failed; answering EIO", method.__name__)

@@ -110,7 +110,7 @@ class ReplayedFilesystem(Filesystem):
         if pages_of(self._core.inode(ino).size_bytes):
             self.setattr(ino, size_bytes=0)
         else:
-            self._core.cache.drop_from(ino, 0)
+            self._core.cache.drop(self._core.cache.cut_off(ino, 0))
         self._made.remove(ino)
         with self.blank.setup(), self._core.change():
             # Not through the list of free inodes: the trace says which number is used next.

@@ -45,10 +45,7 @@ def handler(
         except XipfsError as error:
             fs = getattr(self, "fs", None)
             if isinstance(error, ImageError) and isinstance(fs, Filesystem):
-                try:
-                    tell_damage(fs, error)
-                except Exception:
-                    log.exception("%s: what was written may not be home", method.__name__)
+                tell_damage(fs, error)
             raise pyfuse3.FUSEError(error.errno) from None
         except Exception as error:
             log.exception("%s failed; answering EIO", method.__name__)
@@ -58,10 +55,13 @@ def handler(
 
 
 def tell_damage(fs: Filesystem, error: ImageError) -> None:
-    """Let the filesystem know that its image is damaged; log what is new."""
+    """Let the filesystem know that its image is damaged; log what is new. Raises nothing."""
     first = not fs.damage
-    if fs.note_damage(error):
-        log.error("%s is damaged: %s", fs.image_path, error)
+    try:
+        if fs.note_damage(error):
+            log.error("%s is damaged: %s", fs.image_path, error)
+    except Exception:
+        log.exception("%s is damaged (%s), and not all pages went home", fs.image_path, error)
     if first:
         log.error("%s: nothing is changed any more; unmount it", fs.image_path)
 

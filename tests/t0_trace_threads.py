@@ -57,7 +57,7 @@ def test_a_pump_that_fails_says_so_and_leaves_the_rings_to_drains(
     def fail() -> None:
         raise MemoryError("injected")
 
-    observer = cast(Observer, object.__new__(Observer))
+    observer = object.__new__(Observer)
     observer._closing = threading.Event()
     observer._rings = cast(Rings, SimpleNamespace(pump=fail))
     observer._pump_until_closed()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import needs
-from live import PAGE, LiveMount, Mounts, wait_until
+from live import PAGE, LiveMount, Mounts, wait_until, xipfs
 
 from xipfs.cli.client import request
 from xipfs.trace.direct_io import pages_in_flight
@@ -92,8 +92,20 @@ def test_pages_under_direct_io_are_refused_and_its_bytes_arrive(
         wait_until("the read", lambda: in_flight(mount, reading.process.pid) == {3, 4})
         outcome = mount.migrate("file", "xip")
         assert (outcome["moved"], outcome["failed"]) == (6, {"direct_io": 2})
+        assert outcome["failed_errno"] == {"direct_io": "EAGAIN"}
         assert mount.letters("file") == "XXXPPXXX"
-        assert mount.vmstat()["pgmigrate_fail"] == 2
+        said = xipfs("migrate", mount / "file", "--to", "xip", check=False)
+        assert (said.returncode, said.stdout.splitlines()[1:]) == (
+            1,
+            ["  refused: 2 direct_io (EAGAIN: Resource temporarily unavailable; tried 10 times)"],
+        )
+        stats = mount.cat_stats()
+        assert stats["vmstat"]["pgmigrate_fail"] == 4
+        assert stats["migration"]["fail_reasons"] == {"direct_io": 4}
+        assert stats["migration"]["fail_errno"] == {"direct_io": "EAGAIN"}
+        assert "refused: 4 direct_io (EAGAIN)" in xipfs("stat", mount.directory).stdout
+        metrics = xipfs("stat", mount.directory, "--openmetrics").stdout
+        assert 'xipfs_migration_failed_total{why="direct_io",errno="EAGAIN"} 4' in metrics
         reading.go_on()
         reading.expect("done")
         assert in_flight(mount, reading.process.pid) == set()

@@ -44,6 +44,7 @@ def test_there_and_back_under_an_open_mapping(mnt: LiveMount) -> None:
                 "moved": 41,
                 "already": 0,
                 "failed": {},
+                "failed_errno": {},
             }
             assert mnt.letters("both-ways") == letter * 41
             assert mapped[:] == NOISE
@@ -236,7 +237,9 @@ def test_when_the_reply_comes_no_process_has_the_page_mapped(mnt: LiveMount) -> 
             os.write(control, json.dumps(request).encode())
             answer = os.read(control, 1 << 16)
             assert not is_mapped(page), (turn, answer)
-            assert json.loads(answer) == {"result": {"moved": 1, "already": 0, "failed": {}}}
+            assert json.loads(answer) == {
+                "result": {"moved": 1, "already": 0, "failed": {}, "failed_errno": {}}
+            }
             assert os.read(control, 1) == b""
     finally:
         reader.communicate(timeout=30)

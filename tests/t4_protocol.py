@@ -276,7 +276,7 @@ def test_progress_is_told_twenty_times_a_second_and_no_oftener(tmp_path: Path) -
     assert trio.run(run, clock=clock) == [
         {"progress": {"pages_done": 2 * CHUNK_PAGES, "pages_total": pages}},
         {"progress": {"pages_done": 4 * CHUNK_PAGES, "pages_total": pages}},
-        {"result": {"moved": pages, "already": 0, "failed": {}}},
+        {"result": {"moved": pages, "already": 0, "failed": {}, "failed_errno": {}}},
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ from xipfs.cli.pages import file_of_mount
 from xipfs.cli.progress import progress_bar
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError
 from xipfs.fuse.mounts import Mount
+from xipfs.migrate.engine import PASSES_MAX, errnos_of
 from xipfs.units import parse_page_ranges
 
 #: Files of one request to the daemon: it answers with progress over all of them.
@@ -59,8 +61,14 @@ def run(args: argparse.Namespace) -> int:
             f"{outcome['already']} already there, {sum(outcome['failed'].values())} refused"
         )
         for reason, count in outcome["failed"].items():
-            print(f"  refused: {count} {reason}")
+            print(f"  refused: {count} {reason} ({refusal(outcome['failed_errno'][reason])})")
     return EXIT_FAILURE if outcome["failed"] else 0
+
+
+def refusal(name: str) -> str:
+    """Return what a refused page's errno, given by its name, means to who asked for the move."""
+    text = f"{name}: {os.strerror(getattr(errno, name))}"
+    return f"{text}; tried {PASSES_MAX} times" if name == "EAGAIN" else text
 
 
 def _one(args: argparse.Namespace) -> Json:
@@ -99,7 +107,10 @@ def _dry_text(outcome: Json) -> str:
     )
     lines = [
         first,
-        *(f"  would be refused now: {count} {reason}" for reason, count in failed),
+        *(
+            f"  would be refused now: {count} {reason} ({outcome['failed_errno'][reason]})"
+            for reason, count in failed
+        ),
         *(
             f"  {move['file']} pages {move['first']}-{move['first'] + move['count'] - 1}"
             f" ({move['reason']})"
@@ -137,7 +148,7 @@ def _many(args: argparse.Namespace) -> Json:
     for tally in files:
         failed.update(tally["failed"])
     sums = {name: sum(tally[name] for tally in files) for name in ("moved", "already")}
-    return {**sums, "failed": dict(failed), "files": files}
+    return {**sums, "failed": dict(failed), "failed_errno": errnos_of(failed), "files": files}
 
 
 def _by_mount(args: argparse.Namespace) -> list[tuple[Mount, list[tuple[int, Path]]]]:

@@ -90,7 +90,7 @@ def as_text(answer: Json) -> str:
         count = cause["promoted"] + cause["demoted"]
         lines.append(f"{'moved':22}{count:14}  to {cause['to']}: {cause['reason']}")
     for reason, count in told["fail_reasons"].items():
-        lines.append(f"{'refused':22}{count:14}  {reason}")
+        lines.append(f"{'refused':22}{count:14}  {reason} ({told['fail_errno'][reason]})")
     if not replay["as_recorded"]:
         lines += ["", "against the recording"]
         for name in ("faults_left_out", "faults_made", "ptes_taken"):

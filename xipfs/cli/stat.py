@@ -117,6 +117,11 @@ def _migration_lines(migration: Json) -> list[str]:
             + "".join(f"{count:9d}" for count in counts)
             + f"  {row['reason']}"
         )
+    errnos = migration["fail_errno"]
+    lines += [
+        f"refused: {count} {reason} ({errnos[reason]})"
+        for reason, count in migration["fail_reasons"].items()
+    ]
     return lines
 
 

@@ -111,9 +111,9 @@ class Commands:
                 if done < total and now_s - told_s >= _PROGRESS_INTERVAL_S:
                     told_s = now_s
                     yield {"progress": {"pages_done": done, "pages_total": total}}
-        result = vars(sum(sums.values(), Tally()))
+        result = sum(sums.values(), Tally()).describe()
         if "files" in request:
-            result = result | {"files": [{"ino": ino, **vars(each)} for ino, each in sums.items()]}
+            result["files"] = [{"ino": ino, **each.describe()} for ino, each in sums.items()]
         yield {"result": result}
 
     def _runs_to_move(self, wanted: Json) -> list[range]:

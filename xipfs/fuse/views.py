@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xipfs import __version__
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind, PageRun
+from xipfs.migrate.engine import errnos_of
 from xipfs.migrate.estimate import would_move
 from xipfs.stats import snapshot
 from xipfs.stats.cost import cost
@@ -54,6 +55,7 @@ def live_snapshot(live: Live) -> dict[str, Any]:
         "migration": {
             **live.deciding.describe(),
             "fail_reasons": engine.fail_reasons,
+            "fail_errno": errnos_of(engine.fail_reasons),
             "kernel_invalidations": live.notifier.invalidations,
             **history,
             "by_process": snapshot.named(live.accountant, history["by_process"]),

@@ -11,18 +11,26 @@ import errno
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import PageKind
 from xipfs.migrate.policy import Move
 
-#: Why a page was not moved, by the errno that says so.
+#: Why a page was not moved, by what the engine's parts say. Nobody else is told EBUSY: to whoever
+#: asked for the move, direct I/O is one more user of the page (see ``ERRNOS``).
 REASONS: Final = {
     errno.EAGAIN: "pinned",
     errno.EBUSY: "direct_io",
     errno.ENOMEM: "no_ram",
+}
+#: The errno that each reason stands for, by its name, as in move_pages(2).
+ERRNOS: Final = {
+    "pinned": "EAGAIN",
+    "direct_io": "EAGAIN",
+    "no_ram": "ENOMEM",
+    "gone": "ENOENT",
 }
 #: How often a pinned page is tried before it counts as refused: NR_MAX_MIGRATE_PAGES_RETRY of
 #: Linux 6.3 and later (mm/migrate.c; the same 10 passes stand there as a number in 6.1).
@@ -31,6 +39,15 @@ PASSES_MAX: Final = 10
 #: there are any, and while there are none.
 CHUNK_PAGES: Final = 512
 IDLE_PAGES: Final = 4 * CHUNK_PAGES
+
+
+def errnos_of(reasons: Iterable[str]) -> dict[str, str]:
+    """Return the name of the errno that each of ``reasons`` stands for.
+
+    >>> errnos_of(["direct_io"])
+    {'direct_io': 'EAGAIN'}
+    """
+    return {reason: ERRNOS[reason] for reason in reasons}
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,10 @@ class Tally:
         if self.failed and other.failed:
             failed = dict(Counter(self.failed) + Counter(other.failed))
         return Tally(self.moved + other.moved, self.already + other.already, failed)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the outcome as a request is answered; ``failed_errno`` by the same reasons."""
+        return {**vars(self), "failed_errno": errnos_of(self.failed)}
 
 
 @dataclass(frozen=True)

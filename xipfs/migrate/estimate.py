@@ -20,7 +20,7 @@ from xipfs.image.journal import FENCES, flushed_lines
 from xipfs.image.layout import FANOUT
 from xipfs.memory.profiles import Profile, load_profile
 from xipfs.memory.wear import LINE_SIZE
-from xipfs.migrate.engine import IDLE_PAGES, cut, runs
+from xipfs.migrate.engine import IDLE_PAGES, cut, errnos_of, runs
 from xipfs.migrate.policy import Page
 from xipfs.units import PAGE_SIZE
 
@@ -125,10 +125,12 @@ def would_move(
                 would.demoted += len(moving)
     over = fs.nr_resident_pages + would.promoted - fs.memory.ram_pages
     would.evicted = max(over, 0)
+    failed = {"pinned": pinned} if pinned else {}
     return would, {
         "would_move": would.promoted + would.demoted,
         "already": already,
-        "failed": {"pinned": pinned} if pinned else {},
+        "failed": failed,
+        "failed_errno": errnos_of(failed),
         "would_evict": would.evicted,
         "moves": [
             {"ino": ino, "first": first, "count": count, "to": to.value, "reason": "manual"}

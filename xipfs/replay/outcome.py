@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xipfs import __version__
+from xipfs.migrate.engine import errnos_of
 from xipfs.migrate.registry import REPLAY_ONLY
 from xipfs.replay.choice import Choice
 from xipfs.replay.machine import Replay
@@ -40,6 +41,7 @@ def outcome(replay: Replay) -> dict[str, Any]:
         "migration": {
             **replay.steering.describe(),
             "fail_reasons": engine.fail_reasons,
+            "fail_errno": errnos_of(engine.fail_reasons),
             **history,
             "by_process": snapshot.named(replay.accountant, history["by_process"]),
         },

@@ -156,7 +156,7 @@ def _migration(text: _Text, migration: Json) -> None:
     text.counter(
         "xipfs_migration_failed",
         "pages refused for good",
-        (({"why": why}, count) for why, count in reasons),
+        (({"why": why, "errno": migration["fail_errno"][why]}, count) for why, count in reasons),
     )
     held_back = migration["held_back"].items()
     text.counter(

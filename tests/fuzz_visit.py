@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from fuzz_images import BLOCK, LONG_NAME, page_of
@@ -42,13 +43,17 @@ class Visit:
 class Visitor:
     """One program on the mount at ``directory``; ``step`` hears what it is about to do."""
 
-    def __init__(self, directory: bytes, step: Callable[[str], None]) -> None:
+    def __init__(self, directory: bytes, step: Callable[[str], None], *, record: bool) -> None:
         self._directory = directory
         self._step = step
+        self._record = record
         self.visit = Visit()
 
     def run(self) -> Visit:
-        """Read all, change some, read all again."""
+        """Read all, change some, read all again; with ``record`` while a recording runs."""
+        if self._record:
+            with self._may_fail("begin a recording"):
+                (Path(os.fsdecode(self._directory)) / ".xipfs/items.1.json").read_bytes()
         self._walk()
         self._change()
         self._walk()
@@ -179,7 +184,6 @@ class Visitor:
         for name in (b"tall", b"first", b"one page"):
             with self._may_fail(f"change {name!r}"):
                 self._write(at + name)
-                os.truncate(at + name, BLOCK + 1)
                 os.removexattr(at + name, "user.colour")
             with self._may_fail(f"unlink {name!r}"):
                 os.unlink(at + name)
@@ -216,10 +220,13 @@ class Visitor:
             self._migrate(ino, to)
 
     def _write(self, path: bytes) -> None:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return  # what damage made a device is a real one, with a driver
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             ino = os.fstat(descriptor).st_ino
             os.pwrite(descriptor, page_of(ino, 2), 2 * BLOCK)
+            os.ftruncate(descriptor, BLOCK + 1)
         finally:
             os.close(descriptor)
         self._step(f"migrate {path!r}")

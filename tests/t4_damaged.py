@@ -19,7 +19,7 @@ from xipfs.fuse.mounts import mounts
 from xipfs.image.check import check
 from xipfs.memory.region import Region
 
-MOUNTS = 30
+MOUNTS = 24
 
 
 def mutant(name: str, field: str, value: int, *, at: int = 0, fits: bool = True) -> bytes:
@@ -30,6 +30,13 @@ def mutant(name: str, field: str, value: int, *, at: int = 0, fits: bool = True)
     for fix in each.fixes if fits else ():
         fix(made)
     return bytes(made)
+
+
+def image_without_page_1_of_first() -> bytes:
+    """Its entry in the map of that file, inode 2, fails its check."""
+    entries = template("xip")[1].by_structure["node1.entry"]
+    (at,) = [place for place, each in enumerate(entries) if each.entry == (2, 0, 1)]
+    return mutant("xip", "node1.entry", 5, at=at, fits=False)
 
 
 @pytest.fixture
@@ -94,9 +101,7 @@ def test_a_name_of_the_root_is_damage(live: Mounts, path: Path) -> None:
 
 
 def test_damage_met_by_a_migration_is_told_and_ends_all_changes(live: Mounts, path: Path) -> None:
-    entries = template("xip")[1].by_structure["node1.entry"]
-    (at,) = [place for place, each in enumerate(entries) if each.entry == (2, 0, 1)]
-    path.write_bytes(mutant("xip", "node1.entry", 5, at=at, fits=False))
+    path.write_bytes(image_without_page_1_of_first())
     mount = live.mount(path)
     mount.expected_log = [r"is damaged: map of inode 2: the entry at offset", r"nothing is changed"]
     done = xipfs("migrate", mount / "first", "--to", "pagecache", check=False)
@@ -141,13 +146,10 @@ def test_mounts_of_damaged_images_end_well(tmp_path: Path) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}; again: tools/fuzz --replay {seed}:NUMBER --mounts")
     numbers = list(range(MOUNTS))
-    # More time for each step than tools/fuzz gives: this machine may have other work.
-    outcome, failures = fuzz_mounts.run(
-        seed, numbers, 2, tmp_path, lambda _done, _failures: None, step_max_s=60
-    )
+    outcome, failures = fuzz_mounts.run(seed, numbers, 2, tmp_path, lambda _done, _failures: None)
     assert not failures
     endings = outcome.endings
-    assert endings["refused"] < MOUNTS // 2, endings
+    assert endings["refused"] < MOUNTS * 4 // 5, endings
     assert endings["read-write, until damage was met"] > 0, endings
 
 
@@ -172,7 +174,7 @@ def test_the_judge_knows_a_hang_and_a_dead_daemon_and_frees_them(
     monkeypatch.setattr(fuzz_mounts.FuzzMount, "visit", visit)
     case = sound_case(template("xip")[0])
     with pytest.raises(FuzzError, match=rf"^0:0 \(image xip; mounted with .*{told}"):
-        fuzz_mounts.judge(case, Outcome(), tmp_path, step_max_s=3)
+        fuzz_mounts.judge(case, Outcome(), tmp_path, step_max_s=2)
     assert list(tmp_path.iterdir()) == []
     assert not [mount for mount in mounts() if tmp_path in mount.mountpoint.parents]
 
@@ -184,4 +186,4 @@ def test_the_judge_knows_another_files_bytes(tmp_path: Path) -> None:
     made = bytearray(image)
     made[one * BLOCK : (one + 1) * BLOCK] = image[other * BLOCK : (other + 1) * BLOCK]
     with pytest.raises(FuzzError, match=r"inode \d+ was served with bytes of inode \d+"):
-        fuzz_mounts.judge(sound_case(bytes(made)), Outcome(), tmp_path, step_max_s=60)
+        fuzz_mounts.judge(sound_case(bytes(made)), Outcome(), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import needs
-from fuzz_images import template
-from live import Mounts, wait_until
-from t4_damaged import mutant
+from live import COMMAND, ENVIRONMENT, Mounts, wait_until, xipfs
+from t4_damaged import image_without_page_1_of_first, mutant
 
 pytestmark = [needs("root", "fuse", "tracefs")]
 
@@ -21,9 +21,7 @@ def test_a_touch_of_a_page_without_a_sound_entry_is_sigbus_in_the_model_too(
     live: Mounts, tmp_path: Path, touch: Path
 ) -> None:
     path = tmp_path / "image"
-    entries = template("xip")[1].by_structure["node1.entry"]
-    (at,) = [place for place, each in enumerate(entries) if each.entry == (2, 0, 1)]
-    path.write_bytes(mutant("xip", "node1.entry", 5, at=at, fits=False))
+    path.write_bytes(image_without_page_1_of_first())
     mount = live.mount(path, "observe=tracefs")
     mount.expected_log = [r"is damaged: map of inode 2: the entry at offset", r"nothing is changed"]
     command = [str(touch), "map", str(mount / "first"), "private", "r", "read", "0-1"]
@@ -32,6 +30,30 @@ def test_a_touch_of_a_page_without_a_sound_entry_is_sigbus_in_the_model_too(
     assert (stats["observer"]["mode"], stats["observer"]["reason"]) == ("tracefs", "")
     assert stats["vmstat"]["pgfault_xip"] == 1
     assert stats["vmstat"]["pgfault_sigbus"] == 1
+
+
+def test_a_recording_goes_on_over_a_damaged_file(live: Mounts, tmp_path: Path, touch: Path) -> None:
+    """Its state cannot be told; its sound page is read as without the recording."""
+    path = tmp_path / "image"
+    path.write_bytes(image_without_page_1_of_first())
+    mount = live.mount(path, "observe=tracefs")
+    trace = tmp_path / "trace.parquet"
+    recorder = subprocess.Popen(
+        [*COMMAND, "record", str(mount.directory), "-o", str(trace)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until("the recording", lambda: trace.with_name(trace.name + ".partial").exists())
+        command = [str(touch), "map", str(mount / "first"), "private", "r", "read", "0"]
+        assert subprocess.run(command, check=False).returncode == 0
+        assert mount.cat_stats()["observer"]["mode"] == "tracefs"
+    finally:
+        recorder.send_signal(signal.SIGINT)
+        recorder.communicate(timeout=60)
+    counted = json.loads(xipfs("faults", trace, "--by", "file", "--json").stdout)
+    assert counted, counted
 
 
 def test_a_policy_moves_nothing_any_more_once_damage_was_met(

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from live import INSTANCES, PAGE, LiveMount, Mounts, wait_until
 from xipfs.trace.events import Around, Event, Exit, Fault, Fork, Lost, Map, Move, Unmap, Zap
 from xipfs.trace.fault_batch import expanded
 from xipfs.trace.observer import Observer
+from xipfs.trace.session import Instance
 
 pytestmark = [needs("root", "fuse", "tracefs")]
 
@@ -300,6 +302,21 @@ def test_an_observer_is_quiet_until_something_happens(
     with open(file, "rb") as held, mmap.mmap(held.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert mapped[5 * PAGE] == 5
     assert not observer.quiet(), "a page was read, by a process that nobody announced"
+
+
+def test_an_instance_that_somebody_looks_at_is_removed_when_he_is_done() -> None:
+    instance = Instance("G")
+    reader = (instance.path / "trace_clock").open()
+    closing = threading.Timer(0.2, reader.close)
+    try:
+        with pytest.raises(OSError, match="busy"):
+            instance.path.rmdir()
+        closing.start()
+        instance.close()
+    finally:
+        closing.cancel()
+        reader.close()
+    assert not instance.path.exists()
 
 
 def test_another_mount_s_faults_stay_out(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from xipfs.accounting.accountant import Accountant
-from xipfs.errors import FsError
+from xipfs.errors import FsError, ImageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import Attr, PageKind, WriteOrigin
@@ -188,8 +188,8 @@ class Recorder:
                 for run in self._fs.runs(ino)
                 if run.kind is not PageKind.HOLE
             ]
-        except FsError:
-            return None  # freed meanwhile, or no regular file
+        except (FsError, ImageError):
+            return None  # freed meanwhile, no regular file, or damaged
         values = {
             "time_ns": time.monotonic_ns(),
             "ino": ino,

@@ -13,6 +13,7 @@ faulted flat out (fact 6). ``rings`` enlarges them where that is not enough.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -33,6 +34,8 @@ BUFFER_KIB: Final = 8192
 NOBODY: Final = 4 << 20
 #: The wall clock may have been set a little between a daemon's start and now.
 _CLOCK_SLACK_S: Final = 5.0
+#: Who looks through all instances of a machine has a file of ours open for a moment.
+_BUSY_MAX_S: Final = 2.0
 _NAME_RE: Final = re.compile(r"xipfs-(\d+)-\d+-[GP]")
 _serial = itertools.count()
 
@@ -174,7 +177,21 @@ class Instance:
         """Stop the events and remove the instance; the ring files must be closed by now."""
         if self.path.is_dir():
             (self.path / "events/enable").write_text("0")
+            deadline_s = time.monotonic() + _BUSY_MAX_S
+            while not self._removed():
+                if time.monotonic() > deadline_s:
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self.path))
+                time.sleep(0.01)
+
+    def _removed(self) -> bool:
+        """Remove the instance; False while somebody has one of its files open."""
+        try:
             self.path.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
 
 
 class Session:

@@ -255,10 +255,10 @@ class Live:
         that gets no processor is not waited for.
         """
         before_ns, give_up_s = time.monotonic_ns(), trio.current_time() + _SETTLE_MAX_S
-        drained = await self.drain()
+        drained, pause_s = await self.drain(), 0.0
         while self.observer.unsettled(before_ns) and trio.current_time() < give_up_s:
-            await trio.sleep(_SETTLE_PAUSE_S)
-            drained += await self.drain()
+            await trio.sleep(pause_s)
+            drained, pause_s = drained + await self.drain(), _SETTLE_PAUSE_S
         return drained
 
     async def drain_for_move(self) -> int:

@@ -77,6 +77,15 @@ def xipfs(
         yield mounted
 
 
+@contextlib.contextmanager
+def bare(context: Context) -> Iterator[Mounted]:
+    """Mount support/bare_filesystem.py."""
+    directory = _mount_point(context, "bare")
+    program = str(Path(__file__).with_name("bare_filesystem.py"))
+    with _serving(context, [sys.executable, program, str(directory)], directory) as mounted:
+        yield mounted
+
+
 def _mount_point(context: Context, name: str) -> Path:
     directory = context.work / f"mnt-{name}"
     directory.mkdir(exist_ok=True)
@@ -121,12 +130,15 @@ def _log(directory: Path) -> str:
 
 def _end(daemon: subprocess.Popen[bytes], directory: Path) -> None:
     """Unmount and wait; by force if it does not end by itself."""
-    device = device_of(directory)
+    device, said = device_of(directory), ""
     if device is None:
         daemon.terminate()
     else:
         # Programs are gone when we come here; umount waits until what they wrote is sent.
-        subprocess.run(["umount", str(directory)], capture_output=True, check=False)
+        unmounting = subprocess.run(
+            ["umount", str(directory)], capture_output=True, text=True, check=False
+        )
+        said = unmounting.stderr.strip()
     try:
         daemon.wait(_PATIENCE_S)
     except subprocess.TimeoutExpired:
@@ -137,7 +149,7 @@ def _end(daemon: subprocess.Popen[bytes], directory: Path) -> None:
         daemon.kill()
         daemon.wait()
         raise BenchError(
-            f"{daemon.args!r} did not end within {_PATIENCE_S:g} s; its mount was aborted"
+            f"{daemon.args!r} did not end within {_PATIENCE_S:g} s; its mount was aborted; {said}"
         ) from None
     finally:
         # A daemon that was ended while it mounted, or by force, leaves the mount to us.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -20,14 +21,15 @@ from benchmarks.support.measure import Sample, compare
 from benchmarks.support.system import BenchError
 
 _PAGE = 4096
-OBSERVERS = ("off", "tracefs")
+CONTROL = ".xipfs/control"
+ALONE = "pyfuse3 alone"
 
 
 class Control:
     """The control file of a mount, open: one request after the other."""
 
-    def __init__(self, directory: Path) -> None:
-        self._fd = os.open(directory / ".xipfs" / "control", os.O_RDWR)
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR)
 
     def migrate(self, ino: int, to: str, ranges: list[list[int]] | None = None) -> int:
         """Return how many pages have moved."""
@@ -53,7 +55,7 @@ def _controlled(
     context: Context, image: Path, observe: str
 ) -> Iterator[tuple[mounts.Mounted, Control]]:
     with mounts.xipfs(context, image, 0, [f"observe={observe}", "ram=512M"]) as mounted:
-        control = Control(mounted.directory)
+        control = Control(mounted.directory / CONTROL)
         try:
             yield mounted, control
         finally:
@@ -97,17 +99,21 @@ def bulk(
 
 
 def singly(context: Context, image: Path, name: str, count: int) -> None:
-    """Move one page a request, with and without an observer."""
-    candidates = {
-        f"observe={observe}": functools.partial(_singly, context, image, name, count, observe)
-        for observe in OBSERVERS
+    """Move one page a request, with and without an observer; beside the least that it can take."""
+    singly = functools.partial(_singly, context, image, name, count)
+    candidates: dict[str, Callable[[int], Sample]] = {
+        ALONE: functools.partial(_alone, context, count),
+        "observe=off": functools.partial(singly, "off", False),
+        "observe=tracefs": functools.partial(singly, "tracefs", False),
+        "tracefs, page mapped": functools.partial(singly, "tracefs", True),
     }
     context.comparisons.append(
         compare(
-            f"{count} requests of one page on an idle mount, from request to reply",
+            f"{count} requests of one page on an idle mount, from request to reply; {ALONE}: a "
+            "filesystem that only invalidates and answers",
             context.alternate("one page a request", candidates),
             metric="median_us",
-            baseline=f"observe={OBSERVERS[0]}",
+            baseline=ALONE,
             command="write and read .xipfs/control",
             also=("p99_us", "bare_round_trip_us"),
         )
@@ -115,19 +121,52 @@ def singly(context: Context, image: Path, name: str, count: int) -> None:
 
 
 def _singly(
-    context: Context, image: Path, name: str, count: int, observe: str, _seed: int
+    context: Context, image: Path, name: str, count: int, observe: str, mapped: bool, _seed: int
 ) -> Sample:
-    took_us = []
     with _controlled(context, image, observe) as (mounted, control):
-        ino = (mounted.directory / name).stat().st_ino
-        control.migrate(ino, "xip")  # what was measured before may have left it as it wanted
-        bare_us = _round_trip_us(mounted.directory, count)
-        for number in range(count):
-            to = "xip" if number % 2 else "pagecache"
-            start_ns = time.perf_counter_ns()
-            moved = control.migrate(ino, to, [[number // 2, 1]])
-            took_us.append((time.perf_counter_ns() - start_ns) / 1000)
-            assert moved == 1, (number, moved)
+        path = mounted.directory / name
+        control.migrate(path.stat().st_ino, "xip")  # what was measured before may have left it so
+        with contextlib.ExitStack() as stack:
+            touch: Callable[[int], object] = _no_touch
+            if mapped:
+                file = stack.enter_context(open(path, "rb"))
+                mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                stack.enter_context(mapping)
+                touch = functools.partial(_touch, mapping)
+            return _one_by_one(mounted.directory / CONTROL, control, path, count, touch)
+
+
+def _alone(context: Context, count: int, _seed: int) -> Sample:
+    with mounts.bare(context) as mounted:
+        path = mounted.directory / "control"
+        control = Control(path)
+        try:
+            return _one_by_one(path, control, mounted.directory / "file", count, _no_touch)
+        finally:
+            control.close()
+
+
+def _no_touch(_page: int) -> None:
+    """Leave the page as it is: in no page cache."""
+
+
+def _touch(mapping: mmap.mmap, page: int) -> int:
+    return mapping[page * _PAGE]
+
+
+def _one_by_one(
+    control_path: Path, control: Control, path: Path, count: int, touch: Callable[[int], object]
+) -> Sample:
+    """Promote and demote one page after the other, each touched before."""
+    ino, took_us = path.stat().st_ino, []
+    bare_us = _round_trip_us(control_path, count)
+    for number in range(count):
+        to = "xip" if number % 2 else "pagecache"
+        touch(number // 2)
+        start_ns = time.perf_counter_ns()
+        moved = control.migrate(ino, to, [[number // 2, 1]])
+        took_us.append((time.perf_counter_ns() - start_ns) / 1000)
+        assert moved == 1, (number, moved)
     took_us.sort()
     return {
         "median_us": statistics.median(took_us),
@@ -136,9 +175,9 @@ def _singly(
     }
 
 
-def _round_trip_us(directory: Path, count: int) -> float:
+def _round_trip_us(path: Path, count: int) -> float:
     """Return the median time of a request to the daemon that does nothing."""
-    fd = os.open(directory / ".xipfs" / "control", os.O_RDWR)
+    fd = os.open(path, os.O_RDWR)
     took_us = []
     for _ in range(count):
         start_ns = time.perf_counter_ns()
@@ -204,7 +243,7 @@ def _read(
 
 def _move_to_and_fro(directory: Path, name: str, pipe: Connection) -> None:
     """Move a file until told to stop; tell how fast that went."""
-    control = Control(directory)
+    control = Control(directory / CONTROL)
     ino = (directory / name).stat().st_ino
     control.migrate(ino, "xip")
     pipe.send("begun")

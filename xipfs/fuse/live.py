@@ -307,6 +307,7 @@ class Live:
             self._eviction = trio.Event()
             pages, self._evicted = sorted(set(self._evicted)), []
             for ino, first, count in runs(pages):
+                await trio.lowlevel.checkpoint()
                 try:
                     await self.notifier.invalidate_pages(ino, first, count, EVICT)
                 except Exception as error:

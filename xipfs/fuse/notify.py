@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import trio
+
 from xipfs.accounting.causes import Causes
 from xipfs.fuse.worker import Worker
 from xipfs.migrate.engine import runs
@@ -103,6 +105,7 @@ class Notifier:
     async def invalidate_all(self, pages: list[tuple[int, int]], cause: str) -> None:
         """Drop the (ino, index) ``pages``, sorted, from the kernel's cache, run by run."""
         for ino, first, count in runs(pages):
+            await trio.lowlevel.checkpoint()
             await self.invalidate_pages(ino, first, count, cause)
 
     def _drop(self, ino: int, first: int, count: int, users: set[int]) -> set[int]:

@@ -2,6 +2,10 @@
 
 trio's own worker threads do the same for many calls at once, and cost about three times as much a
 call (a cache of threads, names, contexts): for one page's migration that is most of its time.
+
+Most calls take some ten microseconds, less than the way through trio's loop and back, on which the
+two threads are in each other's way (the interpreter's lock). So the trio thread stands still for a
+call, but only for ``PATIENCE_S``: what the call may wait for is a request that this thread serves.
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
 
 import trio
 
 T = TypeVar("T")
+#: As long as a request or two take that others wait for meanwhile.
+PATIENCE_S: Final = 0.0002
 
 
 @dataclass
@@ -25,6 +31,10 @@ class _Call(Generic[T]):
 
     function: Callable[..., T]
     arguments: tuple[Any, ...]
+    finished: threading.Lock = field(default_factory=threading.Lock)
+    """Held until it is."""
+    awaited: bool = False
+    """Whether trio's loop must be told of its end."""
     done: bool = False
     result: T | None = None
     error: BaseException | None = None
@@ -35,6 +45,7 @@ class _Call(Generic[T]):
         except BaseException as error:
             self.error = error
         self.done = True
+        self.finished.release()
 
 
 @contextlib.asynccontextmanager
@@ -63,21 +74,31 @@ class Worker:
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Return what ``function`` returns in the thread; what it raises is raised here.
 
-        A call that has begun is waited for, also by a task that was cancelled meanwhile.
+        A call that has begun is waited for, also by a task that was cancelled meanwhile. No
+        checkpoint: who calls many times in a row lets others run in between.
         """
         async with turn(self._turn):
             call = _Call(function, arguments)
+            call.finished.acquire()
             self._calls.put(call)
-            with trio.CancelScope(shield=True):
-                while not call.done:
-                    await trio.lowlevel.wait_readable(self._done_fd)
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._done_fd)
+            if not call.finished.acquire(timeout=PATIENCE_S):
+                await self._wait_for(call)
         if call.error is not None:
             raise call.error
         return call.result  # type: ignore[return-value]  # set when done and without error
 
+    async def _wait_for(self, call: _Call[Any]) -> None:
+        # Either we see here that it is done, or the thread sees that it is awaited.
+        call.awaited = True
+        with trio.CancelScope(shield=True):
+            while not call.done:
+                await trio.lowlevel.wait_readable(self._done_fd)
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._done_fd)
+
     def _work(self) -> None:
         while True:
-            self._calls.get().make()
-            os.eventfd_write(self._done_fd, 1)
+            call = self._calls.get()
+            call.make()
+            if call.awaited:
+                os.eventfd_write(self._done_fd, 1)

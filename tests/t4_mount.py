@@ -10,10 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from acting import libc
 from conftest import needs
 from live import (
     COMMAND,
@@ -69,6 +71,32 @@ def test_a_second_writer_is_refused_with_the_holders_pid(live: Mounts) -> None:
         assert not is_mounted(other)
     (mount / "still").write_bytes(b"works")
     assert (mount / "still").read_bytes() == b"works"
+
+
+def test_a_mount_waits_for_the_daemon_that_still_closes_the_image(live: Mounts) -> None:
+    mount = live.mount()
+    (mount / "kept").write_bytes(b"bytes")
+    waits = f"waiting for pid [{mount.pid}], which closes it"
+
+    def logs() -> str:
+        return "".join(log.read_text() for log in live.directory.glob("*.log"))
+
+    def let_it_close() -> None:
+        try:
+            wait_until("a mount that waits", lambda: waits in logs(), 20)
+        finally:
+            os.kill(mount.pid, signal.SIGCONT)
+
+    # As slow as can be: the mount goes, and its daemon does not hear of it.
+    os.kill(mount.pid, signal.SIGSTOP)
+    libc("umount2", os.fsencode(mount.directory), 0)  # umount(8) would ask the daemon first
+    waker = threading.Thread(target=let_it_close)
+    waker.start()
+    again = live.mount(mount.image)
+    waker.join()
+    wait_until("the first daemon's end", lambda: not mount.running())
+    assert waits in again.log.read_text()
+    assert (again / "kept").read_bytes() == b"bytes"
 
 
 def test_many_may_read_and_nothing_is_written(live: Mounts) -> None:

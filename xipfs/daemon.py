@@ -11,24 +11,29 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import pyfuse3
 import trio
 
 from xipfs.clock import SystemClock
-from xipfs.errors import MountError, XipfsError
+from xipfs.errors import ImageBusyError, MountError, XipfsError
 from xipfs.fuse.control import ControlTree
 from xipfs.fuse.guard import Guard
 from xipfs.fuse.live import Live
-from xipfs.fuse.mounts import FSTYPE, Mount, mount_at, unmount
+from xipfs.fuse.mounts import FSTYPE, Mount, closing_daemons, mount_at, unmount
 from xipfs.fuse.observing import choose_observer
 from xipfs.fuse.operations import Operations
 from xipfs.fuse.recording import RecordedFilesystem
 from xipfs.options import MountOptions
 
 log = logging.getLogger(__name__)
+
+#: How long a mount waits for the daemon of an earlier mount of its image to close it.
+_CLOSING_S: Final = 30.0
 
 
 def serve(
@@ -40,14 +45,7 @@ def serve(
     the damage for which it is read-only, if any.
     """
     observer = choose_observer(options)
-    fs = RecordedFilesystem.open(
-        image,
-        ram_bytes=options.ram_bytes,
-        struct_page_bytes=options.struct_page_bytes,
-        read_only=options.ro,
-        sync_fences=options.sync,
-        clock=SystemClock(),
-    )
+    fs = _open_when_closed(image, options)
     if fs.damage:
         log.error("%s is damaged, mounted read-only: %s", image, fs.damage)
     try:
@@ -57,6 +55,33 @@ def serve(
         # After the unmount: every WRITE the kernel owed us has arrived.
         fs.close()
     log.info("%s: image closed", image)
+
+
+def _open_when_closed(image: Path, options: MountOptions) -> RecordedFilesystem:
+    """Open the image; wait for a daemon that has lost its mount and is about to close it.
+
+    umount(8) returns when the mount is gone, and a mount that follows at once is no mistake.
+    """
+    deadline = time.monotonic() + _CLOSING_S
+    told = False
+    while True:
+        try:
+            return RecordedFilesystem.open(
+                image,
+                ram_bytes=options.ram_bytes,
+                struct_page_bytes=options.struct_page_bytes,
+                read_only=options.ro,
+                sync_fences=options.sync,
+                clock=SystemClock(),
+            )
+        except ImageBusyError:
+            closing = closing_daemons(image)
+            if not closing or time.monotonic() > deadline:
+                raise
+            if not told:
+                log.info("%s: waiting for pid %s, which closes it", image, closing)
+                told = True
+            time.sleep(0.02)
 
 
 def _serve_open(live: Live, mountpoint: Path, on_ready: Callable[[str], None]) -> None:

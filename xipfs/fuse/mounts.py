@@ -6,6 +6,7 @@ Nothing here asks the filesystem itself, so a dead or stuck mount can still be l
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import subprocess
@@ -141,6 +142,29 @@ def serving_pid(mount: Mount) -> int | None:
         if len(holders) == 1 or _connection_of(pid) == mount.minor:
             return pid
     return None
+
+
+def closing_daemons(image: Path) -> list[int]:
+    """Return the pids of mounts' daemons that hold the image's lock while no mount of it is there.
+
+    These close it, or have not mounted it yet. What else may hold the lock (fsck) is not meant.
+    """
+    if any(mount.source == str(image) for mount in mounts()):
+        return []
+    with open(image, "rb") as file:
+        holders = holders_of(file.fileno())
+    return [pid for pid in holders if _is_daemon(pid)]
+
+
+def _is_daemon(pid: int) -> bool:
+    """Return whether the process was started as `xipfs mount`."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(
+        before.endswith(b"xipfs") and word == b"mount" for before, word in itertools.pairwise(words)
+    )
 
 
 def _connection_of(pid: int) -> int | None:

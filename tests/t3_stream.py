@@ -20,6 +20,7 @@ from xipfs.mm.rules import Rules
 from xipfs.stats.fault_log import FaultLog
 from xipfs.stats.item_log import ItemLog
 from xipfs.stats.trace_columns import COLUMNS
+from xipfs.stats.trace_items import event_of, values_of
 from xipfs.trace import events as ev
 
 
@@ -28,7 +29,7 @@ class Daemon:
 
     def __init__(self, fs: RecordedFilesystem) -> None:
         self.fs = fs
-        self.faults = FaultLog(lambda _pid: "prog", kept=4)
+        self.faults = FaultLog(lambda _pid: "prog", fs.paths.of, kept=4)
         self.books = Accountant(fs, Rules.parse("6.1"), lambda _pid: "")
         self.recorder = Recorder(fs, self.books, self.faults)
         self.recorder.log = ItemLog(kept=6)
@@ -90,6 +91,49 @@ def test_two_readers_are_each_told_the_state_once_and_all_that_follows(daemon: D
     assert (first.losses(), second.losses()) == (
         {"faults": 2, "faults_missed": 0, "items_missed": 0, "events_lost": 0},
         {"faults": 1, "faults_missed": 0, "items_missed": 0, "events_lost": 0},
+    )
+
+
+def test_pages_mapped_without_a_fault_are_told_page_by_page(daemon: Daemon) -> None:
+    """Of the file's pages 0..5 are cached; 3 was added just now, so its READ may be under way."""
+    fs, books = daemon.fs, daemon.books
+    ino = fs.mknod(1, b"lib", 0o100644, 0, 0, 0).ino
+    fs.write(ino, 0, bytes(8 * 4096))
+    start, now_ns = 0x10000, 5_000_000_000
+    fault = ev.Fault(
+        now_ns, 9, 20, 20, start, ino, 0, write=False, execute=False, user=True, protection=False,
+        verdict=ev.MINOR, origin=ev.TRAP,
+    )  # fmt: skip
+    around = ev.Around(now_ns + 1, 9, 20, start, ino, 0, 7)
+    books.consume([
+        ev.CacheAdd(1, ino, 0, 3), ev.CacheAdd(now_ns - 1, ino, 3, 1), ev.CacheAdd(1, ino, 4, 2),
+    ])  # fmt: skip
+    first = begin()
+    told(first)
+    books.consume([ev.Map(2, 9, 20, start, start + 0x8000, ino, 0, 1, False, True), fault, around])
+    rows = [dict(zip(COLUMNS, row, strict=True)) for rows in first.poll() for row in rows]
+    assert [row["item"] for row in rows] == ["file", "map", "around"]
+    assert {row["path"] for row in rows} == {"lib"}
+    whole = {name: rows[-1][name] for name in ("mm", "pid", "comm", "ino", "page", "pages")}
+    assert whole == {"mm": 9, "pid": 20, "comm": "", "ino": ino, "page": 0, "pages": 5}
+    told_of = values_of(rows[-1])
+    assert (told_of["mapped"], told_of["unsure"], told_of["last"]) == (
+        [[1, 2], [4, 2]],
+        [[3, 1]],
+        7,
+    )
+    assert event_of(rows[-1]) == around
+    # Who begins now is told all six, and that nobody knows how they came.
+    second = begin()
+    rows = [dict(zip(COLUMNS, row, strict=True)) for rows in second.poll() for row in rows]
+    mapped = rows[-1]
+    assert [row["item"] for row in rows] == ["file", "start", "policy", "map", "mapped"]
+    assert (mapped["mm"], mapped["pid"], mapped["ino"], mapped["path"]) == (9, 20, ino, "lib")
+    told_of = values_of(mapped)
+    assert (told_of["pages"], told_of["mapped"], told_of["unsure"]) == (
+        6,
+        [[0, 3], [4, 2]],
+        [[3, 1]],
     )
 
 

@@ -25,7 +25,8 @@ from xipfs.stats.trace_writer import TraceWriter
 from xipfs.trace import events as ev
 from xipfs.trace.events import MINOR, TRAP, Fault
 
-ROW = [5, 1, 20, 21, "a prog", 0xFFFF_FFFF_FFFF_F008, 3, 7, "write", "user", 0, MINOR, TRAP]
+ROW = [5, 1, 20, 21, "a prog", 0xFFFF_FFFF_FFFF_F008, 3, "a/file", 7]
+ROW += ["write", "user", 0, MINOR, TRAP]
 ROW += ["xip", 0, 1, "move", "mkwrite", "before", "special", 0, 0, -1, 0, "fault", None, None]
 EFFECT = Effect("mkwrite", "before", "special", 0, 0, -1, 0)
 
@@ -45,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     with TraceReader(path) as trace:
         assert trace.rows == 2
-        assert trace.metadata["schema"] == 3
+        assert trace.metadata["schema"] == 4
         assert trace.metadata["losses"] == {"faults": 2}
         assert trace.metadata["items"]["fault"].startswith("one real fault")
         (batch,) = trace.batches()
@@ -64,7 +65,7 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_log_answers_by_cursor_and_counts_what_was_missed() -> None:
-    log = FaultLog(lambda _pid: "a\tprog", kept=2)
+    log = FaultLog(lambda _pid: "a\tprog", lambda _ino: "a/file", kept=2)
     log.add(*pair(1))  # nobody reads yet
     start = log.since(10**15 - 1, now_s=0.0)
     assert (start["faults"], start["next"], start["missed"]) == ("", 2, 0)
@@ -85,7 +86,7 @@ def test_a_file_is_looked_at_while_somebody_records_only(
     fs = RecordedFilesystem.open(image, ram_bytes=1 << 20, clock=SystemClock())
     ino = fs.mknod(1, b"file", 0o100644, 0, 0, 0).ino
     books = Accountant(fs, Rules.parse("6.1"), lambda _pid: "")
-    recorder = Recorder(fs, books, FaultLog(lambda _pid: ""))
+    recorder = Recorder(fs, books, FaultLog(lambda _pid: "", lambda _ino: ""))
     looks: list[int] = []
 
     def look(ino: int) -> Iterator[PageRun]:

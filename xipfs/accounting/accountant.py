@@ -83,6 +83,8 @@ class Accountant:
         self.on_charges: Callable[[FaultBatch, ChargeBatch], None] | None = None
         #: Told each other event before it is applied, and what of xipfs's doing caused it.
         self.on_event: Callable[[ev.Event, str], None] | None = None
+        #: Told each fault-around with the pages it mapped, by their states (kernel_states).
+        self.on_around: Callable[[ev.Around, dict[int, int]], None] | None = None
         self.around_pages = 0
         self._files: dict[int, LiveFile] = {}
         #: The modelled address spaces by their number in the events.
@@ -116,7 +118,7 @@ class Accountant:
         """Apply a batch of events; return what its faults were charged, in order."""
         charges = []
         for event in expanded(events):
-            if self.on_event is not None and type(event) is not ev.Fault:
+            if self.on_event is not None and type(event) not in (ev.Fault, ev.Around):
                 self.on_event(event, self.causes.of_event(event))
             if type(event) is ev.CowBroken:
                 charges += self._cow_broken(event)
@@ -303,7 +305,9 @@ class Accountant:
 
     def around(self, event: ev.Around) -> None:
         """Map what the kernel mapped without a fault of its own."""
-        map_around(self, event)
+        mapped = map_around(self, event)
+        if self.on_around is not None:
+            self.on_around(event, mapped)
 
     def _cache_delete(self, event: ev.CacheDelete) -> None:
         file = self._files.get(event.ino)

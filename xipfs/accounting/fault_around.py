@@ -16,22 +16,26 @@ if TYPE_CHECKING:
 BLIND_WINDOWS: Final = "fault-around windows over XIP or evicted pages"
 
 
-def map_around(books: Accountant, event: ev.Around) -> None:
+def map_around(books: Accountant, event: ev.Around) -> dict[int, int]:
     """Map what the kernel mapped without a fault of its own: cached pages only (rule F22).
+
+    Return those pages of the file with what the kernel has there now (``kernel_states``).
 
     XIP pages are in no page cache of the modelled kernel, so its fault-around passes them by
     (rule F23); their next touch, which the real kernel lets through, is not seen.
     """
     mm = books.mm(event.mm)
     end = event.address + (event.last - event.first + 1 << PAGE_SHIFT)
+    mapped: dict[int, int] = {}
     for vma in mm.overlapping(event.address, end):
         if vma.file is not None and vma.file.name == event.ino:
-            _around_in(books, vma, event)
+            mapped |= _around_in(books, vma, event)
+    return mapped
 
 
-def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> None:
+def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> dict[int, int]:
     mapped = books.kernel.around(event, vma)
-    books.runs.around(event.mm, event.pid, mapped, shared=bool(vma.flags & VM_MAYSHARE))
+    books.runs.around(event.mm, event.pid, len(mapped), shared=bool(vma.flags & VM_MAYSHARE))
     first = max(event.first, vma.pgoff)
     window = range(first, min(event.last + 1, vma.pgoff + vma.pages))
     cached = [page for page in window if books.kernel.is_cached(event.ino, page)]
@@ -47,3 +51,4 @@ def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> None:
     tables = vma.mm.tables
     if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
         books.unfollowed[BLIND_WINDOWS] += 1
+    return mapped

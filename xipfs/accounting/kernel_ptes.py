@@ -247,15 +247,15 @@ class KernelPtes:
         # lost against another thread's write, or that swapped a copy in.
         return before if before == ANON or (event.protection and before != NONE) else FILE
 
-    def around(self, event: ev.Around, vma: Vma) -> int:
-        """Fault-around tried the pages first..last of the file; return how many it mapped.
+    def around(self, event: ev.Around, vma: Vma) -> dict[int, int]:
+        """Fault-around tried the pages first..last of the file; return those that it mapped.
 
-        Those that it may have mapped (``IN_FLIGHT``, ``READAHEAD``) are among them.
+        Those that it may have mapped are among them; the state of each page tells.
         """
         self._touch(event.mm)
         first = max(event.first, vma.pgoff)
         last = min(event.last, vma.pgoff + vma.pages - 1)
-        mapped = 0
+        mapped = {}
         for index in range(first, last + 1):
             added_ns = self.cached.get(event.ino, index)
             address = vma.address_of(index)
@@ -264,7 +264,7 @@ class KernelPtes:
             sure = self._uptodate(event.ino, index, added_ns, event.time_ns)
             state = READAHEAD if added_ns and self.readahead else sure
             self._set(event.mm, address, state)
-            mapped += 1
+            mapped[index] = state
         return mapped
 
     def _uptodate(self, ino: int, index: int, added_ns: int, now_ns: int) -> int:

@@ -2,40 +2,81 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from xipfs.cli.client import Json
 
-KEYS: Final = {"process": ("pid", "comm"), "file": ("ino",), "page": ("ino", "page")}
-COUNTS: Final = ("faults", "major", "xip", "pagecache", "cow", "sigbus", "hint", "extra")
+KEYS: Final = {
+    "process": ("pid", "comm"),
+    "file": ("ino", "path"),
+    "page": ("ino", "path", "page"),
+}
+#: Faults by what they were charged, then pages by what the kernel mapped them with.
+COUNTS: Final = (
+    "faults", "major", "xip", "pagecache", "cow", "sigbus", "hint", "extra",
+    "own", "around", "before", "unsure",
+)  # fmt: skip
 #: Headings that differ from the counts' names, to keep lines below 80 columns.
 HEADS: Final = {"pagecache": "cached"}
+#: Columns that are not printed where all of it is 0.
+_RARE: Final = frozenset(("sigbus", "hint", "extra", "before", "unsure"))
+#: Columns of rows that each row counted has.
+_FIGURES: Final = ("item", "charged", "major", "extra", "handled", "pte_made", "page", "detail")
 
 Batch = Mapping[str, Sequence[Any]]
 """Rows of a trace as columns."""
 
 
 class FaultTable:
-    """One line for each value of the keys of ``by``; a hint fault counts in ``hint`` only."""
+    """One line for each value of the keys of ``by``.
+
+    A hint fault counts in ``hint`` and of the charges nowhere else. Of the pages that the kernel
+    mapped ``own`` came by a fault of their own, ``around`` without one, ``before`` before the
+    recording began; of ``unsure`` the events do not tell which, or if at all.
+    """
 
     def __init__(self, by: str) -> None:
         self.by = by
         self._keys = KEYS[by]
+        self._names = tuple(key for key in self._keys if key != "page")
         self._counters: dict[tuple[Any, ...], Counter[str]] = {}
 
     def add(self, batch: Batch) -> None:
-        """Count a batch's faults."""
-        names = zip(*(batch[key] for key in self._keys), strict=True)
-        figures = (batch[column] for column in ("item", "charged", "major", "extra"))
-        for name, item, charged, major, extra in zip(names, *figures, strict=True):
-            if item != "fault":
-                continue
-            counter = self._counters.setdefault(name, Counter())
-            counter[charged] += 1
-            if charged != "hint":
-                counter.update(faults=1, major=major, extra=extra)
+        """Count a batch's faults, and the pages that came without one."""
+        names = zip(*(batch[key] for key in self._names), strict=True)
+        figures = zip(*(batch[column] for column in _FIGURES), strict=True)
+        for name, (item, *told, page, detail) in zip(names, figures, strict=True):
+            if item == "fault":
+                self._add_fault(self._counter(name, page), *told)
+            elif item in ("around", "mapped"):
+                pages = json.loads(detail)
+                self._add_pages(name, pages["mapped"], "around" if item == "around" else "before")
+                self._add_pages(name, pages["unsure"], "unsure")
+
+    def _counter(self, name: tuple[Any, ...], page: int) -> Counter[str]:
+        key = (*name, page) if self.by == "page" else name
+        return self._counters.setdefault(key, Counter())
+
+    @staticmethod
+    def _add_fault(
+        counter: Counter[str], charged: str, major: int, extra: int, handled: str, pte_made: str
+    ) -> None:
+        counter[charged] += 1
+        if charged != "hint":
+            counter.update(faults=1, major=major, extra=extra)
+        if handled != "sigbus" and pte_made != "before":
+            counter["own" if pte_made == "own" else "unsure"] += 1
+
+    def _add_pages(self, name: tuple[Any, ...], runs: Sequence[Sequence[int]], how: str) -> None:
+        for first, count in runs:
+            if self.by == "page":
+                for page in range(first, first + count):
+                    self._counter(name, page)[how] += 1
+            else:
+                self._counter(name, first)[how] += count
 
     def lines(self) -> list[Json]:
         """Return the lines, those with most faults first."""
@@ -46,15 +87,25 @@ class FaultTable:
         return sorted(lines, key=lambda line: (-line["faults"], *(line[key] for key in self._keys)))
 
     def as_text(self, most: int | None = None) -> list[str]:
-        """Return the table for people, of up to ``most`` lines."""
-        widths = [8, 15][: len(self._keys)]
-        heads = [f"{key:>{width}}" for key, width in zip(self._keys, widths, strict=True)]
-        text = [" ".join([*heads, *(f"{HEADS.get(name, name):>6}" for name in COUNTS)])]
-        for line in self.lines()[:most]:
-            keys = zip(self._keys, widths, strict=True)
-            cells = [f"{str(line[key])[:width]:>{width}}" for key, width in keys]
-            text.append(" ".join([*cells, *(f"{line[name]:>6}" for name in COUNTS)]))
+        """Return the table for people, of up to ``most`` lines; a path is last, for its length."""
+        lines = self.lines()
+        counts = [what for what in COUNTS if what not in _RARE or any(x[what] for x in lines)]
+        heads = {what: HEADS.get(what, what) for what in counts}
+        text = [self._line({"pid": "pid", "comm": "comm", "page": "page", **heads}, counts, "file")]
+        for line in lines[:most]:
+            text.append(self._line(line, counts, file_name(line) if "ino" in line else ""))
         return text
+
+    def _line(self, line: Json, counts: Sequence[str], name: str) -> str:
+        cells = [f"{line['pid']:>7} {line['comm'][:15]:15}"] if self.by == "process" else []
+        cells += [f"{line['page']:>7}"] if self.by == "page" else []
+        cells += [f"{line[what]:>6}" for what in counts]
+        return " ".join([*cells, *([] if self.by == "process" else [f" {name}"])])
+
+
+def file_name(told: Json) -> str:
+    """Return how to call the file of a line or of a fault."""
+    return told["path"] or f"inode {told['ino']}"
 
 
 def totals(losses: Json) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from xipfs.cli.client import Json
-from xipfs.cli.fault_table import KEYS, Batch, FaultTable, totals
+from xipfs.cli.fault_table import KEYS, Batch, FaultTable, file_name, totals
 from xipfs.cli.record import Seen
 from xipfs.cli.stream import POLL_S, asked_to_end
 from xipfs.errors import MountError
@@ -165,8 +165,8 @@ def fault_line(fault: Json) -> str:
     """Return one fault for people."""
     return (
         f"{fault['time_ns'] / 1e9:15.6f} {fault['pid']:>7} {fault['comm'][:15]:15} "
-        f"{fault['access']:5} {fault['verdict']:6} {fault['charged']:9} "
-        f"inode {fault['ino']} page {fault['page']}"
+        f"{fault['access']:5} {fault['verdict']:6} {fault['charged']:9} {fault['page']:>7} "
+        f"{file_name(fault)}"
     )
 
 

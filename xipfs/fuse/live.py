@@ -78,7 +78,7 @@ class Live:
         self.heat = Heat()
         self.background = Background(fs)
         self.writeback = Writeback(fs, options, self.background.failed)
-        self.fault_log = FaultLog(lambda pid: self.observer.comm(pid))
+        self.fault_log = FaultLog(lambda pid: self.observer.comm(pid), fs.paths.of)
         self.accountant.on_charge = self.fault_log.add
         self.accountant.on_charges = self.fault_log.add_many
         self.recorder = Recorder(fs, self.accountant, self.fault_log)
@@ -169,6 +169,11 @@ class Live:
             if self.accountant.is_mapped(ino):
                 # Somebody may be faulting on it right now; what nobody maps needs no waiting.
                 await self.drain_settled()
+
+    async def before_name_change(self) -> None:
+        """While somebody reads faults: tell those so far by the names that files have now."""
+        if self.fault_log.active:
+            await self.drain_settled()
 
     def opened(self, ino: int, pid: int) -> None:
         """Hear of a new handle."""

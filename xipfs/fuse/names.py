@@ -29,6 +29,10 @@ class RequestHooks(Protocol):
         """Charge what has faulted before pages of ``ino`` go: cut to a size, or with its name."""
         ...
 
+    async def before_name_change(self) -> None:
+        """Return once the faults so far are told by the names that their files have now."""
+        ...
+
     def opened(self, ino: int, pid: int) -> None:
         """Hear of a handle that a thread of this process has got."""
         ...
@@ -168,6 +172,7 @@ class NameOperations(pyfuse3.Operations):
     ) -> None:
         """UNLINK."""
         self._refuse_reserved(parent_inode, name, errno.EPERM)
+        await self.hooks.before_name_change()
         self.fs.unlink(parent_inode, name)
 
     @handler
@@ -191,6 +196,7 @@ class NameOperations(pyfuse3.Operations):
         """RENAME and RENAME2 (NOREPLACE, EXCHANGE)."""
         self._refuse_reserved(parent_inode_old, name_old, errno.EPERM)
         self._refuse_reserved(parent_inode_new, name_new, errno.EPERM)
+        await self.hooks.before_name_change()
         self.fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 
     @handler

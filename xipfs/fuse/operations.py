@@ -3,7 +3,7 @@
 Concurrency: every handler runs on the trio thread. The filesystem's calls have no await, so each
 is atomic against all others. The awaits are: before an OPEN's reply (the opener's threads enter
 the trace filter first, so that none of its faults is missed), before pages go away (what faulted
-on them is charged first), and in the control files.
+on them is charged first), before a name goes (faults are told by it), and in the control files.
 """
 
 from __future__ import annotations

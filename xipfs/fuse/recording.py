@@ -17,15 +17,16 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from xipfs.accounting.accountant import Accountant
+from xipfs.accounting.kernel_states import UNKNOWN
 from xipfs.errors import FsError, ImageError
-from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import Attr, PageKind, WriteOrigin
+from xipfs.fuse.paths import NamedFilesystem
 from xipfs.memory.region import Buffer
 from xipfs.migrate.engine import REASONS, runs
 from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE
 from xipfs.mm.vma import Vma
-from xipfs.stats.fault_log import FaultLog
+from xipfs.stats.fault_log import FaultLog, told_comm
 from xipfs.stats.item_log import ItemLog
 from xipfs.stats.trace_items import Row, event_row, row
 from xipfs.trace import events as ev
@@ -34,7 +35,7 @@ from xipfs.units import PAGE_SHIFT
 _PROT: Final = ((VM_READ, 1), (VM_WRITE, 2), (VM_EXEC, 4))
 
 
-class RecordedFilesystem(Filesystem):
+class RecordedFilesystem(NamedFilesystem):
     """A filesystem that tells its ``recorder`` what changes placement."""
 
     recorder: Recorder | None = None
@@ -143,6 +144,7 @@ class Recorder:
             self.cut.clear()
         self.log.wake(now_s)
         self._accountant.on_event = self.event
+        self._accountant.on_around = self.around
         if cursor <= self.log.next_number:
             return self.log.since(cursor, now_s)
         state = self._state()
@@ -152,13 +154,24 @@ class Recorder:
         """Stop when no reader has come for long."""
         self.log.rest(now_s)
         if not self.log.active:
-            self._accountant.on_event = None
+            self._accountant.on_event = self._accountant.on_around = None
 
     def note(self, item: str, **values: Any) -> None:
         """Add an item that is of no file."""
         if self.log.active:
             values.setdefault("time_ns", time.monotonic_ns())
-            self.log.add(self._fault_log.next_number, row(item, values))
+            self._add(row(item, values))
+
+    def _add(self, made: Row) -> None:
+        self.log.add(self._fault_log.next_number, self._named(made))
+
+    def _named(self, made: Row) -> Row:
+        """Complete a row by the names that its file and its process have now."""
+        if ino := made.get("ino"):
+            made["path"] = self._fs.paths.of(ino)
+        if pid := made.get("pid"):
+            made["comm"] = told_comm(self._accountant.comm(pid))
+        return made
 
     # What the observer tells
 
@@ -170,7 +183,13 @@ class Recorder:
         if made is not None:
             if cause:
                 made["cause"] = cause
-            self.log.add(self._fault_log.next_number, made)
+            self._add(made)
+
+    def around(self, event: ev.Around, mapped: dict[int, int]) -> None:
+        """Add a fault-around with the pages it mapped, by the kernel's states of them."""
+        values = dict(zip(event._fields, event, strict=True))
+        del values["first"]
+        self._add(row("around", {**values, "page": event.first, **_told(mapped)}))
 
     # What requests do
 
@@ -178,7 +197,7 @@ class Recorder:
         """Tell a file's state unless it was told: comes before whatever changes it."""
         if self.log.active and ino not in self._told and (made := self._file_row(ino)) is not None:
             self._told.add(ino)
-            self.log.add(self._fault_log.next_number, made)
+            self._add(made)
 
     def _file_row(self, ino: int) -> Row | None:
         try:
@@ -291,8 +310,29 @@ class Recorder:
             },
         )  # fmt: skip
         policy = row("policy", {"time_ns": now_ns, **self.policy()})
-        told = [*files, start, policy, *map(event_row, maps)]
-        return [made for made in told if made is not None]
+        told = [*files, start, policy]
+        for (number, vma), event in zip(mappings, maps, strict=True):
+            told += [event_row(event), self._mapped(now_ns, number, vma, event)]
+        return [self._named(made) for made in told if made is not None]
+
+    def _mapped(self, now_ns: int, number: int, vma: Vma, event: ev.Map) -> Row | None:
+        """Return what the kernel has mapped there, as far as is known."""
+        states = {
+            vma.pgoff_of(address): state
+            for address, state in self._accountant.kernel.populated(number, vma.start, vma.end)
+        }
+        pid = self._accountant.kernel.pids.get(number, 0)
+        values = {"time_ns": now_ns, "mm": number, "pid": pid, "ino": event.ino}
+        return row("mapped", values | _told(states)) if states else None
+
+
+def _told(states: dict[int, int]) -> dict[str, Any]:
+    """Return pages of a file, mapped as the kernel's states say, as members of a row."""
+    return {
+        "pages": len(states),
+        "mapped": runs_of(sorted(page for page, state in states.items() if state < UNKNOWN)),
+        "unsure": runs_of(sorted(page for page, state in states.items() if state >= UNKNOWN)),
+    }
 
 
 def _by(reason: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from xipfs.accounting.charges import Charge, ChargeBatch
 from xipfs.accounting.effects import Effect
 from xipfs.stats.kept_log import KeptLog
-from xipfs.stats.trace_columns import FAULT_COLUMNS
+from xipfs.stats.trace_columns import FAULT_COLUMNS, printable
 from xipfs.trace.events import Fault
 from xipfs.trace.fault_batch import FaultBatch
 
@@ -19,19 +19,22 @@ ANSWER_FAULTS: Final = 1 << 14
 _NO_EFFECT: Final = ("",) * len(Effect._fields)
 
 
-class FaultLog(KeptLog[tuple[Fault, Charge, str]]):
+class FaultLog(KeptLog[tuple[Fault, Charge, str, str]]):
     """Numbers faults from 1; ``since`` answers those from a number on."""
 
-    def __init__(self, comm: Callable[[int], str], kept: int = KEPT_FAULTS) -> None:
+    def __init__(
+        self, comm: Callable[[int], str], path: Callable[[int], str], kept: int = KEPT_FAULTS
+    ) -> None:
         super().__init__(kept)
         self._comm = comm
+        self._path = path
 
     def add(self, fault: Fault, charge: Charge) -> None:
         """Number one fault; keep it while somebody reads."""
         self.next_number += 1
         if self.active:
-            # Now: who asks later may find the process gone, and its name with it.
-            self._kept.append((fault, charge, self._comm(fault.pid)))
+            # Now: who asks later may find the process gone, and its name with it, or the file's.
+            self._kept.append((fault, charge, self._comm(fault.pid), self._path(fault.ino)))
 
     def add_many(self, batch: FaultBatch, charges: ChargeBatch) -> None:
         """Number the faults of a batch; while somebody reads there are none."""
@@ -49,18 +52,17 @@ class FaultLog(KeptLog[tuple[Fault, Charge, str]]):
             **place,
         }
 
-    def _row(self, fault: Fault, charge: Charge, name: str) -> tuple[int | str, ...]:
+    def _row(self, fault: Fault, charge: Charge, comm: str, path: str) -> tuple[int | str, ...]:
         access = "exec" if fault.execute else "write" if fault.write else "read"
-        # A program can put any byte into its name.
-        comm = " ".join(name.split())
         return (
             fault.time_ns,
             fault.mm,
             fault.pid,
             fault.tid,
-            comm,
+            told_comm(comm),
             fault.address,
             fault.ino,
+            path,
             fault.index,
             access,
             "user" if fault.user else "kernel",
@@ -73,3 +75,8 @@ class FaultLog(KeptLog[tuple[Fault, Charge, str]]):
             charge.cause,
             *(_NO_EFFECT if charge.effect is None else charge.effect),
         )
+
+
+def told_comm(name: str) -> str:
+    """Return a process's name as text of one line: a program can put any byte into it."""
+    return printable(" ".join(name.split()).encode("utf-8", "surrogateescape"))

@@ -14,7 +14,7 @@ from typing import Any, Final
 from xipfs.errors import XipfsError
 from xipfs.stats.trace_items import MEANINGS
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 #: Rows of one group; readers hold one group at a time.
 GROUP_ROWS: Final = 1 << 16
 _PREFIX: Final = "xipfs."
@@ -28,6 +28,14 @@ COLUMNS: Final[dict[str, tuple[str, str, str]]] = {
     "comm": ("string", "name", "the process's name"),
     "address": ("uint64", "byte", "faulting virtual address"),
     "ino": ("int64", "number", "inode of the file"),
+    "path": (
+        "string",
+        "name",
+        (
+            "the file's path below the mount point at that time, by the name it was reached by "
+            "last, with (deleted) if that is gone; empty if unknown"
+        ),
+    ),
     "page": ("int64", "page of 4096 bytes", "page of the file"),
     "access": ("string", "name", "read, write or exec"),
     "mode": ("string", "name", "user, or kernel: it faulted on the program's behalf"),
@@ -58,8 +66,9 @@ COLUMNS: Final[dict[str, tuple[str, str, str]]] = {
         "string",
         "name",
         (
-            "own: this fault made the kernel's PTE; before: it was there, by an earlier fault or "
-            "by a fault-around (rows of item around); or unknown"
+            "own: this fault made the kernel's PTE; before: it was there, by an earlier fault, a "
+            "fault-around (rows of item around) or since before the recording (item mapped); or "
+            "unknown"
         ),
     ),
     "pte": ("string", "name", "VM_MIXEDMAP's PTE: special (counts no page), counted, or none"),
@@ -139,6 +148,18 @@ def checked(path: Path, told: dict[str, Any], columns: list[str]) -> dict[str, A
     if columns != list(COLUMNS):
         raise TraceError(f"{path} has other columns than a trace", expected=", ".join(COLUMNS))
     return told
+
+
+def printable(name: bytes) -> str:
+    r"""Return a name as text of one line, whatever bytes it has.
+
+    >>> printable(b"a\tb\\\xff")
+    'a\\tb\\\\\\xff'
+    """
+    text = name.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 def parse_rows(text: str, columns: Sequence[str]) -> list[list[Any]]:

@@ -24,8 +24,10 @@ ITEM_COLUMNS: Final = (
     "mm",
     "pid",
     "tid",
+    "comm",
     "address",
     "ino",
+    "path",
     "page",
     "pages",
     "cause",
@@ -70,12 +72,15 @@ MEANINGS: Final[dict[str, str]] = {
     "registered": "a preloaded library registered pid's mappings: no fault-around from here on",
     "fork": "child_mm (number) of child_pid is a copy of mm, without dontfork (byte ranges)",
     "exit": "mm is gone",
-    "around": "fault-around tried the cached pages page..last of ino; page would lie at address",
+    "around": "fault-around tried the cached pages page..last of ino; page would lie at address; "
+    "it mapped pages of them: mapped [[first, pages]], and unsure [[first, pages]] if at all",
     "cache_add": "the kernel's page cache took in pages from page on",
     "cache_delete": "the kernel's page cache dropped pages from page on",
     "lost": "records (number) were overwritten unread: what follows may lack items",
     "start": "the recording begins; resident: [ino, page, dirty 0 or 1] of RAM, coldest first; "
     "faults, ptes (number) from before, which the trace does not hold",
+    "mapped": "what of the last map the kernel had mapped when the recording began, by whichever "
+    "faults: pages in all, mapped [[first, pages]], and unsure [[first, pages]] if at all",
     "file": "state of file ino before anything else of it: size_bytes, pagecache (kind of new "
     "pages, true or false), runs: [first page, pages, kind]",
     "read": "READ request of file ino: offset, size (byte)",

@@ -66,8 +66,24 @@ def _fill(fs: Filesystem, *, names: int) -> None:
     assert gone
 
 
+def _fill_up(fs: Filesystem) -> None:
+    """Take the last block; some pages of the inode table belong to empty files only."""
+    for number in range(64):
+        fs.mknod(1, b"empty %d" % number, 0o100644, 0, 0, 0)
+    filler = _file(fs, 1, b"filler", [])
+    fs.mknod(1, b"a free inode", 0o100644, 0, 0, 0)
+    while left := fs.statfs().blocks_free:
+        page = fs.getattr(filler).size_bytes // BLOCK
+        try:
+            fs.write(filler, page * BLOCK, page_of(filler, page))
+        except FsError:  # no room for the page and a node: a file of one page
+            _file(fs, 1, b"last %d" % left, [0])
+    fs.unlink(1, b"a free inode")
+    assert fs.statfs().blocks_free == 0
+
+
 def _build(pagecache: bool, names: int, ending: str) -> bytes:
-    """``ending``: clean, orphans (unlinked but held), or pending (cut in a transaction)."""
+    """``ending``: clean, full, orphans (unlinked but held), or pending (cut in a transaction)."""
     superblock = geometry(
         BLOCKS * BLOCK,
         uuid=bytes(range(16)),
@@ -80,7 +96,9 @@ def _build(pagecache: bool, names: int, ending: str) -> bytes:
     make_image(medium, superblock, ManualClock(10**9))
     fs = open_medium(medium, clock=ManualClock(10**9))
     _fill(fs, names=names)
-    if ending == "clean":
+    if ending == "full":
+        _fill_up(fs)
+    if ending in ("clean", "full"):
         fs.close()
         return bytes(medium.durable)
     held = [_file(fs, 1, b"held %d" % n, [0, 1]) for n in range(3)]
@@ -105,6 +123,7 @@ TEMPLATES = {
     "pagecache": (True, 5, "clean"),
     "orphans": (False, 5, "orphans"),
     "pending": (False, 5, "pending"),
+    "full": (False, 20, "full"),
 }
 
 

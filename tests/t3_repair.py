@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import random
 import re
@@ -12,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_images import BLOCK, Places, page_of, template
+from fuzz_images import BLOCK, Places, template
 from fuzzing import Contents, Memory, contents, lost_of, make_case
 from fuzzing import mount as open_image
 from media import PowerCut, RecordingMedium
 
 from xipfs.cli import main
 from xipfs.cli.fsck import fsck_main
-from xipfs.errors import FsError, ImageError
+from xipfs.errors import ImageError
 from xipfs.image.check import FINDINGS, check
 from xipfs.image.filemap import seal
 from xipfs.image.repair import SAFE, repair
@@ -286,34 +284,12 @@ def test_a_full_image_keeps_what_cannot_be_parted(
         assert bytes(fs.read(first, 0, BLOCK)) == b"mine" * (BLOCK // 4), "whoever is asked first"
 
 
-@functools.cache
-def full_template() -> tuple[bytes, Places]:
-    """An image of everything whose last block is in use; some pages of its table own nothing."""
-    fs = open_image(medium := Memory(template("xip")[0], writable=True))
-    for number in range(64):
-        fs.mknod(ROOT, b"empty %d" % number, 0o100644, 0, 0, 0)
-    filler = fs.mknod(ROOT, b"filler", 0o100644, 0, 0, 0).ino
-    fs.mknod(ROOT, b"a free inode", 0o100644, 0, 0, 0)
-    while fs.statfs().blocks_free:
-        size = fs.getattr(filler).size_bytes
-        with contextlib.suppress(FsError):  # no room for the page and a node: a file of one page
-            fs.write(filler, size, page_of(filler, size // BLOCK))
-            continue
-        ino = fs.mknod(ROOT, b"last %d" % fs.statfs().blocks_free, 0o100644, 0, 0, 0).ino
-        fs.write(ino, 0, page_of(ino, 0))
-    fs.unlink(ROOT, b"a free inode")
-    assert fs.statfs().blocks_free == 0
-    fs.close()
-    image = bytes(medium.content)
-    return image, Places(image)
-
-
 # But for the one that marks as used what is used here.
 @pytest.mark.parametrize(("name", "at"), [case for case in CASES if case != ("bitmap", 0)])
 def test_a_full_image_is_repaired_or_the_report_names_what_stays(
     name: str, at: int, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image, places = full_template()
+    image, places = template("full")
     mutant = bytearray(image)
     DAMAGES[name][at](mutant, places)
     before = readable(mutant)
@@ -333,7 +309,7 @@ def garbage(image: bytes, block: int) -> bytes:
 
 def test_any_structure_of_a_full_image_is_repaired() -> None:
     """Each node, leaf, page of the table and block of attributes is overwritten."""
-    image, places = full_template()
+    image, places = template("full")
     structures = sorted(set(places.blocks) - places.pages)
     assert len(structures) > 15
     for block in structures:
@@ -350,7 +326,7 @@ def test_a_table_that_cannot_be_completed_stays_as_it_is(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A page of the table is overwritten, a file claims its block, and no other is free."""
-    image, places = full_template()
+    image, places = template("full")
     # A page of the table without a root, whose inodes are all empty files.
     inodes = [field for field in places.by_structure["file.root"] if field.entry]
     by_block: dict[int, list[int]] = {}
@@ -391,7 +367,7 @@ def fences_of(image: bytes) -> int:
 def cut_cases() -> Iterator[tuple[str, bytes]]:
     for name in ("map", "shared-block", "directory", "unreachable", "inode"):
         yield name, damaged(DAMAGES[name][0])
-    image, places = full_template()
+    image, places = template("full")
     leaf = next(iter(places.by_structure["leaf.crc"])).offset // BLOCK
     yield "full, a leaf", garbage(image, leaf)
     below = [field.offset // BLOCK for field in places.by_structure["leaf.crc"]]

@@ -274,6 +274,56 @@ def test_past_the_end_after_a_probe_that_ended_with_the_file(
     assert script.unfollowed == {}
 
 
+def test_past_the_end_in_a_mapping_that_nothing_has_named(script: Script) -> None:
+    """Beyond the end the kernel looks nothing up (filemap_fault): only the maps tell the file."""
+    at = BASE + 1000 * PAGE
+    script.mmap(at, 64, pgoff=4)
+    script.maps[PID].append(MapsLine(at, at + 64 * PAGE, 3, False, 4, FILE))
+    script.pf(at + 50 * PAGE + 1)
+    script.row(records.SIGNAL, PID, 7, PID)
+    assert faults(script.end()) == [(54, SIGBUS)]
+    assert script.unfollowed == {}
+
+
+def test_past_the_end_of_a_file_elsewhere_and_of_a_process_that_is_gone(script: Script) -> None:
+    at = BASE + 1000 * PAGE
+    script.mmap(at, 64)
+    script.pf(at)
+    script.row(records.SIGNAL, PID, 7, PID)
+    script.pf(BASE)
+    assert faults(script.events()) == []
+    assert script.unfollowed == {}
+    del script.maps[PID]
+    script.pf(at)
+    script.row(records.SIGNAL, PID, 7, PID)
+    assert faults(script.end()) == [(0, MINOR)]
+    assert script.unfollowed == {"SIGBUS in a mapping that is not known": 1}
+
+
+def test_a_trap_while_page_faults_are_disabled_maps_nothing(script: Script) -> None:
+    """write(2) copies without faulting first, and if that fails faults in and copies again."""
+    touched(script, 0)
+    script.pf(BASE + 20 * PAGE + 4, READ, kernel=True)
+    script.pf(BASE + 20 * PAGE + 4, READ, kernel=True)
+    script.map(16, 31)
+    events = script.end()
+    assert faults(events) == [(0, MINOR), (20, MINOR)]
+    last = only(events, Fault)[-1]
+    assert isinstance(last, Fault)
+    assert (last.time_ns, last.user) == (script.now - 2000, False)
+
+
+def test_two_traps_on_a_page_are_two_faults_if_the_first_did_something(script: Script) -> None:
+    touched(script, 0)
+    script.pf(BASE + 20 * PAGE)
+    script.map(16, 31)
+    script.pf(BASE + 20 * PAGE)  # another thread has unmapped it
+    script.map(16, 31)
+    script.pf(BASE + 20 * PAGE, USER | WRITE | PRESENT)
+    script.pf(BASE + 20 * PAGE, USER | WRITE | PRESENT)
+    assert faults(script.end()) == [(0, MINOR), *[(20, MINOR)] * 4]
+
+
 def test_another_thread_s_signal_ends_no_fault(script: Script) -> None:
     script.pf(BASE + 31 * PAGE)
     script.row(records.SIGNAL, PID, 7, 101)

@@ -86,6 +86,9 @@ class Records:
         script.pf(start + page * PAGE + choose.randrange(PAGE), error, tid, choose.random() < 0.1)
         yield
         form = choose.choice(["map", "map", "fault", "map fault", "nothing"])
+        if choose.random() < 0.1:
+            script.pf(start + page * PAGE, choose.choice([4, 4, 7]), tid)
+            yield
         if odd:
             form = choose.choice(["cold", "retry", "twice", "wrong", "signal", "map"])
         low = max(first, index - choose.randrange(16))

@@ -63,7 +63,7 @@ def test_shared_writes(scene: Scene) -> None:
 def test_beyond_the_end(scene: Scene) -> None:
     scene.file("X")
     assert effects(scene, scene.map(2, READ), scene.fault(1, verdict=ev.SIGBUS)) == [
-        Effect("sigbus", "own", "none", 0, 0, 0, 0)
+        Effect("sigbus", "none", "none", 0, 0, 0, 0)
     ]
 
 

@@ -84,13 +84,18 @@ class Look:
         present = pte & PTE_PRESENT
         return Effect(
             self._handled(),
-            OWN if self._state == NONE else NOT_KNOWN if self._state >= UNKNOWN else BEFORE,
+            self._made(),
             COUNTED if page >= 0 else SPECIAL if present else NO_PTE,
             ref,
             mapped,
             self._mm.rss[MM_FILEPAGES] - self._rss[MM_FILEPAGES],
             self._mm.rss[MM_ANONPAGES] - self._rss[MM_ANONPAGES],
         )
+
+    def _made(self) -> str:
+        if self._event.verdict == ev.SIGBUS:
+            return NO_PTE
+        return OWN if self._state == NONE else NOT_KNOWN if self._state >= UNKNOWN else BEFORE
 
     def _handled(self) -> str:
         event = self._event

@@ -67,8 +67,8 @@ COLUMNS: Final[dict[str, tuple[str, str, str]]] = {
         "name",
         (
             "own: this fault made the kernel's PTE; before: it was there, by an earlier fault, a "
-            "fault-around (rows of item around) or since before the recording (item mapped); or "
-            "unknown"
+            "fault-around (rows of item around) or since before the recording (item mapped); none: "
+            "nothing is mapped; or unknown"
         ),
     ),
     "pte": ("string", "name", "VM_MIXEDMAP's PTE: special (counts no page), counted, or none"),

@@ -31,10 +31,10 @@ from xipfs.trace.processes import Processes
 from xipfs.trace.syscalls import SystemCalls
 from xipfs.trace.threads import Thread
 from xipfs.trace.vmas import Vma
+from xipfs.trace.windows import Windows, elsewhere, mapped_at
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 _SIGBUS: Final = 7
-_PTRS_PER_PTE: Final = 512
 _DISAGREED: Final = "mapping disagreed with the shadow"
 
 
@@ -49,13 +49,13 @@ class Faults:
         self._calls = calls
         self._emit = processes.output.emit
         self._unfollowed = processes.unfollowed
-        self._around_pages = fault_around_pages
+        self._windows = Windows(fault_around_pages)
 
     # -- records -----------------------------------------------------------------------------------
 
     def trap(self, thread: Thread, time_ns: int, address: int, error: int, kernel: bool) -> None:
         """page_fault_user or page_fault_kernel: a fault begins."""
-        if thread.pf_open:
+        if thread.pf_open and not _did_nothing(thread, address, error):
             self.close(thread)
         thread.traced = True
         self._open(thread, time_ns, address, error, kernel, events.TRAP)
@@ -90,7 +90,7 @@ class Faults:
         matches = (
             known
             and thread.pf_ino == ino
-            and self._in_window(thread.pf_index, first, last)
+            and self._windows.holds(thread.pf_index, first, last)
             and not thread.pf_mapped_last
         )
         if not matches and not self._attribute(thread, time_ns, ino, None, first, last):
@@ -119,6 +119,21 @@ class Faults:
         if thread.pf_open:
             thread.pf_signal = number
             thread.pf_last_ns = time_ns
+            if number == _SIGBUS and thread.pf_ino < 0:
+                self._place_sigbus(thread, time_ns)
+
+    def _place_sigbus(self, thread: Thread, time_ns: int) -> None:
+        """Find the file that a fault is past the end of: the kernel looks nothing up there."""
+        vma = thread.space.vmas.find(thread.pf_address)
+        if vma is None or vma.ino is None:
+            if not self._processes.read_maps(thread.space):
+                self._unfollowed["SIGBUS in a mapping that is not known"] += 1
+                return
+            vma = thread.space.vmas.find(thread.pf_address)
+        if vma is not None and vma.ino is not None:
+            thread.pf_vma, thread.pf_ino = vma, vma.ino
+            thread.pf_index = vma.index_at(thread.pf_address)
+            self._processes.tell(time_ns, thread.space, vma)
 
     def replay(self, thread: Thread) -> None:
         """Take the records of a populating mmap, whose address is known only now."""
@@ -260,17 +275,17 @@ class Faults:
         address = thread.pf_address
         vma = thread.space.vmas.find(address)
         if vma is None:
-            if self._mapped_at(thread, ino, first) is not None:
+            if mapped_at(thread.space, ino, first) is not None:
                 return False
             self._processes.read_maps(thread.space)
             vma = thread.space.vmas.find(address)
             if vma is None:
-                if self._mapped_at(thread, ino, first) is not None:
+                if mapped_at(thread.space, ino, first) is not None:
                     return False
                 vma = self._minimal(thread, ino, index)
                 if vma is None:
                     return False
-        page = self._page_at(vma, address, index, first, last)
+        page = self._windows.page_at(vma, address, index, first, last)
         if page is None and vma.ino is None:
             # Another file's mapping, whose fault is over: the record is of something later.
             return False
@@ -287,33 +302,6 @@ class Faults:
         self._processes.tell(thread.pf_time_ns, thread.space, vma)
         return True
 
-    def _page_at(
-        self, vma: Vma, address: int, index: int | None, first: int, last: int
-    ) -> int | None:
-        """Return the page that ``vma`` maps at ``address``; None when the record contradicts.
-
-        Completes the offset of a mapping that exec made.
-        """
-        if vma.pgoff is None:
-            page = index if index is not None else self._window_index(vma, address, first)
-            pgoff = page - (((address & PAGE_MASK) - vma.start) >> PAGE_SHIFT)
-            if pgoff < 0:
-                return None
-            vma.pgoff = pgoff
-            return page
-        page = vma.index_at(address)
-        if index is not None:
-            return page if page == index else None
-        return page if self._in_window(page, first, last) else None
-
-    def _in_window(self, page: int, first: int, last: int) -> bool:
-        """Tell whether a fault on ``page`` can have tried to map ``first..last``.
-
-        The record's range ends with the file (filemap_map_pages, 6.18), so for a fault past the end
-        it lies below the faulting page, or is empty.
-        """
-        return first <= page < max(last + 1, first + self._around_pages)
-
     def _minimal(self, thread: Thread, ino: int, index: int | None) -> Vma | None:
         """Map just the page that the record proves; None when it names no page."""
         if index is None:
@@ -323,13 +311,6 @@ class Faults:
         vma = Vma(start, start + PAGE_SIZE, ino=ino, pgoff=index, prot_known=False, fresh=False)
         thread.space.vmas.insert(vma)
         return vma
-
-    def _window_index(self, vma: Vma, address: int, first: int) -> int:
-        """Return the faulting page, given the first page of its fault-around (do_fault_around)."""
-        offset = (address >> PAGE_SHIFT) % _PTRS_PER_PTE
-        vma_offset = ((address & PAGE_MASK) - vma.start) >> PAGE_SHIFT
-        aligned = offset - offset % self._around_pages
-        return first + offset - max(aligned, offset - min(offset, vma_offset))
 
     def _place_probe(self, thread: Thread, ino: int, index: int) -> None:
         """Correct the page of a fault without exception that began with a probe."""
@@ -342,30 +323,11 @@ class Faults:
             and index - thread.pf_index << PAGE_SHIFT < thread.pf_vma.end - thread.pf_address
             and thread.pf_ino == ino
             and thread.pf_arounds
-            and self._in_window(index, *thread.pf_arounds[-1])
+            and self._windows.holds(index, *thread.pf_arounds[-1])
         ):
             thread.pf_address += index - thread.pf_index << PAGE_SHIFT
             thread.pf_index = index
             thread.populate_next = thread.pf_address + PAGE_SIZE
-
-    def _mapped_at(
-        self, thread: Thread, ino: int, index: int, lowest: int = 0
-    ) -> tuple[Vma, int] | None:
-        """Return a mapping of page ``index`` of ``ino`` at or above address ``lowest``."""
-        for vma in thread.space.vmas:
-            if vma.ino == ino and vma.end > lowest:
-                address = vma.address_of(index)
-                if address is not None and address >= lowest:
-                    return vma, address
-        return None
-
-    def _elsewhere(self, thread: Thread, ino: int, page: int, taken: Vma) -> bool:
-        """Tell whether other mappings may hold the page as well; what they hold is not known."""
-        found = False
-        for vma in thread.space.vmas:
-            if vma.ino in (None, ino) and vma.address_of(page) is not None and vma is not taken:
-                vma.fresh, found = False, True
-        return found
 
     def _without_trap(
         self, thread: Thread, time_ns: int, ino: int, index: int | None, first: int, last: int
@@ -376,9 +338,9 @@ class Faults:
         found = self._calls.populated(thread, ino, first, last) if populates else None
         page = first if index is None else index
         if found is None:
-            found = self._mapped_at(thread, ino, page)
+            found = mapped_at(thread.space, ino, page)
         if found is None and self._processes.read_maps(thread.space):
-            found = self._mapped_at(thread, ino, page)
+            found = mapped_at(thread.space, ino, page)
         if found is None:
             self._unfollowed["fault in a mapping that is not known"] += 1
             return False
@@ -392,9 +354,26 @@ class Faults:
         # Whose access an untraced fault was is unknown; most are the program's own.
         kernel = origin != events.UNTRACED
         self._open(thread, time_ns, address, error, kernel, origin)
-        thread.pf_ambiguous = not populates and self._elsewhere(thread, ino, first, vma)
+        thread.pf_ambiguous = not populates and elsewhere(thread.space, ino, first, vma)
         thread.pf_vma, thread.pf_ino, thread.pf_index = vma, ino, vma.index_at(address)
         self._learn_prot(thread, vma)
         self._processes.tell(time_ns, thread.space, vma)
         thread.populate_next = address + PAGE_SIZE
         return True
+
+
+def _did_nothing(thread: Thread, address: int, error: int) -> bool:
+    """Tell whether the open fault mapped nothing, now that its page faults once more.
+
+    That is a copy to or from user memory with page faults disabled: it fails, and is done again
+    after faulting in (iomap_write_iter, generic_perform_write, 6.18). The kernel counts one fault.
+    """
+    return not (
+        thread.pf_origin != events.TRAP
+        or thread.pf_reported
+        or thread.pf_faults
+        or thread.pf_mapped_last
+        or thread.pf_signal
+        or (error | thread.pf_error) & ERROR_PROTECTION
+        or (address ^ thread.pf_address) >> PAGE_SHIFT
+    )

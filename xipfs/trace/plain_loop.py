@@ -150,7 +150,11 @@ def trap(plain: Plain, thread: Ints, row: Ints, kernel: bool) -> bool:
             needed |= 4
         if not plain.vmas[vma, TOLD] or needed & ~plain.vmas[vma, PROT]:
             return False
-    if thread[OPEN] and thread[INO] >= 0 and not close(plain, thread):
+    # The same page again, of which nothing was mapped (see faults._did_nothing).
+    nothing = thread[FAULTS] == 0 and thread[MAPPED_LAST] == 0
+    nothing &= (error | thread[ERROR]) & batch.ERROR_PROTECTION == 0
+    nothing &= address >> PAGE_SHIFT == thread[ADDRESS] >> PAGE_SHIFT
+    if thread[OPEN] and thread[INO] >= 0 and not nothing and not close(plain, thread):
         return False
     thread[OPEN] = 1
     thread[TIME] = thread[LAST] = row[0]

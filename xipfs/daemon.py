@@ -76,9 +76,9 @@ def _open_when_closed(image: Path, options: MountOptions) -> RecordedFilesystem:
             )
         except ImageBusyError:
             closing = closing_daemons(image)
-            if not closing or time.monotonic() > deadline:
+            if closing is None or time.monotonic() > deadline:
                 raise
-            if not told:
+            if closing and not told:
                 log.info("%s: waiting for pid %s, which closes it", image, closing)
                 told = True
             time.sleep(0.02)

@@ -144,25 +144,27 @@ def serving_pid(mount: Mount) -> int | None:
     return None
 
 
-def closing_daemons(image: Path) -> list[int]:
-    """Return the pids of mounts' daemons that hold the image's lock while no mount of it is there.
+def closing_daemons(image: Path) -> list[int] | None:
+    """Return the pids of daemons that hold the image's lock though no mount of it is there.
 
-    These close it, or have not mounted it yet. What else may hold the lock (fsck) is not meant.
+    These close it, or have not mounted it yet; none of them: it was closed just now. None if a
+    mount is there, or something else (fsck) has the lock.
     """
     if any(mount.source == str(image) for mount in mounts()):
-        return []
+        return None
     with open(image, "rb") as file:
         holders = holders_of(file.fileno())
-    return [pid for pid in holders if _is_daemon(pid)]
+    return holders if all(_is_daemon(pid) for pid in holders) else None
 
 
 def _is_daemon(pid: int) -> bool:
-    """Return whether the process was started as `xipfs mount`."""
+    """Return whether the process was started as `xipfs mount`, or is gone."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
-        return False
-    return any(
+        return True
+    # What is about to be gone has no command line any more.
+    return words == [b""] or any(
         before.endswith(b"xipfs") and word == b"mount" for before, word in itertools.pairwise(words)
     )
 

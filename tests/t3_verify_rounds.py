@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+from t3_accounting import MM, Scene, fs
 
 from xipfs.accounting import verify
 from xipfs.accounting.verify import Comparison, Look
-from xipfs.fuse.verifying import RESTLESS, Verifier
+from xipfs.fuse.observing import TracefsObserver
+from xipfs.fuse.verifying import BUSY, INVALIDATED, RESTLESS, Verifier
+
+__all__ = ["fs"]  # a fixture
 
 
 @pytest.mark.parametrize(
@@ -51,3 +56,62 @@ def test_a_second_round_hides_nothing(
     answer = trio.run(Verifier(live).verify, None)
     assert (answer["pages_differ"], answer["pages_unknown"]) == (differ, unknown)
     assert [process["pid"] for process in answer["processes"]] == [100, 200]
+
+
+class Around:
+    """A live mount on which things happen around a look at one address space, and only then."""
+
+    def __init__(self, fs: Any) -> None:
+        self.scene = Scene(fs)
+        self.scene.file("XXXX")
+        self.other = self.scene.ino
+        self.scene.file("XXXX")
+        self.scene.run(self.scene.map(4), self.scene.fault(0))
+        self.accountant = self.scene.books
+        self.mount = SimpleNamespace(dev=1)
+        self.notifier = SimpleNamespace(in_flight=lambda: self.invalidated)
+        self.observer = TracefsObserver()
+        self.observer.changing = lambda: self.changing  # type: ignore[method-assign]
+        self.invalidated: set[int] = set()
+        self.changing: frozenset[int] = frozenset()
+        self.drains: list[Callable[[], object]] = [lambda: None, lambda: None]
+
+    async def drain_settled(self) -> int:
+        self.drains.pop(0)()
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("happens", "why"),
+    [
+        (lambda _: None, None),
+        (lambda live: live.scene.run(live.scene.fault(1)), RESTLESS),
+        (lambda live: setattr(live, "changing", frozenset({MM})), BUSY),
+        (lambda live: setattr(live, "changing", frozenset({MM + 1})), None),
+    ],
+)
+def test_what_happens_between_the_drains_spoils_a_look(
+    fs: object, monkeypatch: pytest.MonkeyPatch, happens: Callable[[Any], object], why: str | None
+) -> None:
+    live = Around(fs)
+    live.drains[1] = lambda: happens(live)
+    monkeypatch.setattr(verify, "look_at", lambda *_: Look({}, {}, 0))
+    good, moved, _ = trio.run(Verifier(live)._look, [MM])  # type: ignore[arg-type]
+    assert (list(good), moved) == (([MM], {}) if why is None else ([], {MM: why}))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_invalidation_under_way_spoils_a_look(
+    fs: object, monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    """It has unmapped pages whose records are still to come, and is over by the second drain."""
+    live = Around(fs)
+
+    def look_at(*_: object) -> Look:
+        live.invalidated = {live.scene.ino if ours else live.other}
+        return Look({}, {}, 0)
+
+    live.drains[1] = lambda: setattr(live, "invalidated", set())
+    monkeypatch.setattr(verify, "look_at", look_at)
+    good, moved, _ = trio.run(Verifier(live)._look, [MM])  # type: ignore[arg-type]
+    assert (list(good), moved) == (([], {MM: INVALIDATED}) if ours else ([MM], {}))

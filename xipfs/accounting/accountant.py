@@ -162,6 +162,10 @@ class Accountant:
         numbers = {vma.mm.name for vma in file.mapped.i_mmap.overlapping(0, 1 << 52)}
         return {self.kernel.pids[number] for number in numbers if number in self.kernel.pids}
 
+    def maps_any(self, number: int, inos: set[int]) -> bool:
+        """Return whether address space ``number`` is known to map one of the files."""
+        return any(vma.file is not None and vma.file.name in inos for vma in self.mms[number])
+
     def unmap_pages(self, ino: int, first: int, count: int) -> None:
         """Zap every PTE of a run of file pages; private copies stay (rules R1, K7)."""
         file = self._files.get(ino)

@@ -73,6 +73,13 @@ class Notifier:
             for held, start, end in self._in_flight
         )
 
+    def in_flight(self) -> set[int]:
+        """Return the inodes of which pages are being invalidated now.
+
+        The kernel unmaps a whole range before it drops the first page, which makes the record.
+        """
+        return {ino for ino, _, _ in self._in_flight}
+
     @contextmanager
     def _marked(self, ino: int, start: int, end: int) -> Iterator[None]:
         mark = (ino, start, end)

@@ -4,8 +4,8 @@ A look is good if no event of that address space lies between the drain before i
 after it, and no thread is inside a fault, or a call that changes mappings, at the second: the
 kernel is at work on its page tables, and what it did is known when it returns. (What ended in
 between has made an event, what began later has changed nothing that was read.) A program that never
-stands still for a look is told as unknown, not guessed. Looks wait for mmap locks, so they are
-taken in a worker thread (see ``trace.pagemap``).
+stands still for a look is told as unknown, not guessed. So is one whose file is just being
+invalidated. Looks wait for mmap locks: they are taken in a worker thread (see ``trace.pagemap``).
 
 In the background, address spaces in which pages became unknown are looked at in the order in which
 they did, ten a second: the repair queue. And one a second is compared whole, in turn. What that
@@ -40,6 +40,7 @@ _AUDIT_INTERVAL_S: Final = 1.0
 _AUDIT_PAGES_MAX: Final = 4 << 20
 RESTLESS: Final = "its process never stood still"
 BUSY: Final = "its process was inside a fault or a call that changes mappings at each look"
+INVALIDATED: Final = "pages of its files were being invalidated at each look"
 UNTOLD: Final = "in a mapping that made no fault since it was found"
 
 
@@ -91,6 +92,8 @@ class Verifier:
             return {n: verify.look_at(pid, dev, ranges) for n, (pid, ranges) in wanted.items()}
 
         looks = await trio.to_thread.run_sync(read)
+        # What has ended by now has made its records, and the drain reads them.
+        invalidated = self._live.notifier.in_flight()
         await self._live.drain_settled()
         still = before == books.kernel.changes
         alive = {number for number in wanted if number in books.kernel.pids}
@@ -101,6 +104,8 @@ class Verifier:
             look = looks[number]
             if number in changing:
                 moved[number] = BUSY
+            elif books.maps_any(number, invalidated):
+                moved[number] = INVALIDATED
             elif look is None or books.kernel.changes[number] != before[number]:
                 moved[number] = RESTLESS
             else:
@@ -150,7 +155,7 @@ class Verifier:
                 verify.learn(books, number, result)
             if whole or (pid is not None and not restless):
                 break
-            if BUSY in restless.values():
+            if {BUSY, INVALIDATED}.intersection(restless.values()):
                 await trio.sleep(_BUSY_PAUSE_S * 2**attempt)
         return self._answer(results, rss, restless, counts, copies, broken)
 

@@ -24,9 +24,13 @@ from xipfs.units import PAGE_SHIFT
 
 Ints = npt.NDArray[np.int64]
 
-#: Bit of a file page's frame entry: its next fault takes a mark (``Filesystem.has_fill_mark``),
-#: which is for the accountant to do. Fault-around may map the page all the same.
+# A file page's frame entry: pfn + 1 where it lies, 0 where that is not known, and two bits.
+#: Its next fault takes a mark (``Filesystem.has_fill_mark``), which is for the accountant to do.
+#: Fault-around may map the page all the same.
 MARKED: Final = 1 << 48
+#: The page is a hole, and pfn that of what a read maps in its place; fault-around maps nothing.
+HOLE: Final = 1 << 49
+PFN_MASK: Final = MARKED - 1
 
 # Columns of Charging.live, one row a VMA as in World.rows.
 INO: Final = 0
@@ -74,7 +78,7 @@ class Charging(NamedTuple):
     ``process``: the address space of each fault, a row of ``world.first_row``. ``marked``: 1 where
     the accountant has to take the fault itself, 2 its window, 3 both. ``shadow``: the
     entries of the observer's tables: the kernel's column, which pages are cached (see
-    ``cached_pages``), and the frames of file pages (pfn + 1, perhaps MARKED; or 0).
+    ``cached_pages``), and the frame entries of file pages.
     """
 
     world: bulk.World
@@ -120,7 +124,7 @@ def entry_of(shadow: Ints, middles: Ints, first: int, base: int, number: int) ->
 
 
 def frame_entry(charging: Charging, row: int, index: int) -> int:
-    """Return the frame entry of the file's page ``index``: pfn + 1, perhaps MARKED; or 0."""
+    """Return the frame entry of the file's page ``index``."""
     first, base = charging.live[row, FILE_MIDDLES], charging.world.rows[row, bulk.PGOFF]
     entry = entry_of(charging.shadow, charging.frame_middles, first, base, index)
     return int(charging.shadow[entry])
@@ -128,7 +132,7 @@ def frame_entry(charging: Charging, row: int, index: int) -> int:
 
 def frame_of(charging: Charging, row: int, index: int) -> int:
     """Return the pfn of the file's page ``index``, -1 where it is not known."""
-    return (frame_entry(charging, row, index) & ~MARKED) - 1
+    return (frame_entry(charging, row, index) & PFN_MASK) - 1
 
 
 def cached_entry(charging: Charging, row: int, index: int) -> int:
@@ -163,7 +167,7 @@ def charge_fault(charging: Charging, at: int) -> int:
     if index != world.rows[row, bulk.PGOFF] + page - world.rows[row, bulk.START]:
         return NEEDS_FAULT
     entry = frame_entry(charging, row, index)
-    frame = entry - 1
+    frame = (entry & PFN_MASK) - 1
     if frame < 0 or entry & MARKED or charging.shadow[cached_entry(charging, row, index)] > SETTLED:
         return NEEDS_FAULT
     start = world.rows[row, bulk.START]
@@ -279,8 +283,9 @@ def map_window(
             charging.sums[process, kernels] += 1
         if world.entries[slot + place] != 0:
             continue
-        pfn = frame_of(charging, row, index)
-        if pfn >= len(world.refcount):
+        entry = frame_entry(charging, row, index)
+        pfn = (entry & PFN_MASK) - 1
+        if entry & HOLE or pfn >= len(world.refcount):
             blind = True
             continue
         # A page-cache page: what page_add_rmap counts, with the reference of its PTE.

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import errno
 
-from xipfs.accounting.charge_loop import MARKED
+from xipfs.accounting.charge_loop import HOLE, MARKED
 from xipfs.errors import FsError, ImageError
 from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import PageKind
 from xipfs.mm.flags import (
     FAULT_FLAG_WRITE,
     VM_FAULT_LOCKED,
@@ -28,15 +29,15 @@ from xipfs.mm.machine import Machine
 from xipfs.mm.pte import PageTables
 from xipfs.mm.table_pool import TablePool
 from xipfs.mm.vma import MappedFile, Vma, Vmf, VmOperations
-from xipfs.units import PAGE_SHIFT
+from xipfs.units import PAGE_SHIFT, pages_of
 
 
 class LiveFile:
     """The ``mapped`` file of inode ``ino``.
 
-    ``frames`` remembers where pages are, for compiled code: pfn + 1 by page number, MARKED where
-    the next fault takes a mark, or 0 where that is not known. What changes a page's frame zaps its
-    PTEs first, and so passes by ``forget``; a mark comes with a new frame only.
+    ``frames`` remembers where pages are, by page number, for compiled code: frame entries of
+    ``charge_loop``. What changes a page's frame or fills a hole zaps its PTEs first, and so passes
+    by ``forget``; a mark comes with a new frame only.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class LiveFile:
         self._machine = machine
         self._ino = ino
         self._sparse_pfn = sparse_pfn
+        by_zero_page = machine.rules.kernel.xip_hole == "zero"
+        self._hole_pfn = machine.zero_pfn if by_zero_page else sparse_pfn
         operations = VmOperations(fault=self._fault, page_mkwrite=_let_pass, pfn_mkwrite=_allow)
         self.mapped = MappedFile(ino, operations, mmap=_mmap, can_writeback=True, has_fsync=True)
 
@@ -54,12 +57,15 @@ class LiveFile:
     def learn(self, index: int) -> None:
         """Note the frame of page ``index``, if it has one."""
         try:
-            pfn = self._fs.page(self._ino, index).pfn
+            page = self._fs.page(self._ino, index)
+            beyond = index >= pages_of(self._fs.getattr(self._ino).size_bytes)
         except (FsError, ImageError):
             return
-        if pfn is not None:
+        if page.kind is PageKind.HOLE and not beyond:
+            self.frames.set(index << PAGE_SHIFT, self._hole_pfn + 1 | HOLE)
+        elif page.pfn is not None:
             mark = MARKED if self._fs.has_fill_mark(self._ino, index) else 0
-            self.frames.set(index << PAGE_SHIFT, pfn + 1 | mark)
+            self.frames.set(index << PAGE_SHIFT, page.pfn + 1 | mark)
 
     def forget(self, first: int, count: int) -> None:
         """Forget the frames of a run of pages: they are about to change."""
@@ -93,7 +99,7 @@ class LiveFile:
         is allocated when the bytes arrive, which unmaps this page again (rule R2).
         """
         into_file = vmf.flags & FAULT_FLAG_WRITE and vmf.vma.flags & VM_SHARED
-        if self._machine.rules.kernel.xip_hole == "zero" and not into_file:
+        if self._hole_pfn == self._machine.zero_pfn and not into_file:
             return vmf_insert_mixed(vmf.vma, vmf.address, self._machine.zero_pfn)
         self._machine.memory.get_page(self._sparse_pfn)
         vmf.page = self._sparse_pfn

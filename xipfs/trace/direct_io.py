@@ -7,8 +7,12 @@ the device delivers can go to a page that nobody will see again: an invalidation
 call itself can be seen: /proc/PID/task/TID/syscall names it, with its buffer, for every thread
 that waits inside one.
 
-Not seen are requests that no thread waits for (io_uring, libaio), and one that begins between this
-look and the invalidation that follows it.
+Requests that no thread waits for (io_uring, libaio) name their buffers nowhere. Whether a process
+can have such is seen, though: by its io_uring descriptor, or libaio's ring among its mappings. All
+that it maps shared and writable is then taken to be referred to. (A read into a private mapping
+goes to a copy, and what is only written from keeps its bytes, in the cache or not.)
+
+Not seen is a request that begins between this look and the invalidation that follows it.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ _BUFFERS: Final = _BUFFER_CALLS.get(platform.machine(), ())
 _VECTORS: Final = _VECTOR_CALLS.get(platform.machine(), ())
 _IOVEC: Final = struct.Struct("=QQ")
 _IOVECS_MAX: Final = 1024  # UIO_MAXIOV
+#: What io_setup(2) maps, as /proc/PID/maps tells it; where an io_uring's descriptor leads.
+_AIO_RING: Final = " /[aio]"
+_IO_URING: Final = "anon_inode:[io_uring]"
 
 
 def pages_in_flight(pids: Iterable[int], dev: int, ino: int) -> set[int]:
@@ -38,11 +45,16 @@ def pages_in_flight(pids: Iterable[int], dev: int, ino: int) -> set[int]:
     """
     found: set[int] = set()
     for pid in pids:
-        buffers = [span for tid in proc.tids_of(pid) for span in _direct_buffers(pid, tid)]
-        if not buffers:
+        text = proc.read_maps_text(pid)
+        shared = [each for each in proc.parse_maps(text, dev) if each.ino == ino and each.shared]
+        if not shared:
             continue
-        for mapping in proc.read_maps(pid, dev) or ():
-            if mapping.ino != ino or not mapping.shared:
+        buffers = [span for tid in proc.tids_of(pid) for span in _direct_buffers(pid, tid)]
+        asynchronous = _AIO_RING in text or _has_io_uring(pid)
+        for mapping in shared:
+            if asynchronous and mapping.prot & proc.PROT_WRITE:
+                pages = mapping.end - mapping.start >> PAGE_SHIFT
+                found.update(range(mapping.pgoff, mapping.pgoff + pages))
                 continue
             for start, end in buffers:
                 first = max(start, mapping.start) - mapping.start >> PAGE_SHIFT
@@ -58,6 +70,22 @@ def _read(path: str) -> bytes:
         return os.read(descriptor, 4096)
     finally:
         os.close(descriptor)
+
+
+def _has_io_uring(pid: int) -> bool:
+    """Return whether the process has a descriptor of an io_uring."""
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            return any(_points_to(entry.path, _IO_URING) for entry in entries)
+    except OSError:
+        return False
+
+
+def _points_to(link: str, target: str) -> bool:
+    try:
+        return os.readlink(link) == target
+    except OSError:
+        return False  # closed meanwhile
 
 
 def _direct_buffers(pid: int, tid: int) -> list[tuple[int, int]]:

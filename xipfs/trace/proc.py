@@ -74,10 +74,16 @@ def parse_maps(text: str, dev: int) -> list[MapsLine]:
 
 def read_maps(pid: int, dev: int) -> list[MapsLine] | None:
     """Return the mappings process ``pid`` has of files on ``dev``; None when it is gone."""
+    text = read_maps_text(pid)
+    return parse_maps(text, dev) if text else None
+
+
+def read_maps_text(pid: int) -> str:
+    """Return /proc/PID/maps of process ``pid``; empty when it is gone."""
     try:
-        return parse_maps((_PROC / str(pid) / "maps").read_text(errors="replace"), dev)
+        return (_PROC / str(pid) / "maps").read_text(errors="replace")
     except OSError:
-        return None
+        return ""
 
 
 def tids_of(pid: int) -> set[int]:

@@ -48,7 +48,7 @@ def pages_in_flight(pids: Iterable[int], dev: int, ino: int) -> set[int]:
         text = proc.read_maps_text(pid)
         shared = [each for each in proc.parse_maps(text, dev) if each.ino == ino and each.shared]
         if not shared:
-            continue
+            continue  # what a private mapping holds for I/O is its own copy
         buffers = [span for tid in proc.tids_of(pid) for span in _direct_buffers(pid, tid)]
         asynchronous = _AIO_RING in text or _has_io_uring(pid)
         for mapping in shared:
@@ -75,8 +75,8 @@ def _read(path: str) -> bytes:
 def _has_io_uring(pid: int) -> bool:
     """Return whether the process has a descriptor of an io_uring."""
     try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
-            return any(_points_to(entry.path, _IO_URING) for entry in entries)
+        directory = f"/proc/{pid}/fd/"
+        return any(_points_to(directory + name, _IO_URING) for name in os.listdir(directory))
     except OSError:
         return False
 

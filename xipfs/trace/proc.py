@@ -25,6 +25,10 @@ PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
 
 
+#: The kernel writes as many lines into one read as fit.
+_MAPS_BYTES: Final = 1 << 16
+
+
 @dataclass(frozen=True, slots=True)
 class MapsLine:
     """One line of /proc/PID/maps: addresses and ``pgoff`` as the kernel's VMA has them."""
@@ -81,7 +85,8 @@ def read_maps(pid: int, dev: int) -> list[MapsLine] | None:
 def read_maps_text(pid: int) -> str:
     """Return /proc/PID/maps of process ``pid``; empty when it is gone."""
     try:
-        return (_PROC / str(pid) / "maps").read_text(errors="replace")
+        with open(f"{_PROC}/{pid}/maps", "rb", buffering=_MAPS_BYTES) as file:
+            return file.read().decode(errors="replace")
     except OSError:
         return ""
 

@@ -245,8 +245,11 @@ class PageCache:
                 self._medium.store(offset, self._memory.ram_frames[rows].reshape(-1).data)
             self._medium.flush(int(homes[start]) << BLOCK_SHIFT, (stop - start) * PAGE_SIZE)
         self._frames.clear_flag(dirty, DIRTY)
-        for pfn in dirty.tolist():
-            del self._dirty[pfn]
+        if dirty.size == len(self._dirty):
+            self._dirty.clear()
+        else:
+            for pfn in dirty.tolist():
+                del self._dirty[pfn]
         self.written_home += dirty.size
 
     def sync_file(self, ino: int) -> None:

@@ -78,6 +78,27 @@ def test_the_end_of_the_daemon_ends_the_recording_and_keeps_it(tmp_path: Path) -
     assert told["metadata"]["losses"]["mount_outlived_recording"] is False
 
 
+def test_a_killed_daemon_leaves_the_recording(tmp_path: Path) -> None:
+    directory, trace = tmp_path / "mnt", tmp_path / "trace.parquet"
+    mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=tracefs"])
+    try:
+        (directory / "file").write_bytes(b"x" * (48 * 4096))
+        recorder = recording(directory, trace)
+        subprocess.run([sys.executable, "-c", TOUCH, directory / "file"], check=True)
+        partial = partial_of(trace)
+        wait_until("three faults recorded", lambda: faults_in(partial) == 3, timeout_s=60)
+        mounted.kill()
+        _, said = recorder.communicate(timeout=60)
+    finally:
+        mounted.close()
+    assert (recorder.returncode, b".xipfs" in said) == (1, True), said
+    assert b"Traceback" not in said
+    told = json.loads(xipfs("faults", trace, "--by", "page", "--json").stdout)
+    assert told["metadata"]["losses"]["mount_outlived_recording"] is False
+    assert [(line["page"], line["faults"]) for line in told["lines"]] == [(0, 1), (16, 1), (32, 1)]
+    assert not partial.exists()
+
+
 def faults_in(partial: Path) -> int:
     with TraceReader(partial) as reader:
         return sum(batch["item"].count("fault") for batch in reader.batches())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from live import (
     xipfs,
 )
 
-from xipfs.fuse.mounts import mount_at, serving_pid
+from xipfs.fuse.mounts import mount_at, serving_pid, unmount
 
 pytestmark = [needs("root", "fuse")]
 
@@ -473,3 +474,31 @@ def test_with_sync_the_host_s_disk_has_what_a_call_made_durable(live: Mounts) ->
     os.fsync(fd)
     os.close(fd)
     assert dirty_pages(image) == 0
+
+
+def test_a_mount_that_is_busy_for_a_moment_is_unmounted(
+    live: Mounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is closed when it has been in the way once; one that stays open is refused."""
+    mount = live.mount()
+    held = (mount / ".xipfs" / "stats.json").open("rb")
+    tries: list[int] = []
+
+    def run(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        done = subprocess_run(*words, **options)
+        tries.append(done.returncode)
+        if len(tries) == 2:
+            held.close()
+        return done
+
+    subprocess_run = subprocess.run
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        patch.setattr("xipfs.fuse.mounts.BUSY_S", 60.0)
+        unmount(mount.directory)
+    assert (tries[:2], tries[-1]) == ([1, 1], 0)
+    assert not is_mounted(mount.directory)
+    again = live.mount(mount.image)
+    with (again / ".xipfs" / "stats.json").open("rb"):
+        done = xipfs("umount", again.directory, check=False)
+    assert (done.returncode, "Device or resource busy" in done.stderr) == (1, True)

@@ -42,7 +42,9 @@ def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
     mounted = LiveMount(new_image(tmp_path / "image"), directory, ["observe=tracefs"])
     try:
         (directory / "file").write_bytes(b"x" * (48 * 4096))
+        xipfs("policy", "set", directory, "threshold,promote=99,stay_ms=7", "--dry")
         recorder = recording(directory, trace)
+        xipfs("policy", "set", directory, "off")
         subprocess.run([sys.executable, "-c", TOUCH, directory / "file"], check=True)
         end_recording(recorder)
     finally:
@@ -55,6 +57,11 @@ def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
         "items_missed": 0,
         "events_lost": 0,
     }
+    assert told["metadata"]["policy"] == {
+        "policy": "threshold",
+        "parameters": {"pages_per_s": 0, "stay_ms": 7, "promote": 99},
+        "dry": True,
+    }, "the one that acted at the start"
     assert [(line["page"], line["faults"], line["xip"]) for line in told["lines"]] == [
         (0, 1, 1),
         (16, 1, 1),

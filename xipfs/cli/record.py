@@ -94,7 +94,7 @@ class Seen:
 
     def metadata(self) -> Json:
         """Return the metadata up to now; of a daemon that is gone, what it was at the start."""
-        whole = True
+        whole, began = True, self._before["migration"]
         try:
             after = ask(self._mount, "stats.json")
         except MountError:
@@ -105,6 +105,8 @@ class Seen:
             "mount": after["mount"],
             "observer": {"mode": after["observer"]["mode"]},
             "memory": after["memory"],
+            # In force when the recording began; what changed it later is in the stream.
+            "policy": {name: began[name] for name in ("policy", "parameters", "dry")},
             "began_unix_s": self._began_s,
             "ended_unix_s": time.time(),
             "losses": {"mount_outlived_recording": whole, **self.stream.losses()},

@@ -30,7 +30,7 @@ WIDE, WARM = 4, 40
 BASE = 0x6A000000
 #: What the daemon may grow by, however many they are: a few lines of statistics, and fresh buffers.
 #: What a life leaves behind, to the byte, is in t3_short_lives.
-KIB_MAX = 16 << 10
+KIB_MAX = 24 << 10
 
 
 def build(directory: Path, *flags: str) -> Path:

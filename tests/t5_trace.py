@@ -244,6 +244,32 @@ def test_populate_and_lock(observer: Observer, touch: Path, file: Path) -> None:
     assert len({f.mm for f in run.faults}) == 1
 
 
+def test_who_is_followed_is_known_without_asking_the_kernel(
+    observer: Observer, touch: Path, file: Path
+) -> None:
+    words = f"pause map {file} private r read 0 fork {{ read 1 pause }} pause"
+    with subprocess.Popen([str(touch), *words.split()], stdin=-1, stdout=-1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"paused\n"
+            assert not observer.follows(process.pid)
+            observer.add_pids([process.pid])
+            observer.drain()
+            assert observer.follows(process.pid)
+            for _ in range(2):
+                process.stdin.write(b"\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == b"paused\n"
+                faults = [e for e in expanded(observer.drain()) if isinstance(e, Fault)]
+                assert all(observer.follows(fault.tid) for fault in faults)
+            process.communicate(b"\n")
+        finally:
+            process.kill()
+    observer.drain()
+    assert not observer.follows(process.pid)
+
+
 def test_past_the_end_is_sigbus(observer: Observer, touch: Path, file: Path) -> None:
     """Not even the kernel counts it in getrusage; the mapping is known by its first page."""
     run = Run(observer, touch, f"part {file} private r {N - 1} 3 read 0 read 2", status=-7)

@@ -147,7 +147,7 @@ class Live:
     async def before_open_reply(self, tid: int) -> None:
         """Return once the opener's process is observed."""
         # Our own threads open the mount for syncing only; tid 0 is outside our pid namespace.
-        if tid > 0:
+        if tid > 0 and not self.observer.follows(tid):
             try:
                 await trio.to_thread.run_sync(self.observer.add_pids, (tid,))
             except Exception as error:

@@ -45,6 +45,10 @@ class LiveObserver(Protocol):
         """Return once nothing these processes do can be missed. May block."""
         ...
 
+    def follows(self, tid: int) -> bool:
+        """Return whether ``add_pids`` has nothing to do for thread ``tid``; never blocks."""
+        ...
+
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """Hear of a READ request that starts at page ``first``."""
         ...
@@ -104,6 +108,10 @@ class TracefsObserver:
             self._observer.add_pids(pids)
         except ObserverError as error:
             log.warning("not following %s: %s", pids, error)
+
+    def follows(self, tid: int) -> bool:
+        """Ask the records."""
+        return self._observer is not None and self._observer.follows(tid)
 
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """READ requests tell nothing that the events do not."""
@@ -179,6 +187,10 @@ class RequestsObserver:
 
     def add_pids(self, pids: Iterable[int]) -> None:
         """Every opener is seen by its READs."""
+
+    def follows(self, tid: int) -> bool:
+        """Everybody is."""
+        return True
 
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """Turn the request into a read fault on its first page."""
@@ -256,6 +268,10 @@ class NoObserver:
 
     def add_pids(self, pids: Iterable[int]) -> None:
         """Nobody is followed."""
+
+    def follows(self, tid: int) -> bool:
+        """Nobody need be."""
+        return True
 
     def read_request(self, pid: int, ino: int, first: int) -> None:
         """Nothing is heard."""

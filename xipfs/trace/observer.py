@@ -171,6 +171,14 @@ class Observer:
         assert self._filter is not None
         self._filter.add(pids, timeout_s)
 
+    def follows(self, tid: int) -> bool:
+        """Return whether thread ``tid`` is covered for sure, by what its records say; never blocks.
+
+        No other thread can have got its number since the last drain: all others come first.
+        """
+        thread = self._processes.threads.get(tid)
+        return thread is not None and thread.traced
+
     def quiet(self) -> bool:
         """Return whether ``drain`` now would tell nothing; never blocks.
 

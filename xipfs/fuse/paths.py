@@ -2,7 +2,8 @@
 
 An inode has no name of its own, and may have many. As /proc/PID/maps does, a file is called by the
 name that it was looked up by; if that is removed, by the same name and ``(deleted)``. Kept are the
-inodes that the kernel holds, some 150 bytes each, while it holds five times as much for them.
+inodes that the kernel holds: 210 bytes each (tracemalloc, 200,000 names of 21 bytes), beside 1,088
+of the kernel's own (fuse_inode and dentry in /proc/slabinfo, 6.18).
 """
 
 from __future__ import annotations

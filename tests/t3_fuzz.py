@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from fuzz_images import TEMPLATES, template
-from fuzzing import FuzzError, Memory, Outcome, contents, foreign_in, judge, make_case
+from fuzz_images import BLOCK, TEMPLATES, template
+from fuzzing import Case, FuzzError, Memory, Outcome, contents, foreign_in, judge, make_case
 from fuzzing import mount as open_image
 
 from xipfs.image.check import check
@@ -32,6 +32,26 @@ def test_another_files_bytes_would_be_noticed() -> None:
     assert other
     foreign = foreign_in(contents(open_image(Memory(mutant, writable=False))))
     assert foreign.startswith("inode "), foreign
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["fifo", "device"])
+def test_a_full_image_keeps_what_two_claim_for_who_asks_first(kind: int) -> None:
+    """What has no pages claims the attributes' block of a file; no block is free for a copy."""
+    image, places = template("full")
+    mutant = bytearray(image)
+    (mode,) = [
+        each.offset
+        for each in places.by_structure["special inode.mode"]
+        if image[each.offset + 1] >> 4 == kind
+    ]
+    (root,) = [e for e in places.by_structure["special inode.root"] if e.offset == mode - 4 + 64]
+    block = places.by_structure["xattrs.crc"][0].offset // BLOCK
+    mutant[root.offset : root.offset + 8] = (1 << 41 | block).to_bytes(8, "little")
+    for fix in root.fixes:
+        fix(mutant)
+    outcome = Outcome()
+    judge(Case(0, 0, bytes(mutant), ["image full"], forged=True, copied=False), outcome)
+    assert outcome.endings["repaired, but for what lacked a block"] == 1
 
 
 @pytest.mark.parametrize("part", range(4))

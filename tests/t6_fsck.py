@@ -308,7 +308,10 @@ def test_many_kinds_of_damage_at_once(path: Path, capsys: pytest.CaptureFixture[
     seed = int(os.environ.get("XIPFS_SEED", random.randrange(1 << 30)))
     print(f"replay: XIPFS_SEED={seed} pytest {__file__}")
     kinds: list[tuple[str, Callable[[bytearray, Places], None]]] = [
-        (name, damage) for name, damages in DAMAGES.items() for damage in damages
+        (name, damage)
+        for name, damages in DAMAGES.items()
+        # Of the superblock only one copy: without both it is no image.
+        for damage in (damages[:1] if name == "superblock" else damages)
     ]
     for number in range(12):
         chance = random.Random(f"{seed} {number}")

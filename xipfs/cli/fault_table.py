@@ -110,7 +110,9 @@ def file_name(told: Json) -> str:
 
 def totals(losses: Json) -> str:
     """Return what came and what did not, on one line."""
+    others = losses["items_missed"]
     return (
         f"{losses['faults']} faults, {losses['faults_missed']} missed, "
-        f"{losses['events_lost']} events lost"
+        + (f"{others} other items missed, " if others else "")
+        + f"{losses['events_lost']} events lost"
     )

@@ -106,7 +106,8 @@ def live(tmp_path: Path) -> Iterator[Mounts]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounts]:
     """Makes mounts for the tests of one module, which keep to files of their own."""
-    with mounts_below(tmp_path_factory.mktemp("shared")) as made:
+    # They live as long as all tests of the module take, on a slow machine too.
+    with mounts_below(tmp_path_factory.mktemp("shared"), watchdog_s=600) as made:
         yield made
 
 

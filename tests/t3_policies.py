@@ -409,6 +409,23 @@ def test_a_policy_that_fails_is_off_from_then_on(tmp_path: Path) -> None:
     )
 
 
+def test_an_eviction_s_time_is_one_that_a_recording_tells_too() -> None:
+    """The end of a plan that was carried out whole is in no recording: it must not be heard."""
+    times: list[int] = []
+    deciding = Deciding(open_medium(new_medium()), parse_options(["policy=clock"]), None)
+    policy = vars(vars(deciding)["_decider"])["_policy"]
+
+    def spy(signal: Signal, _seen: Seen) -> list[Move]:
+        times.append(signal.time_ns)
+        return []
+
+    policy.plan = spy
+    deciding.moved(2, [0], PageKind.PAGECACHE, 1 * MS)
+    assert deciding.carried_out([Move(2, 0, PageKind.PAGECACHE, "why")], 9 * MS) == []
+    deciding.evicted(2, 0)
+    assert times == [1 * MS, 1 * MS]
+
+
 def test_a_policy_from_a_file_and_what_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from xipfs.migrate.policies.fifo import Fifo as POLICY\n")

@@ -7,13 +7,12 @@ import json
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live import LiveMount, new_image, xipfs
+from live import LiveMount, new_image, wait_until, xipfs
 from t5_record import end_recording, recording
 
 from xipfs.stats.trace_file import TraceReader
@@ -89,11 +88,12 @@ def record(tmp_path: Path, options: list[str], seed: int) -> tuple[Path, Json]:
 
 
 def settle(mounted: LiveMount) -> None:
-    """Return once nothing has moved for a while: plans are carried out."""
-    before: Any = None
-    while (now := mounted.cat_stats()["vmstat"]["pgmigrate_success"]) != before:
-        before = now
-        time.sleep(0.5)
+    """Return once every plan is carried out; each look is a point of decision."""
+    wait_until(
+        "the end of the moves",
+        lambda: mounted.cat_stats()["migration"]["moves_under_way"] == 0,
+        timeout_s=60,
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,11 @@ def settle(mounted: LiveMount) -> None:
     [
         ["policy=tpp,window_ms=300", "ram=1M", "hint=300"],
         ["policy=clock", "ram=512K"],
+        ["policy=fifo", "ram=512K"],
+        ["policy=threshold,promote=2,stay_ms=20", "ram=512K", "hint=300"],
+        ["policy=write-hot", "ram=512K"],
     ],
-    ids=["tpp", "clock"],
+    ids=["tpp", "clock", "fifo", "threshold", "write-hot"],
 )
 def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
     tmp_path: Path, options: list[str]

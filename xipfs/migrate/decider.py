@@ -45,10 +45,11 @@ _FRAMES: Final = {PageKind.PAGECACHE: 1, PageKind.XIP: -1}
 
 @dataclasses.dataclass(frozen=True)
 class DeciderStatistics:
-    """Pages: asked for by the policy, let through, and held back by cause."""
+    """Pages: asked for by the policy, let through, not yet carried out, and held back by cause."""
 
     asked: int
     planned: int
+    moves_under_way: int
     held_back: dict[str, int]
 
 
@@ -75,7 +76,8 @@ class Decider:
 
     def statistics(self) -> DeciderStatistics:
         """Return the counts since the policy was chosen."""
-        return DeciderStatistics(self._asked, self._planned, dict(self._held_back))
+        under_way = len(self._under_way)
+        return DeciderStatistics(self._asked, self._planned, under_way, dict(self._held_back))
 
     def describe(self) -> dict[str, Any]:
         """Return the policy's name, the signals it uses, its parameters and its counts."""

@@ -127,8 +127,9 @@ class Steering:
 
     def carried_out(self, moves: Iterable[Move], now_ns: int) -> list[Move]:
         """Hear that nothing more will come of these moves; return those that were not made."""
-        self._now_ns = max(self._now_ns, now_ns)
         refused = [move for move in moves if self._decider.is_under_way(move)]
+        if refused:  # else nothing was heard, and no recording tells of it
+            self._now_ns = max(self._now_ns, now_ns)
         for move in refused:
             self._hear(done(now_ns, REFUSED, move))
         return refused

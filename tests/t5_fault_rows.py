@@ -95,6 +95,17 @@ static void step(const char *name, char *address, char how)
 
 static void on_bus(int number) { siglongjmp(back, 1); }
 
+/* Have the mount charge all until now: while we live, our maps name the mapping past whose end. */
+static void see(void)
+{
+	char path[4096];
+	snprintf(path, sizeof(path), "%s/.xipfs/stats.json", directory);
+	int file = open(path, O_RDONLY);
+	if (file < 0)
+		exit(4);
+	close(file);
+}
+
 static void *beside(void *unused)
 {
 	step("thread", warm + 160 * 4096 + 5, 'r');
@@ -142,6 +153,7 @@ int main(int count, char **words)
 
 	char *beyond = map("warm", PAGES + 64, PROT_READ, MAP_PRIVATE);
 	step("sigbus", beyond + (PAGES + 40) * 4096L, 'b');
+	see();
 
 	long taken = faults(), before = now();
 	char *full = map("one", 1, PROT_READ, MAP_PRIVATE | MAP_POPULATE);

@@ -99,7 +99,7 @@ def settle(mounted: LiveMount) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["policy=tpp,window_ms=300", "ram=1M", "hint=300"],
+        ["policy=tpp,window_ms=3000", "ram=1M", "hint=300"],
         ["policy=clock", "ram=512K"],
         ["policy=fifo", "ram=512K"],
         ["policy=threshold,promote=2,stay_ms=20", "ram=512K", "hint=300"],

@@ -64,6 +64,35 @@ def test_a_policy_changes_on_a_live_mount(live: Mounts, tmp_path: Path) -> None:
     assert mount.cat_stats()["migration"]["would_move"][0]["reason"] == "first touch"
 
 
+OF_A_DIRECTORY = """
+from dataclasses import replace
+from xipfs.migrate.policies.fifo import Fifo
+
+class POLICY(Fifo):
+    def plan(self, signal, seen):
+        for move in super().plan(signal, seen):
+            yield replace(move, ino=INO)
+            yield move
+"""
+
+
+def test_a_plan_for_what_is_no_file_any_more_is_refused_and_the_rest_done(
+    live: Mounts, tmp_path: Path
+) -> None:
+    """The number of a file that went may be a directory's when its pages' turn comes."""
+    mount = live.mount()
+    (mount / "a").write_bytes(bytes(11 * PAGE))
+    (mount / "directory").mkdir()
+    file = tmp_path / "mine.py"
+    file.write_text(OF_A_DIRECTORY.replace("INO", str(os.stat(mount / "directory").st_ino)))
+    mount = live.remount(mount, *REQUESTS, f"policy={file}")
+    read(mount, "a")
+    wait_until("all is promoted", lambda: mount.letters("a") == "P" * 11)
+    stats = mount.cat_stats()
+    assert stats["background"]["failures"] == {}
+    assert set(stats["migration"]["fail_reasons"]) == {"gone"}
+
+
 def test_events_and_statistics_name_policy_reason_and_process(live: Mounts) -> None:
     mount = live.mount()
     (mount / "file").write_bytes(bytes(11 * PAGE))

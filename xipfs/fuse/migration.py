@@ -56,6 +56,8 @@ from xipfs.units import PAGE_SIZE
 GROUP_PAGES: Final = 16 * CHUNK_PAGES
 #: Nobody asks for anything if nobody has for so long.
 _IDLE_S: Final = 0.02
+#: What a move of a file meets that is not there: its inode may be something else by now.
+_GONE: Final = (errno.ENOENT, errno.EISDIR, errno.EINVAL)
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
 _PASS_PAUSE_S: Final = 0.001
 #: Others get at least this many times the time that a bulk move takes from them.
@@ -163,7 +165,7 @@ class Migrator:
         try:
             pages = self._engine.needing_move(ino, group, to)
         except FsError as error:
-            if error.errno != errno.ENOENT:
+            if error.errno not in _GONE:
                 raise
             pages = list(group)  # told as gone when its turn comes
         windows, at = [], 0
@@ -199,7 +201,7 @@ class Migrator:
             window.event.failed = tally.failed
             self.history.record(window.event)
         except FsError as error:
-            if error.errno != errno.ENOENT:
+            if error.errno not in _GONE:
                 raise
             # The last name and the last handle of the file went while it was being moved.
             tally = Tally(failed={"gone": len(window.chunk)})

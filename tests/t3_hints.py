@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from t3_accounting import BASE, MM, PAGE, PID, RW, Scene, fs, holders
 
+from xipfs.accounting.causes import HINT
 from xipfs.mm import audit
 from xipfs.trace import events as ev
 
@@ -85,3 +86,24 @@ def test_marks_go_with_the_address_space_the_mapping_and_fault_around(scene: Sce
     assert hints(scene, scene.fault(2)) == [False]
     scene.run(ev.Exit(0, MM))
     assert len(scene.books.hints) == 0
+
+
+def test_a_page_mapped_around_before_its_invalidation_answers_the_hint_all_the_same(
+    scene: Scene,
+) -> None:
+    """Pages are marked together and invalidated one after another; faults come in between."""
+    scene.file("PP")
+    scene.run(scene.map(2), ev.CacheAdd(0, scene.ino, 0, 2), scene.fault(0), scene.fault(1))
+    scene.books.mark_hints(10)
+    invalidation = scene.books.causes.begin(scene.ino, 0, 2, HINT, 10)
+    answers = hints(
+        scene,
+        ev.CacheDelete(11, scene.ino, 0, 1),
+        scene.fault(0),
+        ev.Around(12, MM, PID, BASE, scene.ino, 0, 1),
+        ev.CacheDelete(13, scene.ino, 1, 1),
+        scene.fault(1),
+    )
+    invalidation.ended_ns = 14
+    assert answers == [True, True]
+    assert scene.books.ledger.total.pgfault == 2

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from xipfs.accounting.bulk_charging import BulkCharger
-from xipfs.accounting.causes import Causes
+from xipfs.accounting.causes import HINT, Causes
 from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ledger, PteKind
 from xipfs.accounting.effects import Look
 from xipfs.accounting.fault_around import map_around
@@ -343,6 +343,8 @@ class Accountant:
             return None  # the access was not allowed: no fault handler ran
         hinted = self.hints.take(event.mm, event.address)
         cause = self.causes.take(event.mm, event.address)
+        # A fault-around between the mark and the invalidation that it announced takes the mark.
+        hinted = hinted or cause == HINT
         kind, major, faults = self._outcome(event)
         hint = hinted and not faults and kind is not PteKind.NONE
         charge = Charge(

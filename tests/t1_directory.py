@@ -10,7 +10,8 @@ import pytest
 from media import RecordingMedium, new_medium
 
 from xipfs.errors import FsError, ImageError
-from xipfs.image.directory import DirectoryEntry
+from xipfs.image import layout
+from xipfs.image.directory import DirectoryEntry, leaf_header
 from xipfs.image.record import Inode
 from xipfs.image.volume import Volume
 
@@ -167,6 +168,25 @@ def test_a_damaged_leaf_is_named(at: int) -> None:
     medium.now[block * 4096 + at] ^= 0x80
     with pytest.raises(ImageError, match=f"directory inode 9: the leaf at offset {block * 4096}"):
         volume.directories.lookup(directory, b"name")
+
+
+@pytest.mark.parametrize("name", [b"twin-1", b"twin-3"])
+def test_a_name_that_a_lookup_would_not_find_there_is_damage(name: bytes) -> None:
+    """The checksum fits, but the name is another's, or lies under another's hash."""
+    medium = new_medium(64)
+    volume = Volume(medium, "image")
+    directory = Inode(DIR)
+    insert(volume, directory, b"twin-1", 20)
+    insert(volume, directory, b"twin-2", 21)
+    start = (directory.root & ((1 << 40) - 1)) * 4096
+    used = layout.LEAF_HEADER.unpack_from(medium.now, start)[2]
+    body = bytes(medium.now[start + 32 : start + used]).replace(b"twin-2", name)
+    medium.now[start : start + used] = leaf_header(DIR, 0, 2, body) + body
+    found = volume.directories.lookup(directory, b"twin-1")
+    assert found is not None
+    assert found.ino == 20
+    with pytest.raises(ImageError, match=f"directory inode 9: the leaf at offset {start} is dam"):
+        volume.directories.following(directory, 0)
 
 
 def test_a_missing_leaf_is_damage_not_absence(volume: Volume) -> None:

@@ -173,11 +173,22 @@ class Directories:
             leaf = self._leaf(directory, start)
             if leaf is None:
                 break
-            entries = [entry for entry in leaf.readable() if entry.cookie >= start]
+            entries = [entry for entry in self._readable(leaf) if entry.cookie >= start]
             if entries:
                 return sorted(entries, key=lambda entry: entry.cookie)
             start = (leaf.prefix + 1) << (layout.HASH_BITS - leaf.depth)
         return []
+
+    def _readable(self, leaf: _Leaf) -> list[DirectoryEntry]:
+        """Return the leaf's entries; raise ImageError if a lookup of one would find another.
+
+        The kernel takes the inode that readdir names without asking for the name again.
+        """
+        entries = list(leaf.readable())
+        twins = len({entry.name for entry in entries}) < len(entries)
+        if twins or any(self.hash(entry.name) != entry.cookie for entry in entries):
+            raise _damaged(leaf.owner, leaf.block)
+        return entries
 
     def _leaf(self, directory: Inode, hash_: int) -> _Leaf | None:
         if directory.root == 0:

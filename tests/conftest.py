@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -75,6 +76,9 @@ class LevelGuard:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A script's "&" ignores SIGINT for what it starts, and we for what we start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--all-levels"):
         config.pluginmanager.register(LevelGuard(), "level-guard")
 

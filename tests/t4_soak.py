@@ -26,7 +26,7 @@ def test_nothing_is_lost_while_ranges_migrate_under_load(
     seed = random.randrange(1 << 30)
     print(f"replay: tools/soak --minutes {seconds / 60:.2f} --seed {seed} -o {options}")
     outcome = soaking.run(tmp_path, seconds, seed, [options], lambda _done, _outcome: None)
-    assert outcome.migrations > 20
+    assert outcome.migrations > 5
     assert set(outcome.operations) == {"store", "write", "check", "cut", "fork"}
     assert set(outcome.failed) <= {"pinned", "no_ram"}
     assert outcome.verified == (1 if "tracefs" in options else 0)

@@ -74,6 +74,10 @@ class Hints:
             for _ in mapped_pages(vma, address, address + (1 << PAGE_SHIFT)):
                 self._marked.setdefault(vma.mm.name, set()).add(address >> PAGE_SHIFT)
 
+    def expect(self, mm: int, address: int) -> None:
+        """Take the next fault at ``address`` for the answer to a hint."""
+        self._marked.setdefault(mm, set()).add(address >> PAGE_SHIFT)
+
     def marked_pages(self, mm: int) -> AbstractSet[int]:
         """Return the virtual pages of an address space that are marked."""
         return self._marked.get(mm, set())

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from xipfs.accounting.accountant import Accountant
-from xipfs.accounting.causes import EVICT, MOVE
+from xipfs.accounting.causes import EVICT, HINT, MOVE
 from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError
 from xipfs.fs.types import PageKind, WriteOrigin
@@ -166,6 +166,9 @@ class Replay:
                 self.counts.faults_left_out += 1
                 return
             self.counts.faults_made += 1
+        if self.as_recorded and row["cause"] == HINT:
+            # Also where the mark went before the invalidation that it announced.
+            self.accountant.hints.expect(event.mm, event.address)
         charges = self.accountant.consume([event])
         self.history.charged(charges)
         self._charges += charges

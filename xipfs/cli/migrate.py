@@ -16,7 +16,7 @@ from xipfs.cli.pages import file_of_mount
 from xipfs.cli.progress import progress_bar
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError
 from xipfs.fuse.mounts import Mount
-from xipfs.migrate.engine import PASSES_MAX, errnos_of
+from xipfs.migrate.refusals import PASSES_MAX, errnos_of
 from xipfs.units import parse_page_ranges
 
 #: Files of one request to the daemon: it answers with progress over all of them.

@@ -38,19 +38,10 @@ from xipfs.errors import FsError
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import PageKind
 from xipfs.fuse.notify import Notifier
-from xipfs.migrate.engine import (
-    CHUNK_PAGES,
-    IDLE_PAGES,
-    PASSES_MAX,
-    REASONS,
-    Engine,
-    Job,
-    Tally,
-    cut,
-    jobs_of,
-)
+from xipfs.migrate.engine import CHUNK_PAGES, IDLE_PAGES, Engine, Job, Tally, cut, jobs_of
 from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
+from xipfs.migrate.refusals import PASSES_MAX, REASONS
 from xipfs.units import PAGE_SIZE
 
 GROUP_PAGES: Final = 16 * CHUNK_PAGES

@@ -23,7 +23,8 @@ from xipfs.fs.moving import Moved
 from xipfs.fs.types import Attr, PageKind, WriteOrigin
 from xipfs.fuse.paths import NamedFilesystem
 from xipfs.memory.region import Buffer
-from xipfs.migrate.engine import REASONS, runs
+from xipfs.migrate.engine import runs
+from xipfs.migrate.refusals import REASONS
 from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE
 from xipfs.mm.vma import Vma
 from xipfs.stats.fault_log import FaultLog, told_comm

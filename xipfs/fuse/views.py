@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from xipfs import __version__
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind, PageRun
-from xipfs.migrate.engine import errnos_of
 from xipfs.migrate.estimate import would_move
+from xipfs.migrate.refusals import errnos_of
 from xipfs.stats import snapshot
 from xipfs.stats.cost import cost
 from xipfs.units import PageIndex, pages_of

@@ -17,37 +17,12 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.moving import Moved
 from xipfs.fs.types import PageKind
 from xipfs.migrate.policy import Move
+from xipfs.migrate.refusals import errnos_of
 
-#: Why a page was not moved, by what the engine's parts say. Nobody else is told EBUSY: to whoever
-#: asked for the move, direct I/O is one more user of the page (see ``ERRNOS``).
-REASONS: Final = {
-    errno.EAGAIN: "pinned",
-    errno.EBUSY: "direct_io",
-    errno.ENOMEM: "no_ram",
-}
-#: The errno that each reason stands for, by its name, as in move_pages(2).
-ERRNOS: Final = {
-    "pinned": "EAGAIN",
-    "direct_io": "EAGAIN",
-    "no_ram": "ENOMEM",
-    "gone": "ENOENT",
-}
-#: How often a pinned page is tried before it counts as refused: NR_MAX_MIGRATE_PAGES_RETRY of
-#: Linux 6.3 and later (mm/migrate.c; the same 10 passes stand there as a number in 6.1).
-PASSES_MAX: Final = 10
 #: Pages of one step of a migration, which bounds the time for which other requests wait: while
 #: there are any, and while there are none.
 CHUNK_PAGES: Final = 512
 IDLE_PAGES: Final = 4 * CHUNK_PAGES
-
-
-def errnos_of(reasons: Iterable[str]) -> dict[str, str]:
-    """Return the name of the errno that each of ``reasons`` stands for.
-
-    >>> errnos_of(["direct_io"])
-    {'direct_io': 'EAGAIN'}
-    """
-    return {reason: ERRNOS[reason] for reason in reasons}
 
 
 @dataclass(frozen=True)

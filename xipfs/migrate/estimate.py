@@ -20,8 +20,9 @@ from xipfs.image.journal import FENCES, flushed_lines
 from xipfs.image.layout import FANOUT
 from xipfs.memory.profiles import Profile, load_profile
 from xipfs.memory.wear import LINE_SIZE
-from xipfs.migrate.engine import IDLE_PAGES, cut, errnos_of, runs
+from xipfs.migrate.engine import IDLE_PAGES, cut, runs
 from xipfs.migrate.policy import Page
+from xipfs.migrate.refusals import errnos_of
 from xipfs.units import PAGE_SIZE
 
 #: Entries of the map (8 bytes each) in a line, and the journal's record of the counters: one line.

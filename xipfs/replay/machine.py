@@ -26,9 +26,10 @@ from xipfs.accounting.causes import EVICT, HINT, MOVE
 from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError
 from xipfs.fs.types import PageKind, WriteOrigin
-from xipfs.migrate.engine import REASONS, Engine, jobs_of, runs
+from xipfs.migrate.engine import Engine, jobs_of, runs
 from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
+from xipfs.migrate.refusals import REASONS
 from xipfs.migrate.steering import Steering
 from xipfs.mm.pte import pte_permits
 from xipfs.mm.rules import Rules

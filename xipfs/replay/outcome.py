@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xipfs import __version__
-from xipfs.migrate.engine import errnos_of
+from xipfs.migrate.refusals import errnos_of
 from xipfs.migrate.registry import REPLAY_ONLY
 from xipfs.replay.choice import Choice
 from xipfs.replay.machine import Replay

@@ -89,6 +89,9 @@ class Memory:
         assert 0 <= offset <= offset + size <= len(self.content), (offset, size)
         return self._view[offset : offset + size]
 
+    def reserve(self, offset: int, size: int) -> None:
+        pass
+
     def store(self, offset: int, data: Buffer) -> None:
         assert self.writable, "a store to a read-only medium"
         assert 0 <= offset <= offset + len(data) <= len(self.content), (offset, len(data))

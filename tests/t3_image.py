@@ -33,8 +33,8 @@ def mount(image: Path, *, read_only: bool = False) -> Filesystem:
 
 def test_an_empty_image(image: Path) -> None:
     assert image.stat().st_size == 4 << 20
-    # Blocks that were never written cost the host nothing.
-    assert image.stat().st_blocks * 512 < 128 << 10
+    # Both ends were written; what never was costs the host nothing.
+    assert image.stat().st_blocks * 512 <= 2 * (64 << 10)
     fs = mount(image)
     assert fs.label == "a label"
     assert list(fs.readdir(ROOT, 0)) == []

@@ -1,8 +1,10 @@
 """Which blocks are in use: a bitmap, searched next-fit a block of bits at a time.
 
 Next-fit keeps a file that is written in one go in one run, so that a read of it is one view, and
-spreads the wear. Blocks freed by a transaction keep their bits until it commits: were they handed
-out again within it, new bytes would land in a block that the old tree still owns.
+spreads the wear. Where the host's disk has no room for the blocks it comes to, the search begins
+anew at the front: what was used before has its room. Blocks freed by a transaction keep their bits
+until it commits: were they handed out again within it, new bytes would land in a block that the old
+tree still owns.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from xipfs.image.counters import Counters
 from xipfs.image.metadata import Metadata
 from xipfs.image.owners import Owners
 from xipfs.image.superblock import Superblock
+from xipfs.memory.region import Medium
 
 _NOT_FULL: Final = re.compile(rb"[^\xff]")
 #: Bytes of bitmap examined at once: 2 MiB worth of blocks.
@@ -33,7 +36,10 @@ Run = tuple[int, int]
 class Allocator:
     """Takes and returns blocks of the data area, within the open transaction."""
 
-    def __init__(self, metadata: Metadata, superblock: Superblock, counters: Counters) -> None:
+    def __init__(
+        self, medium: Medium, metadata: Metadata, superblock: Superblock, counters: Counters
+    ) -> None:
+        self._medium = medium
         self._metadata = metadata
         self._superblock = superblock
         self._counters = counters
@@ -48,14 +54,17 @@ class Allocator:
         return self._counters.free_blocks
 
     def allocate(self, count: int) -> list[Run]:
-        """Mark ``count`` blocks used and return them as runs; raise FsError(ENOSPC).
+        """Mark ``count`` blocks used and return them as runs.
 
         The blocks hold whatever they held: the caller fills them before the commit links them.
+        Raises FsError: ENOSPC, or what ``Medium.reserve`` raises.
         """
         assert self._metadata.in_transaction
         if count > self._counters.free_blocks:
             raise FsError(errno.ENOSPC)
         runs: list[Run] = []
+        # The counter promised them: freed in this very transaction, or the image is damaged.
+        lacking = FsError(errno.ENOSPC)
         missing = count
         position = self._cursor
         # One pass from the cursor to the end, one from the start up to where the first began.
@@ -65,7 +74,11 @@ class Allocator:
         ):
             position = start
             while missing and position < end:
-                taken, position = self._take(position, end, missing)
+                try:
+                    taken, position = self._take(position, end, missing)
+                except FsError as error:
+                    lacking = error
+                    break
                 for run in taken:
                     missing -= run[1]
                     if runs and runs[-1][0] + runs[-1][1] == run[0]:
@@ -73,8 +86,7 @@ class Allocator:
                     else:
                         runs.append(run)
         if missing:
-            # The counter promised them: freed in this very transaction, or the image is damaged.
-            raise FsError(errno.ENOSPC)
+            raise lacking
         for first, length in runs:
             if (block := self.owners.first_met(first, length)) is not None:
                 raise self._damaged(block)
@@ -155,6 +167,7 @@ class Allocator:
         """Take up to ``missing`` blocks from one window at or after ``position``.
 
         Return the runs and where to go on. Blocks outside [position, end) are never taken.
+        Raises FsError, and takes none, if the medium has no room for them.
         """
         bitmap_block, bit = divmod(position, layout.BITS_PER_BLOCK)
         base = bitmap_block * layout.BITS_PER_BLOCK
@@ -176,9 +189,11 @@ class Allocator:
         low = (int(free[0]) - base) // 8
         high = (int(free[-1]) - base) // 8 + 1
         packed = np.packbits(bits, bitorder="little")[low - first_byte : high - first_byte]
-        self._metadata.write(number, low, packed.tobytes())
         breaks = np.flatnonzero(np.diff(free) != 1) + 1
         starts = free[np.concatenate(([0], breaks))]
         lengths = np.diff(np.concatenate(([0], breaks, [free.size])))
         runs = [(int(start), int(length)) for start, length in zip(starts, lengths, strict=True)]
+        for first, count in runs:
+            self._medium.reserve(first << layout.BLOCK_SHIFT, count << layout.BLOCK_SHIFT)
+        self._metadata.write(number, low, packed.tobytes())
         return runs, following

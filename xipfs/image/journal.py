@@ -54,7 +54,11 @@ class Journal:
         self._sequence = 0
 
     def commit(self, records: Sequence[Record]) -> None:
-        """Make ``records`` durable, all or none; raise FsError(ENOSPC) if they do not fit."""
+        """Make ``records`` durable, all or none.
+
+        Raises FsError: ENOSPC if they do not fit the journal, what ``reserve`` raises if they do
+        not fit the host's disk.
+        """
         payload = b"".join(
             layout.JOURNAL_RECORD.pack(offset, len(data)) + data for offset, data in records
         )
@@ -65,6 +69,7 @@ class Journal:
                 f" {self.capacity_bytes}",
             )
         medium, start = self._medium, self._start
+        self._reserve(len(payload), records)
         if self._is_marked():
             # An exception ended step 3 of the last commit: what it began holds.
             raise ImageError(
@@ -118,9 +123,16 @@ class Journal:
         """Finish the pending transaction, if any; return its number of records."""
         records = self.pending()
         if self._is_marked():
+            self._reserve(0, records)
             self._apply(records)
             self._clear()
         return len(records)
+
+    def _reserve(self, payload_bytes: int, records: Sequence[Record]) -> None:
+        """Raise FsError before the first store of a transaction that the host has no room for."""
+        self._medium.reserve(self._start, LINE_SIZE + payload_bytes)
+        for offset, data in records:
+            self._medium.reserve(offset, len(data))
 
     def _is_marked(self) -> bool:
         return any(self._medium.load(self._start, 8))

@@ -47,7 +47,7 @@ class Volume:
         if self.counters.inode_limit != layout.ROOT_INO:
             # mkfs opens the image before it has a root.
             self.counters.check_range(self.superblock)
-        self.allocator = Allocator(self._metadata, self.superblock, self.counters)
+        self.allocator = Allocator(medium, self._metadata, self.superblock, self.counters)
         self.maps = FileMap(self._metadata, self.allocator, self.superblock)
         self.inodes = Inodes(self._metadata, self.allocator, self.counters, self.maps)
         self.directories = Directories(

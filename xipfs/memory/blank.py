@@ -66,6 +66,9 @@ class BlankMedium:
         assert 0 <= offset <= offset + size <= len(self._view), (offset, size)
         return self._view[offset : offset + size].toreadonly()
 
+    def reserve(self, offset: int, size: int) -> None:
+        """There is room for all of it."""
+
     def store(self, offset: int, data: Buffer) -> None:
         """Copy ``data`` to ``offset``; page by page, zeros over nothing are left out."""
         size = len(data)

@@ -71,6 +71,9 @@ class EmulatedMedium:
         assert 0 <= offset <= offset + size <= len(self.now), (offset, size)
         return memoryview(self.now).toreadonly()[offset : offset + size]
 
+    def reserve(self, offset: int, size: int) -> None:
+        """There is room for all of it."""
+
     def store(self, offset: int, data: Buffer) -> None:
         """Store ``data`` in aligned pieces of 8 bytes; each is pending on its line."""
         size = len(data)

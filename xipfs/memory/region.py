@@ -2,10 +2,12 @@
 
 Persistent memory gives no other promise than this: a store is durable once its line was flushed
 and a fence came after the flush. Everything that must survive a power cut is therefore written
-through the five calls of ``Medium``, and the code above states its order with fences, not with
+through the calls of ``Medium``, and the code above states its order with fences, not with
 luck. ``Region`` is the medium of a live mount: the image file mapped shared, so that a read can be
 answered with a view of the file's own pages. On a host file flush and fence order the stores and
-count them; the host's disk is reached by ``sync``, or by every fence of a region opened so.
+count them; the host's disk is reached by ``sync``, or by every fence of a region opened so. Images
+are sparse, and a store into a hole that the host's disk has no room for would be a SIGBUS: every
+store sees to its room first, and ``reserve`` does so for stores that must not fail midway.
 Another medium with the same calls can hold back unflushed lines and cut the power between any two
 fences.
 
@@ -15,6 +17,8 @@ across a fence.
 
 from __future__ import annotations
 
+import errno
+import logging
 import mmap
 import os
 from dataclasses import dataclass
@@ -24,10 +28,15 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from xipfs.errors import ImageError
+from xipfs.errors import FsError, ImageError
 from xipfs.memory.wear import LINE_SIZE as LINE_SIZE
 from xipfs.memory.wear import Wear
 from xipfs.units import PAGE_SIZE
+
+log = logging.getLogger(__name__)
+
+#: Room on the host's disk is asked for in pieces of this size, 64 KiB, each once.
+_PIECE_SHIFT: Final = 16
 
 Buffer = bytes | bytearray | memoryview
 """Contiguous bytes: what can be stored."""
@@ -65,8 +74,15 @@ class Medium(Protocol):
         """Return a read-only view of ``size`` bytes at ``offset``."""
         ...
 
+    def reserve(self, offset: int, size: int) -> None:
+        """See to it that stores to the range have room; raise FsError (ENOSPC, EDQUOT, EIO)."""
+        ...
+
     def store(self, offset: int, data: Buffer) -> None:
-        """Write ``data`` at ``offset``; durable only after flush and fence."""
+        """Write ``data`` at ``offset``; durable only after flush and fence.
+
+        Raises what ``reserve`` does, with nothing stored.
+        """
         ...
 
     def store_word(self, offset: int, value: int) -> None:
@@ -118,9 +134,17 @@ class Region:
                 descriptor, size - size % PAGE_SIZE, access=access
             )
         except OSError as error:
-            raise ImageError(f"image {path} cannot be mapped: {error}") from error
-        finally:
             os.close(descriptor)
+            raise ImageError(f"image {path} cannot be mapped: {error}") from error
+        except ImageError:
+            os.close(descriptor)
+            raise
+        self._path: Final = path
+        self._descriptor = descriptor
+        #: By piece, 1: the host's disk has room for all of it, or nothing may be stored anyway.
+        pieces = (size >> _PIECE_SHIFT) + 1
+        self._reserved = bytearray(pieces) if writable else bytearray(b"\1" * pieces)
+        self._told_full = False
         self._writable: Final = writable
         self._sync_fences: Final = sync_fences
         #: First and last byte of what was flushed since the last fence; only with sync_fences.
@@ -154,10 +178,41 @@ class Region:
         assert 0 <= offset <= offset + size <= self._bytes.size, (offset, size)
         return self._readable[offset : offset + size]
 
+    def reserve(self, offset: int, size: int) -> None:
+        """Take room for the range on the host's disk, where the file has holes."""
+        for piece in range(offset >> _PIECE_SHIFT, ((offset + size - 1) >> _PIECE_SHIFT) + 1):
+            if not self._reserved[piece]:
+                self._reserve(piece, offset, offset + size)
+
+    def _reserve(self, piece: int, begin: int, end: int) -> None:
+        """Take room for a piece, or where that is too much for its pages of [begin, end)."""
+        start = piece << _PIECE_SHIFT
+        stop = min(start + (1 << _PIECE_SHIFT), self._bytes.size)
+        try:
+            os.posix_fallocate(self._descriptor, start, stop - start)
+        except OSError:
+            start = max(start, begin - begin % PAGE_SIZE)
+            stop = min(stop, end + -end % PAGE_SIZE)
+            try:
+                os.posix_fallocate(self._descriptor, start, stop - start)
+            except OSError as error:
+                what = (
+                    f"the host has no room for bytes {start} to {stop - 1} of image {self._path}:"
+                    f" {error.strerror}"
+                )
+                if not self._told_full:
+                    log.warning("%s; calls that need more will fail", what)
+                    self._told_full = True
+                raise FsError(error.errno or errno.EIO, what) from error
+        else:
+            self._reserved[piece] = True
+            self._told_full = False
+
     def store(self, offset: int, data: Buffer) -> None:
         """Copy ``data`` to ``offset``."""
         size = len(data)
         assert 0 <= offset <= offset + size <= self._bytes.size, (offset, size)
+        self.reserve(offset, size)
         self._view[offset : offset + size] = data
         self._stores += 1
         self._stored_bytes += size
@@ -165,6 +220,7 @@ class Region:
     def store_word(self, offset: int, value: int) -> None:
         """Store one aligned 8-byte word, little-endian, with a single store instruction."""
         assert offset % 8 == 0, offset
+        self.reserve(offset, 8)
         self._words[offset >> 3] = value
         self._stores += 1
         self._stored_bytes += 8
@@ -198,6 +254,8 @@ class Region:
         self._readable = self._view = memoryview(b"")
         self._bytes = np.zeros(0, np.uint8)
         self._words = np.zeros(0, np.uint64)
+        if self._mmap is not None:
+            os.close(self._descriptor)
         self._mmap = None
 
     def statistics(self) -> RegionStatistics:

@@ -16,7 +16,7 @@ from xipfs.clock import Clock
 from xipfs.fs.attributes import Attributes
 from xipfs.fs.content import Content
 from xipfs.fs.core import Core, attr_of
-from xipfs.fs.frame_table import Pfns
+from xipfs.fs.frames_by_page import Pfns
 from xipfs.fs.imagelock import ImageLock
 from xipfs.fs.lifetime import Lifetime, opened
 from xipfs.fs.moving import Moved, Moving

@@ -1,7 +1,7 @@
 """Moving pages between the kinds: the durable half of a migration, for any number of pages.
 
 The caller has invalidated the kernel's range before, and will see the next fault after. Here, for
-each step of up to ``STEP_PAGES`` pages: zap the model's PTEs, check for pins, copy run by run,
+each step of up to ``STEP_PAGES_MAX`` pages: zap the model's PTEs, check for pins, copy run by run,
 flush, commit the kinds of all of them in one transaction, drop the old copies. A page's
 home block is the same before and after, so a cut anywhere finds one authoritative copy: the home
 (if a dirty frame was not written yet, with its old durable bytes). Size and times do not move. A
@@ -24,10 +24,16 @@ from xipfs.fs.types import PageKind
 from xipfs.image import layout
 from xipfs.image.filemap import Entries
 from xipfs.image.record import Inode
+from xipfs.memory.region import LINE_SIZE
 from xipfs.units import Ino, PageIndex
 
-#: Pages of one transaction: 16 KiB of entries in five leaves at most; the smallest journal has 32.
-STEP_PAGES: Final = 2048
+#: Pages of one transaction. A copy drives the interpreter out of the processor's caches, so what
+#: a step costs beside it falls with the number of steps.
+STEP_PAGES_MAX: Final = 8192
+#: What a page can add to a transaction: its share of a line of entries whose neighbours stay.
+_BYTES_PER_PAGE: Final = (LINE_SIZE + layout.JOURNAL_RECORD.size) // 8
+#: Kept free for the counters, the inode and the lines that a step shares with its neighbours.
+_RESERVED_BYTES: Final = 8192
 
 #: The kind that a page must have to become of this one.
 _OTHER: Final = {PageKind.PAGECACHE: PageKind.XIP, PageKind.XIP: PageKind.PAGECACHE}
@@ -96,6 +102,8 @@ class Moving:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        capacity = core.volume.journal_capacity_bytes - _RESERVED_BYTES
+        self._step_pages = min(STEP_PAGES_MAX, capacity // _BYTES_PER_PAGE)
 
     def wanted(self, ino: int, pages: range, to: PageKind) -> list[int]:
         """Return those of ``pages`` that are no holes and not of kind ``to``, in order."""
@@ -120,10 +128,10 @@ class Moving:
             self._move_single(ino, pages, to, result)
             return result
         # A step that needs more frames than there are would evict what it has just filled.
-        step = min(STEP_PAGES, self._core.memory.ram_pages)
+        step = min(self._step_pages, self._core.memory.ram_pages)
         one_step = self._promote if to is PageKind.PAGECACHE else self._demote
-        for start in range(pages.start, pages.stop, STEP_PAGES):
-            chunk = range(start, min(start + STEP_PAGES, pages.stop))
+        for start in range(pages.start, pages.stop, self._step_pages):
+            chunk = range(start, min(start + self._step_pages, pages.stop))
             bodies = self._bodies(self._core.regular(ino), chunk)
             other = np.flatnonzero(_other_kind(bodies, to))
             result.already += int(np.count_nonzero(bodies)) - other.size

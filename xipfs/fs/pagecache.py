@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 
 from xipfs.clock import Clock
 from xipfs.errors import OutOfFramesError
-from xipfs.fs.frame_table import DIRTY, FILLED_BY_READ, FrameTable, Numbers, Pfns
+from xipfs.fs.dirty_frames import DirtyFrames
+from xipfs.fs.frame_table import FILLED_BY_READ, FrameTable
+from xipfs.fs.frames_by_page import Numbers, Pfns
 from xipfs.image.layout import BLOCK_SHIFT
 from xipfs.memory.frames import PhysicalMemory
 from xipfs.memory.region import Medium
@@ -84,8 +86,7 @@ class PageCache:
         self._frame_ns = 0
         self._counted_ns = clock.monotonic_ns()
         self._frames = FrameTable(memory.ram_pages)
-        #: When each dirty page became so, oldest first.
-        self._dirty: dict[int, int] = {}
+        self._dirty = DirtyFrames(memory.ram_pages)
         self.on_unmap: RunHook = nothing_of_run
         self.on_evict: PageHook = nothing
         self.on_cut: PageHook = nothing
@@ -131,7 +132,7 @@ class PageCache:
         """Return (inode, page, dirty) of all resident pages, the coldest first."""
         table = self._frames
         return [
-            (table.ino[pfn], table.index[pfn], bool(table.flags[pfn] & DIRTY))
+            (table.ino[pfn], table.index[pfn], pfn in self._dirty)
             for pfn in table.by_age().tolist()
         ]
 
@@ -199,12 +200,11 @@ class PageCache:
 
     def is_dirty(self, pfn: Pfn) -> bool:
         """Return whether the frame holds what its home may not."""
-        return bool(self._frames.flags[pfn] & DIRTY)
+        return pfn in self._dirty
 
     def mark_dirty(self, pfn: Pfn) -> None:
         """Note that the frame holds what its home does not."""
-        self._frames.flags[pfn] |= DIRTY
-        self._dirty.setdefault(pfn, self._clock.monotonic_ns())
+        self._dirty.add(pfn, self._clock.monotonic_ns())
 
     def mark_filled(self, pfn: Pfn) -> None:
         """Note that a read filled the frame."""
@@ -229,27 +229,21 @@ class PageCache:
         durable from the next fence on: whoever promises that, an fsync, makes one.
         """
         latest_ns = self._clock.monotonic_ns() - older_ns
-        longest = islice(self._dirty.items(), limit)
-        due = [pfn for pfn, since in longest if since <= latest_ns]
-        self.write_home(np.array(due, np.int64))
-        return len(due)
+        due = self._dirty.oldest(limit, latest_ns)
+        self.write_home(due)
+        return due.size
 
     def write_home(self, pfns: Pfns) -> None:
         """Store and flush the dirty ones of ``pfns``, run by run; durable with the next fence."""
         if not self._dirty:
             return
-        dirty, homes = self._frames.by_home(self._frames.with_flag(pfns, DIRTY))
+        dirty, homes = self._frames.by_home(self._dirty.among(pfns))
         for start, stop in _runs(homes):
             for part, rows in _rows(dirty[start:stop]):
                 offset = int(homes[start + part.start]) << BLOCK_SHIFT
                 self._medium.store(offset, self._memory.ram_frames[rows].reshape(-1).data)
             self._medium.flush(int(homes[start]) << BLOCK_SHIFT, (stop - start) * PAGE_SIZE)
-        self._frames.clear_flag(dirty, DIRTY)
-        if dirty.size == len(self._dirty):
-            self._dirty.clear()
-        else:
-            for pfn in dirty.tolist():
-                del self._dirty[pfn]
+        self._dirty.clear(dirty)
         self.written_home += dirty.size
 
     def sync_file(self, ino: int) -> None:
@@ -287,8 +281,8 @@ class PageCache:
     def drop_one(self, pfn: Pfn) -> None:
         """``drop`` of one page."""
         self._count_frames()
-        if self._frames.flags[pfn] & DIRTY:
-            del self._dirty[pfn]
+        if pfn in self._dirty:
+            self._dirty.clear(np.array([pfn]))
         self._frames.remove(pfn)
         self._memory.put_page(pfn)
 
@@ -297,8 +291,7 @@ class PageCache:
         if not pfns.size:
             return
         self._count_frames()
-        for pfn in self._frames.with_flag(pfns, DIRTY).tolist():
-            del self._dirty[pfn]
+        self._dirty.clear(self._dirty.among(pfns))
         self._frames.remove_run(pfns)
         self._memory.put_ram_run(pfns)
 

@@ -11,7 +11,7 @@ import numpy as np
 from xipfs.errors import FsError, OutOfFramesError
 from xipfs.fs.content import Content
 from xipfs.fs.core import Core
-from xipfs.fs.frame_table import Pfns
+from xipfs.fs.frames_by_page import Pfns
 from xipfs.fs.segments import kind_of
 from xipfs.fs.types import PageKind, PageRun, PageState
 from xipfs.image import layout

@@ -54,7 +54,7 @@ class Owners:
                 self.meet_many(ino, blocks[parts == number])
             return
         mine, stretch = (ino + 1) & _MASK, self._stretch(low)
-        at = blocks & np.uint64(_INSIDE)
+        at = blocks.astype(np.int64) & _INSIDE
         known = stretch[at]
         if (known == mine).all():
             return

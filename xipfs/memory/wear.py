@@ -44,8 +44,9 @@ class Wear:
 
     def __init__(self) -> None:
         #: Counts of the blocks of a stretch, by its number; made when one is first written.
+        self._stretches: dict[int, npt.NDArray[np.uint32]] = {}
         # One element of a memoryview is several times faster than one of an array.
-        self._stretches: dict[int, memoryview[int]] = {}
+        self._fast: dict[int, memoryview[int]] = {}
         self._line_writes = 0
 
     def flushed(self, offset: int, size: int) -> int:
@@ -66,19 +67,21 @@ class Wear:
 
     def _stretch(self, block: int) -> memoryview[int]:
         """Return the counts of the stretch that ``block`` lies in."""
-        counts = self._stretches.get(block >> _STRETCH_SHIFT)
+        counts = self._fast.get(block >> _STRETCH_SHIFT)
         if counts is None:
-            counts = np.zeros(1 << _STRETCH_SHIFT, np.uint32).data
-            self._stretches[block >> _STRETCH_SHIFT] = counts
+            stretch = np.zeros(1 << _STRETCH_SHIFT, np.uint32)
+            self._stretches[block >> _STRETCH_SHIFT] = stretch
+            counts = self._fast[block >> _STRETCH_SHIFT] = stretch.data
         return counts
 
     def _count_whole(self, block: int, end: int) -> None:
         """Count every line of the blocks [block, end)."""
         while block < end:
             stop = min((block | _STRETCH_MASK) + 1, end)
-            counts = np.asarray(self._stretch(block))
+            self._stretch(block)
             start = block & _STRETCH_MASK
-            counts[start : start + stop - block] += LINES_PER_BLOCK
+            counts = self._stretches[block >> _STRETCH_SHIFT][start : start + stop - block]
+            counts += LINES_PER_BLOCK
             block = stop
 
     def _written(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
@@ -87,7 +90,7 @@ class Wear:
         for number, stretch in sorted(self._stretches.items()):
             written = np.flatnonzero(stretch)
             blocks.append(written + (number << _STRETCH_SHIFT))
-            counts.append(np.asarray(stretch)[written])
+            counts.append(stretch[written])
         return np.concatenate(blocks), np.concatenate(counts)
 
     def statistics(self, hottest: int = 10) -> WearStatistics:

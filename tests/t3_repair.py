@@ -57,6 +57,17 @@ def point_to_another_file(image: bytearray, places: Places) -> None:
     target.fixes[0](image)
 
 
+def point_to_own_node(image: bytearray, places: Places) -> None:
+    """Let page 600 of a file lie in the node that names it, sealed, and damage its neighbour."""
+    entries = {field.entry[2]: field for field in places.by_structure["node1.entry"] if field.entry}
+    target, neighbour = entries[600], entries[601]
+    old = int.from_bytes(image[target.offset : target.offset + 8], "little")
+    new = old >> 40 << 40 | target.offset // BLOCK
+    image[target.offset : target.offset + 8] = new.to_bytes(8, "little")
+    target.fixes[0](image)
+    image[neighbour.offset] ^= 1
+
+
 def shorten_link(image: bytearray, places: Places) -> None:
     """Let the symbolic link have no byte."""
     for mode, size in zip(
@@ -97,7 +108,7 @@ DAMAGES: dict[str, list[Damage]] = {
         put("file.size", 0),
         put("counters.inode_limit", 1 << 40),
     ],
-    "shared-block": [point_to_another_file],
+    "shared-block": [point_to_another_file, point_to_own_node],
     "bitmap": [put("bitmap.byte", 0xFF, at=6), put("bitmap.byte", 0, at=3)],
     "list": [put("counters.free_ino", 0), put("counters.orphan_ino", 2)],
     "directory": [

@@ -282,7 +282,7 @@ class MapMending(Mending):
         if old is None:
             return  # the inode lost its pages meanwhile
         try:
-            number = self.take(bytes(self.block(old)), PAGE)
+            number = self.take(self.originals.get(old) or bytes(self.block(old)), PAGE)
         except NoRoomError:
             self.shared.add(old)
             return

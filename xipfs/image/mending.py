@@ -52,6 +52,10 @@ class Mending:
         self.table = Inode(layout.TABLE_INO)
         #: Blocks that could not be parted, since none was free: nobody may write or free them.
         self.shared: set[int] = set()
+        #: Changed blocks as they were, until every page has a block of its own: a page may claim
+        #: one, and is to read as it did. (A repair that is cut in between has forgotten them.)
+        self.originals: dict[int, bytes] = {}
+        self.parted = False
         self._cursor = superblock.data_start
 
     def did(self, name: str, offset: int, what: str, ino: int | None = None) -> None:
@@ -67,6 +71,9 @@ class Mending:
         self.metadata.begin()
         try:
             for offset, data in changes:
+                if not self.parted:
+                    number = offset // _BLOCK
+                    self.originals.setdefault(number, bytes(self.block(number)))
                 self.metadata.write(offset // _BLOCK, offset % _BLOCK, data)
             self.metadata.commit()
         except BaseException:

@@ -28,6 +28,7 @@ from xipfs.trace.events import (
     Extent,
     Fault,
     Fork,
+    Incomplete,
     Lost,
     Map,
     Move,
@@ -43,6 +44,7 @@ from xipfs.trace.output import Output
 from xipfs.trace.pids import Adoption
 from xipfs.trace.proc import Identity, MapsLine
 from xipfs.trace.processes import Processes
+from xipfs.trace.vmas import Vma
 
 DEV, FILE, PID = 42, 7, 100
 BASE, PAGE = 0x10000, 4096
@@ -446,6 +448,27 @@ def test_lost_records_end_what_is_open_and_are_told(script: Script) -> None:
     events = script.end()
     assert only(events, Lost) == [Lost(4000, 12)]
     assert faults(events) == [(0, MINOR), (1, MINOR)]
+
+
+def test_who_lived_when_records_were_lost_is_marked(script: Script) -> None:
+    """Also who is told of later only, and who was born then; not who came after."""
+    script.maps = {200: [], 300: []}
+    script.people |= {tid: Identity(tid, 1, "prog") for tid in (200, 300)}
+    script.pf(BASE)
+    script.fault(0)
+    script.pf(0x1000, tid=200)  # lives, and has not touched the mount yet
+    script.row(records.LOST, 0, 12)
+    script.row(records.LOST, 0, 3)
+    script.newtask(400)
+    script.pf(0x1000, tid=300)  # born unseen
+    marked = {200: 2, 300: 4, 400: None}
+    told = script.end()
+    assert only(told, Incomplete) == [Incomplete(5000, 1, PID)]
+    for tid, mm in marked.items():
+        space = script.processes.threads[tid].space
+        script.processes.tell(script.now, space, Vma(0x70000, 0x78000, ino=FILE, pgoff=0))
+        marks = [] if mm is None else [Incomplete(script.now, mm, tid)]
+        assert only(script.output.take(), Incomplete) == marks
 
 
 def test_the_page_cache_is_told_whoever_changes_it(script: Script) -> None:

@@ -35,9 +35,9 @@ ROWS = [
 ]
 
 
-def table(by: str) -> FaultTable:
+def table(by: str, *parts: list[dict[str, Any]]) -> FaultTable:
     made = FaultTable(by)
-    for part in (ROWS[:4], ROWS[4:]):
+    for part in parts or (ROWS[:4], ROWS[4:]):
         made.add({name: [each[name] for each in part] for name in COLUMNS})
     return made
 
@@ -92,3 +92,34 @@ def test_rare_columns_are_left_out_where_they_are_empty() -> None:
         "    pid comm            faults  major    xip cached    cow    own around",
         "     20 sh                   2      0      2      0      0      2      0",
     ]
+
+
+def test_processes_that_records_were_lost_of_are_marked() -> None:
+    """Whether their rows came before or after, under another name, or not at all."""
+    before = [fault(0, mm=1), fault(0, mm=2, pid=21), fault(1, mm=3, pid=22, comm="a")]
+    lost = [item("lost", records=9), item("incomplete", mm=1), item("incomplete", mm=4, pid=23)]
+    lost.append(item("incomplete", mm=3, pid=22) | {"comm": "a"})
+    after = [fault(2, mm=3, pid=22, comm="b"), fault(2, mm=5, pid=20, comm="new")]
+    made = table("process", before, [*lost, *after])
+    assert {(line["pid"], line["comm"]): line["incomplete"] for line in made.lines()} == {
+        (20, "sh"): True,
+        (20, "new"): False,
+        (21, "sh"): False,
+        (22, "a"): True,
+        (22, "b"): True,
+        (23, "sh"): True,
+    }
+    explained = "* records were lost while it ran: its figures may be too low"
+    assert [line[:12] for line in made.as_text()] == [
+        "    pid comm",
+        "     20 new ",
+        "     20*sh  ",
+        "     21 sh  ",
+        "     22*a   ",
+        "     22*b   ",
+        "     23*sh  ",
+        explained[:12],
+    ]
+    assert made.as_text()[-1] == explained
+    assert made.as_text(1)[-1] != explained
+    assert "incomplete" not in table("file", before, lost).lines()[0]

@@ -122,6 +122,7 @@ EVENTS: list[ev.Event] = [
     ev.CacheAdd(11, 7, 16, 4),
     ev.CacheDelete(12, 7, 0, 1),
     ev.Lost(13, 100),
+    ev.Incomplete(13, 7, 20),
 ]
 
 

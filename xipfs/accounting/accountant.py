@@ -105,6 +105,7 @@ class Accountant:
             ev.Cloud: self.kernel.cloud,
             ev.Reclaim: self.kernel.reclaim,
             ev.Lost: self._lost,
+            ev.Incomplete: lambda event: self.ledger.mark_incomplete(event.mm),
             ev.Fork: self._fork,
             ev.Exit: self._exit,
             ev.ThreadExit: self.kernel.thread_exit,

@@ -153,11 +153,15 @@ class FaultCounters:
 
 @dataclass
 class ProcessCharges:
-    """One address space's line; ``comm`` is the name it had when it was last charged."""
+    """One address space's line; ``comm`` is the name it had when it was last charged.
+
+    ``incomplete``: trace records were lost while it lived, so its figures may be too low.
+    """
 
     pid: int
     comm: str
     exited: bool = False
+    incomplete: bool = False
     faults: FaultCounters = field(default_factory=FaultCounters)
 
 
@@ -173,6 +177,8 @@ class Ledger:
         self.live: dict[int, ProcessCharges] = {}
         self.exited: OrderedDict[int, ProcessCharges] = OrderedDict()
         self.older = ProcessCharges(0, "(older)", exited=True)
+        #: Living address spaces that records were lost of, charged by now or not.
+        self.incomplete: set[int] = set()
 
     def charge(self, mm: int, comm: str, charge: Charge) -> None:
         """Enter ``charge`` in the totals and in the line of address space ``mm``."""
@@ -190,12 +196,19 @@ class Ledger:
             # A fault can be told just after its process's exit.
             line = self.exited.get(mm)
         if line is None:
-            line = self.live[mm] = ProcessCharges(pid, comm)
+            line = self.live[mm] = ProcessCharges(pid, comm, incomplete=mm in self.incomplete)
         line.comm = comm or line.comm
         return line
 
+    def mark_incomplete(self, mm: int) -> None:
+        """Say from now on that records of ``mm`` were lost."""
+        self.incomplete.add(mm)
+        if mm in self.live:
+            self.live[mm].incomplete = True
+
     def exit(self, mm: int) -> None:
         """Close the line of ``mm``, keeping its figures."""
+        self.incomplete.discard(mm)
         line = self.live.pop(mm, None)
         if line is None:
             return
@@ -204,6 +217,7 @@ class Ledger:
         if len(self.exited) > KEEP_EXITED:
             _, oldest = self.exited.popitem(last=False)
             self.older.faults.merge(oldest.faults)
+            self.older.incomplete |= oldest.incomplete
 
     def lines(self) -> list[ProcessCharges]:
         """Return every line, oldest first; their sum is the total."""

@@ -26,6 +26,10 @@ _RARE: Final = frozenset(("sigbus", "hint", "extra", "before", "unsure"))
 #: Columns of rows that each row counted has.
 _FIGURES: Final = ("item", "charged", "major", "extra", "handled", "pte_made", "page", "detail")
 
+_OF_A_PROCESS: Final = ("item", "mm", "pid", "comm")
+#: What * behind a process's number means.
+INCOMPLETE: Final = "* records were lost while it ran: its figures may be too low"
+
 Batch = Mapping[str, Sequence[Any]]
 """Rows of a trace as columns."""
 
@@ -35,7 +39,8 @@ class FaultTable:
 
     A hint fault counts in ``hint`` and of the charges nowhere else. Of the pages that the kernel
     mapped ``own`` came by a fault of their own, ``around`` without one, ``before`` before the
-    recording began; of ``unsure`` the events do not tell which, or if at all.
+    recording began; of ``unsure`` the events do not tell which, or if at all. A process is
+    ``incomplete`` if records were lost while it ran.
     """
 
     def __init__(self, by: str) -> None:
@@ -43,6 +48,9 @@ class FaultTable:
         self._keys = KEYS[by]
         self._names = tuple(key for key in self._keys if key != "page")
         self._counters: dict[tuple[Any, ...], Counter[str]] = {}
+        #: Address spaces that records were lost of, and the lines of their processes.
+        self._incomplete_mms: set[int] = set()
+        self._incomplete: set[tuple[Any, ...]] = set()
 
     def add(self, batch: Batch) -> None:
         """Count a batch's faults, and the pages that came without one."""
@@ -55,6 +63,17 @@ class FaultTable:
                 pages = json.loads(detail)
                 self._add_pages(name, pages["mapped"], "around" if item == "around" else "before")
                 self._add_pages(name, pages["unsure"], "unsure")
+        if self.by == "process":
+            self._mark(batch)
+
+    def _mark(self, batch: Batch) -> None:
+        """Find the processes whose figures may be too low, which may have no other row."""
+        for item, mm, *name in zip(*(batch[key] for key in _OF_A_PROCESS), strict=True):
+            if item == "incomplete":
+                self._incomplete_mms.add(mm)
+            if item in ("fault", "around", "incomplete") and mm in self._incomplete_mms:
+                self._counters.setdefault(tuple(name), Counter())
+                self._incomplete.add(tuple(name))
 
     def _counter(self, name: tuple[Any, ...], page: int) -> Counter[str]:
         key = (*name, page) if self.by == "page" else name
@@ -84,6 +103,9 @@ class FaultTable:
             dict(zip(self._keys, name, strict=True)) | {what: counter[what] for what in COUNTS}
             for name, counter in self._counters.items()
         ]
+        if self.by == "process":
+            for name, line in zip(self._counters, lines, strict=True):
+                line["incomplete"] = name in self._incomplete
         return sorted(lines, key=lambda line: (-line["faults"], *(line[key] for key in self._keys)))
 
     def as_text(self, most: int | None = None) -> list[str]:
@@ -94,13 +116,19 @@ class FaultTable:
         text = [self._line({"pid": "pid", "comm": "comm", "page": "page", **heads}, counts, "file")]
         for line in lines[:most]:
             text.append(self._line(line, counts, file_name(line) if "ino" in line else ""))
-        return text
+        return text + incomplete_lines(lines[:most])
 
     def _line(self, line: Json, counts: Sequence[str], name: str) -> str:
-        cells = [f"{line['pid']:>7} {line['comm'][:15]:15}"] if self.by == "process" else []
+        mark = "*" if line.get("incomplete") else " "
+        cells = [f"{line['pid']:>7}{mark}{line['comm'][:15]:15}"] if self.by == "process" else []
         cells += [f"{line['page']:>7}"] if self.by == "page" else []
         cells += [f"{line[what]:>6}" for what in counts]
         return " ".join([*cells, *([] if self.by == "process" else [f" {name}"])])
+
+
+def incomplete_lines(lines: Sequence[Json]) -> list[str]:
+    """Return what the mark of a process's line means, if any line has it."""
+    return [INCOMPLETE] if any(line.get("incomplete") for line in lines) else []
 
 
 def file_name(told: Json) -> str:

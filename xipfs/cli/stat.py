@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from xipfs.cli.client import Json, ask, ask_text
+from xipfs.cli.fault_table import incomplete_lines
 from xipfs.errors import UsageError
 from xipfs.fuse.mounts import mount_of
 from xipfs.units import format_size
@@ -198,7 +199,9 @@ def as_text(stats: Json) -> str:
         lines += ["", f"{'pid':>8} {'command':16}" + "".join(f"{h:>9}" for h, _ in COLUMNS[:6])]
         for process in processes:
             counts = "".join(f"{process[name]:9d}" for _, name in COLUMNS[:6])
-            lines.append(f"{process['pid']:>8} {process['comm'][:16]:16}{counts}")
+            mark = "*" if process["incomplete"] else " "
+            lines.append(f"{process['pid']:>8}{mark}{process['comm'][:16]:16}{counts}")
+        lines += incomplete_lines(processes)
     for table, columns in (("moved", MOVED_COLUMNS), ("hottest", HOT_COLUMNS)):
         if table in stats:
             lines += _page_lines(stats[table], columns)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from xipfs.cli.client import Json, ask
+from xipfs.cli.fault_table import incomplete_lines
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError
 from xipfs.fuse.mounts import mount_of
 
@@ -71,8 +72,9 @@ def as_text(answer: Json) -> str:
     )
     lines.append(f"model: {answer['invariants_broken'] or 'its counters are its PTEs'}")
     for process in answer["processes"]:
+        mark = "*" if process["incomplete"] else " "
         lines.append(
-            f"{process['pid']:>8} {process['comm'][:16]:16} {process['pages_compared']:>9} "
+            f"{process['pid']:>8}{mark}{process['comm'][:16]:16} {process['pages_compared']:>9} "
             f"compared, {process['pages_resident']} mapped, Rss {process['rss_pages_smaps']}"
         )
         lines += [
@@ -80,4 +82,5 @@ def as_text(answer: Json) -> str:
             f"{difference['index']}: {difference['shadow']} here, {difference['kernel']} there"
             for difference in process["differences"]
         ]
+    lines += incomplete_lines(answer["processes"])
     return "\n".join(lines)

@@ -188,6 +188,7 @@ class Verifier:
                     "pages_resident": result.resident_pages,
                     "rss_pages_smaps": rss[number],
                     "differences": result.differences,
+                    "incomplete": number in books.ledger.incomplete,
                 }
             )
         return {

@@ -101,6 +101,12 @@ def _processes(text: _Text, processes: list[Json]) -> None:
     for name in _FAULTS:
         values = (({"pid": pid, "comm": comm}, n[name]) for (pid, comm), n in sums.items())
         text.counter(f"xipfs_process_{name}", f"{name} by process", values)
+    incomplete = {(line["pid"], line["comm"]) for line in processes if line["incomplete"]}
+    text.gauge(
+        "xipfs_process_incomplete",
+        "1: events were lost while the process ran, so its figures may be too low",
+        (({"pid": pid, "comm": comm}, int((pid, comm) in incomplete)) for pid, comm in sums),
+    )
 
 
 def _cost(text: _Text, cost: Json) -> None:

@@ -72,7 +72,13 @@ def memory(fs: Filesystem) -> dict[str, int]:
 def processes(accountant: Accountant) -> list[dict[str, Any]]:
     """Return one object for each address space that was charged, oldest first."""
     return [
-        {"pid": line.pid, "comm": line.comm, "exited": line.exited, **vars(line.faults)}
+        {
+            "pid": line.pid,
+            "comm": line.comm,
+            "exited": line.exited,
+            "incomplete": line.incomplete,
+            **vars(line.faults),
+        }
         for line in accountant.ledger.lines()
     ]
 

@@ -51,6 +51,7 @@ _EVENTS: Final[dict[str, type[Any]]] = {
     "cache_add": ev.CacheAdd,
     "cache_delete": ev.CacheDelete,
     "lost": ev.Lost,
+    "incomplete": ev.Incomplete,
 }
 _NAMES: Final = {kind: name for name, kind in _EVENTS.items()}
 #: Fields of events that stand in a column of another name.
@@ -77,6 +78,7 @@ MEANINGS: Final[dict[str, str]] = {
     "cache_add": "the kernel's page cache took in pages from page on",
     "cache_delete": "the kernel's page cache dropped pages from page on",
     "lost": "records (number) were overwritten unread: what follows may lack items",
+    "incomplete": "records were lost while mm of pid lived: faults of it may be missing",
     "start": "the recording begins; resident: [ino, page, dirty 0 or 1] of RAM, coldest first; "
     "faults, ptes (number) from before, which the trace does not hold",
     "mapped": "what of the last map the kernel had mapped when the recording began, by whichever "

@@ -267,6 +267,14 @@ class Lost(NamedTuple):
     records: int
 
 
+class Incomplete(NamedTuple):
+    """Records were lost while ``mm`` lived: faults of it, or what they came to, may be missing."""
+
+    time_ns: int
+    mm: int
+    pid: int
+
+
 Event = (
     Map
     | Unmap
@@ -288,4 +296,5 @@ Event = (
     | CacheAdd
     | CacheDelete
     | Lost
+    | Incomplete
 )

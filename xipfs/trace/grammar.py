@@ -193,11 +193,9 @@ class Grammar:
                 self.faults.close(thread)
                 # Its end may be among them. If not, it will be a call seen only at its end.
                 self._calls.finish(thread)
-            self._processes.exits_lost = True
             self._emit(time_ns, events.Lost(time_ns, row[2]))
-            for space in {thread.space for thread in self._threads.values()}:
-                if space.told:
-                    self._calls.resynchronise(time_ns, space)
+            for space in self._processes.lost(time_ns):
+                self._calls.resynchronise(time_ns, space)
         elif kind == records.RECLAIM:
             self._emit(time_ns, events.Reclaim(time_ns))
         elif kind == records.FOREIGN_ENTER:

@@ -48,6 +48,8 @@ class Processes:
         self.newcomers: list[int] = []
         #: Records were lost since the last ``vanished``: any exit may be among them.
         self.exits_lost = False
+        #: Records were lost at some time: the birth of any process may have been among them.
+        self.births_lost = False
         self._untraced: set[int] = set()
         self._dead: dict[int, Thread] = {}
         self._forgettable: list[int] = []
@@ -87,10 +89,22 @@ class Processes:
         )
         for start, end, _ in space.extents.meeting(vma.start, vma.end):
             self.output.emit(time_ns, events.Extent(time_ns, space.id, start, end))
+        if first and space.incomplete:
+            self.output.emit(time_ns, events.Incomplete(time_ns, space.id, space.pid))
         if first and space.compat:
             self.output.emit(
                 time_ns, events.Doubt(time_ns, space.id, 0, 1 << 64, calls_unseen=True)
             )
+
+    def lost(self, time_ns: int) -> list[Space]:
+        """Records were lost: mark the address spaces that live; return those that were told."""
+        self.exits_lost = self.births_lost = True
+        spaces = {thread.space.id: thread.space for thread in self.threads.values()}
+        for space in spaces.values():
+            if space.told and not space.incomplete:
+                self.output.emit(time_ns, events.Incomplete(time_ns, space.id, space.pid))
+            space.incomplete = True
+        return [space for space in spaces.values() if space.told]
 
     def store(self, time_ns: int, space: Space, start: int, end: int) -> None:
         """Take in that ``[start, end)`` is one VMA of the kernel's now."""
@@ -142,6 +156,7 @@ class Processes:
             self.newcomers.append(tid)
             self._untraced.add(tid)
         if len(thread.space.tids) == 1:
+            thread.space.incomplete = traced and self.births_lost
             self.read_maps(thread.space)
         return thread
 

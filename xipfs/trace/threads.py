@@ -12,16 +12,17 @@ class Space:
 
     ``told``: the consumer has heard of it, and is told of its end. ``extents`` are the kernel's own
     VMAs, of all memory. ``compat``: a 32-bit program, whose system calls have no events.
+    ``incomplete``: records were lost while it lived.
     """
 
-    __slots__ = ("compat", "extents", "id", "pid", "tids", "told", "vmas")
+    __slots__ = ("compat", "extents", "id", "incomplete", "pid", "tids", "told", "vmas")
 
     def __init__(self, number: int, pid: int) -> None:
         self.id = number
         self.pid = pid
         self.tids: set[int] = set()
         self.told = False
-        self.compat = False
+        self.compat = self.incomplete = False
         self.vmas = VmaMap()
         self.extents = Extents()
 

@@ -468,7 +468,7 @@ def test_who_lived_when_records_were_lost_is_marked(script: Script) -> None:
         space = script.processes.threads[tid].space
         script.processes.tell(script.now, space, Vma(0x70000, 0x78000, ino=FILE, pgoff=0))
         marks = [] if mm is None else [Incomplete(script.now, mm, tid)]
-        assert only(script.output.take(), Incomplete) == marks
+        assert only(script.events(), Incomplete) == marks
 
 
 def test_the_page_cache_is_told_whoever_changes_it(script: Script) -> None:

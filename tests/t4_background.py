@@ -14,25 +14,24 @@ import random
 import re
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import needs
-from live import ENVIRONMENT, PAGE, ROOT, LiveMount, is_mounted, new_image, wait_until, xipfs
+from live import PAGE, ROOT, LiveMount, is_mounted, new_image, wait_until, xipfs
+from scripted import ScriptedMount
 
 from xipfs.clock import SystemClock
 from xipfs.fs.filesystem import Filesystem
 
 pytestmark = [needs("root", "fuse", "tracefs")]
 
-_DAEMON = """
+_SCRIPT = """
 import functools, importlib, signal, sys
 from pathlib import Path
-from xipfs.cli import main
 
-order = Path(sys.argv.pop(1))
+order = Path(sys.argv[0]).with_suffix(".order")
 restore = []
 
 def arm(number, frame):
@@ -59,7 +58,6 @@ def arm(number, frame):
     order.unlink()
 
 signal.signal(signal.SIGUSR1, arm)
-sys.exit(main(sys.argv[1:]))
 """
 OPTIONS = (
     "observe=tracefs,ram=400K,hint=100,dirty_expire_ms=50,dirty_writeback_ms=20",
@@ -69,47 +67,28 @@ OPTIONS = (
 FOR_EVER = 1 << 30
 
 
-class FailingMount(LiveMount):
+class FailingMount(ScriptedMount):
     """A mount whose daemon fails where it is told to."""
 
-    @property
-    def order(self) -> Path:
-        """Where the daemon finds what is to fail."""
-        return self.directory.with_suffix(".order")
-
-    def _start(self, words: Sequence[str]) -> None:
-        script = self.directory.with_suffix(".py")
-        script.write_text(_DAEMON)
-        with open(self.log, "ab") as log:
-            self.daemon = subprocess.Popen(
-                [sys.executable, str(script), str(self.order), "mount", "-f"]
-                + [*words, str(self.image), str(self.directory)],
-                env=ENVIRONMENT,
-                stderr=log,
-            )
-        wait_until("the mount", lambda: b"mounted at" in self.log.read_bytes(), 30)
+    SCRIPT = _SCRIPT
 
     def arm(self, target: str, times: int) -> None:
         """Let ``target`` (module:Class.function) fail that often; "" makes all as it was."""
-        self.order.with_suffix(".again").unlink(missing_ok=True)
-        self.order.with_suffix(".new").write_text(f"{target} {times}" if target else "")
-        self.order.with_suffix(".new").rename(self.order)
-        os.kill(self.pid, signal.SIGUSR1)
-        wait_until("the daemon is armed", lambda: not self.order.exists())
+        self._again.unlink(missing_ok=True)
+        self.obey(signal.SIGUSR1, f"{target} {times}" if target else "")
+
+    @property
+    def _again(self) -> Path:
+        return self.directory.with_suffix(".again")
 
     def works_again(self) -> bool:
         """Whether the function was called after it had failed."""
-        return self.order.with_suffix(".again").exists()
+        return self._again.exists()
 
     def failures(self) -> dict[str, int]:
         """Return the statistics' failures by task."""
         counts: dict[str, int] = self.cat_stats()["background"]["failures"]
         return counts
-
-    def close(self) -> None:
-        """End it, and reap it."""
-        super().close()
-        self.daemon.wait(timeout=20)
 
 
 @pytest.fixture

@@ -385,6 +385,8 @@ class Accountant:
             kind = KINDS[maps_what(mm, event.address)]
         elif taken.signal == "SIGSEGV":
             self.unfollowed["faults outside the mappings known of their process"] += 1
+        elif taken.signal == "SIGKILL":
+            self.unfollowed["faults while every frame of RAM was pinned"] += 1
         return kind, bool(taken.major) or (filled and caused_read), taken.faults
 
 

@@ -44,16 +44,13 @@ def promotion(index: int, policy: str, reason: str, pid: int) -> Move:
 
 def test_moves_are_counted_by_cause_file_and_process() -> None:
     history = History()
-    history.begin([promotion(5, "tpp", "2 faults", 70), promotion(6, "tpp", "2 faults", 71)])
-    history.moved(2, [5, 9], PageKind.PAGECACHE, 1 * SECOND)
-    history.refused(2, [6], PageKind.PAGECACHE)
-    event = ChunkEvent(1, 2, 5, 5, "pagecache", "2 faults", moved=1)
-    history.record(event)
-    history.end()
+    plan = {5: promotion(5, "tpp", "2 faults", 70), 6: promotion(6, "tpp", "2 faults", 71)}
+    history.moved(2, [5], PageKind.PAGECACHE, 1 * SECOND, plan)
+    history.moved(2, [9], PageKind.PAGECACHE, 1 * SECOND)
+    history.refused(2, [6], PageKind.PAGECACHE, plan)
     history.moved(2, [5], PageKind.XIP, 2 * SECOND)
     charge = Charge(3 * SECOND, 72, 2, 9, PteKind.PAGECACHE, False, False, 0)
     history.charged([charge, charge])
-    assert event.policy == "tpp"
     none = {
         "promoted": 0,
         "demoted": 0,
@@ -150,7 +147,7 @@ def test_a_batch_of_faults_counts_as_its_faults_one_by_one() -> None:
         now_ns += 1000
         ino, first, to = chance.randrange(2, 5), chance.randrange(600), chance.choice(KINDS)
         pages = list(range(first, first + chance.choice((1, 3, 70))))
-        plan = [Move(ino, page, to, chance.choice("ab"), "p", 7) for page in pages[::2]]
+        plan = {page: Move(ino, page, to, chance.choice("ab"), "p", 7) for page in pages[::2]}
         charges = []
         for _ in range(chance.randrange(60)):
             page = chance.choice((first + chance.randrange(4), chance.randrange(700)))
@@ -162,9 +159,8 @@ def test_a_batch_of_faults_counts_as_its_faults_one_by_one() -> None:
                 )
             )  # fmt: skip
         for history in (one_by_one, at_once):
-            history.begin(plan)
-            history.moved(ino, pages, to, now_ns)
-            history.end()
+            history.moved(ino, pages[::2], to, now_ns, plan)
+            history.moved(ino, pages[1::2], to, now_ns)
         one_by_one.charged(charges)
         at_once.charged(batch_of(charges))
         assert at_once.describe() == one_by_one.describe()

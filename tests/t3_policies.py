@@ -305,6 +305,18 @@ def test_what_the_decider_holds_back() -> None:
     assert counted.held_back == {"under_way": 1, "rate": 1, "stay": 1}
 
 
+def test_the_end_of_a_plan_refuses_no_move_of_the_next_one() -> None:
+    """A page moved, somebody moved it back, and the same is planned anew before the plan ends."""
+    decider = made("fifo")
+    (first,) = decider.hear(touch(1, 5), 0)
+    decider.hear(done(2 * MS, MOVED, first), 1)
+    decider.hear(done(3 * MS, MOVED, Move(INO, 5, PageKind.XIP, "by hand")), 0)
+    (again,) = decider.hear(touch(4, 5), 0)
+    assert (again.index, again.to, again.reason) == (5, PageKind.PAGECACHE, "first fault")
+    assert not decider.is_under_way(first)
+    assert decider.is_under_way(again)
+
+
 def test_what_a_policy_sees_counts_moves_under_way_as_made() -> None:
     clock = made("clock", ram_pages=9)
     seen: list[Seen] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,35 @@ def test_as_recorded_the_moves_are_the_recorded_ones_and_their_faults_count() ->
     assert (counts["pgfault"], counts["pgfault_xip"], counts["pgfault_pagecache"]) == (3, 2, 1)
     # Touches: three faults; the second found page 0 in RAM.
     assert (told["touches"], told["touches_in_ram"]) == (3, 1)
+
+
+OWN = """
+from dataclasses import dataclass
+from xipfs.migrate.policy import FAULT, promote
+
+@dataclass
+class POLICY:
+    SIGNALS = frozenset({FAULT})
+    first: int = 0
+    share: float = 0.5
+
+    def plan(self, signal, seen):
+        yield promote(signal.page, "why")
+"""
+
+
+def test_parameters_are_the_recorded_ones_whatever_the_defaults_are(tmp_path: Path) -> None:
+    """Zero is a value as others are; a policy of one's own may have defaults nobody could give."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    for policy, values in (
+        ("clock", {"pages_per_s": 0, "stay_ms": 0, "high": 98, "low": 95}),
+        (str(file), {"pages_per_s": 9, "stay_ms": 0, "first": 0, "share": 0.5}),
+    ):
+        replay = Replay(dataclasses.replace(recorded(policy), values=values), Choice())
+        replay.finish()
+        told = outcome(replay)
+        assert (told["replay"]["as_recorded"], told["migration"]["parameters"]) == (True, values)
 
 
 def test_another_policy_leaves_out_what_the_recorded_one_caused() -> None:

@@ -22,6 +22,8 @@ from xipfs.fuse.control import Json
 from xipfs.fuse.migration import GROUP_PAGES, Migrator
 from xipfs.fuse.worker import Worker
 from xipfs.migrate.engine import CHUNK_PAGES, IDLE_PAGES, Engine, Job, Tally
+from xipfs.migrate.history import MANUAL
+from xipfs.migrate.policy import Move
 from xipfs.units import PAGE_SIZE
 
 P, X = PageKind.PAGECACHE, PageKind.XIP
@@ -145,6 +147,32 @@ def test_a_chunk_touched_before_its_commit_is_invalidated_once_more(tmp_path: Pa
         ("unmap", 0, 4),
         ("invalidate", 0, 4),
     ]
+
+
+def test_a_move_by_hand_beside_a_policy_s_plan_is_nobody_else_s(tmp_path: Path) -> None:
+    """Both want pages 0-3; whoever came first moved them, whatever the policy calls its reason."""
+    steps = Steps(tmp_path, 8)
+    plan = [Move(steps.ino, page, P, "manual", "tpp", 70) for page in range(8)]
+
+    async def by_hand() -> None:
+        async with aclosing(steps.migrator.migrate([Job(steps.ino, range(4), P, MANUAL)])) as all_:
+            assert [tally.moved async for _, _, tally in all_] == [4]
+
+    async def run() -> None:
+        begun = trio.Event()
+        steps.on_drain = begun.set
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(by_hand)
+            await begun.wait()
+            await steps.migrator.move_all(plan)
+
+    trio.run(run)
+    told = steps.migrator.history.describe()
+    by_cause = {row["policy"]: (row["reason"], row["promoted"]) for row in told["by_cause"]}
+    assert by_cause == {None: ("manual", 4), "tpp": ("manual", 4)}
+    assert [(row["pid"], row["promoted"]) for row in told["by_process"]] == [(70, 4)]
+    events, _, _ = steps.migrator.history.since(0)
+    assert [(event.policy, event.moved) for event in events] == [(None, 4), ("tpp", 4)]
 
 
 def test_a_pinned_page_is_tried_ten_times_and_counted_once(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from xipfs.fuse.observing import TracefsObserver
 from xipfs.fuse.translate import tell_damage
 from xipfs.fuse.views import would_migrate
 from xipfs.migrate.engine import Job, Tally
+from xipfs.migrate.history import MANUAL
 from xipfs.units import pages_of
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Commands:
             await self._live.drain_settled()
             yield {"result": would_migrate(self._live, batch, to)}
             return
-        jobs = [Job(ino, run, to, "manual") for ino, to_move in batch for run in to_move]
+        jobs = [Job(ino, run, to, MANUAL) for ino, to_move in batch for run in to_move]
         total = sum(len(job.pages) for job in jobs)
         done, sums = 0, {ino: Tally() for ino, _ in batch}
         told_s = trio.current_time()

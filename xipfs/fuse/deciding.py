@@ -12,7 +12,6 @@ from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.memory.profiles import Profile
-from xipfs.migrate.history import History
 from xipfs.migrate.policy import Move
 from xipfs.migrate.registry import REPLAY_ONLY
 from xipfs.migrate.steering import Steering
@@ -71,15 +70,12 @@ class Deciding(Steering):
         self._plan += moves
         self._planned.set()
 
-    async def carry_out(
-        self, move_all: Callable[[list[Move]], Awaitable[object]], history: History
-    ) -> None:
+    async def carry_out(self, move_all: Callable[[list[Move]], Awaitable[object]]) -> None:
         """Carry out plans for ever; what is planned meanwhile moves together, at the next turn."""
         while True:
             await self._planned.wait()
             self._planned = trio.Event()
             moves, self._plan = self._plan, []
-            history.begin(moves)
             try:
                 # Damage that was met ends all changes: the policy hears that its moves failed.
                 if not self._fs.read_only:
@@ -89,7 +85,6 @@ class Deciding(Steering):
                     raise
             finally:
                 # The policy waits for the end of each of its moves, also of a plan that failed.
-                history.end()
                 now_ns = time.monotonic_ns()
                 if refused := self.carried_out(moves, now_ns):
                     pages = [[move.ino, move.index, move.to.value] for move in refused]

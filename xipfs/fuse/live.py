@@ -140,7 +140,7 @@ class Live:
         elif self.options.hint_pages_per_s:
             log.info("hint= needs observe=tracefs: no page is taken away")
         if not self.fs.read_only:
-            start("policy", self.deciding.carry_out, self.migrator.move_all, self.migrator.history)
+            start("policy", self.deciding.carry_out, self.migrator.move_all)
 
     # Hooks of the request handlers
 

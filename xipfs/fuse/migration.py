@@ -36,7 +36,6 @@ import trio
 from xipfs.accounting.causes import MOVE
 from xipfs.errors import FsError
 from xipfs.fs.moving import Moved
-from xipfs.fs.types import PageKind
 from xipfs.fuse.notify import Notifier
 from xipfs.migrate.engine import CHUNK_PAGES, IDLE_PAGES, Engine, Job, Tally, cut, jobs_of
 from xipfs.migrate.history import ChunkEvent, History
@@ -65,7 +64,7 @@ def _nobody_listens(*_: object) -> None:
 class _Window:
     """A chunk between its invalidation and its commit."""
 
-    ino: int
+    job: Job
     chunk: range
     wanted: range  # from the first page that must move to the last
     already: int
@@ -75,6 +74,11 @@ class _Window:
     """For how long requests waited for it."""
     in_use: set[int] = field(default_factory=set)
     """Pages that direct I/O was at work on, which were not taken away and cannot move."""
+
+    @property
+    def ino(self) -> int:
+        """The file's inode number."""
+        return self.job.ino
 
     def took(self, step: str, since_ns: int) -> int:
         """Add what ``step`` took since then to the event; return the time now."""
@@ -97,11 +101,12 @@ class Migrator:
         self._requests = 0
         self._last_request_s = -math.inf
         self.history = History()
-        #: Told of pages that are not tried again: new kind, why they were to move, why they do not.
-        self.on_give_up: Callable[[int, list[int], PageKind, str, str], None] = _nobody_listens
-        #: Told before and after the pages of a range have moved, with nothing in between.
+        #: Told of pages that are not tried again: of which chunk, and why they do not move.
+        self.on_give_up: Callable[[ChunkEvent, list[int], str], None] = _nobody_listens
+        #: Told before (the inode) and after (when, the chunk, what became of its pages) pages have
+        #: moved, with nothing in between.
         self.before_move: Callable[[int], None] = _nobody_listens
-        self.on_move: Callable[[int, int, range, PageKind, str, Moved], None] = _nobody_listens
+        self.on_move: Callable[[int, ChunkEvent, Moved], None] = _nobody_listens
 
     def page_io(self, ino: int, first: int, last: int) -> None:
         """Hear of a READ or WRITE of pages first..last."""
@@ -136,7 +141,7 @@ class Migrator:
                         tally = Tally(already=len(chunk))
                         if windows and windows[0].chunk == chunk:
                             await self._give_way(before_ns)
-                            before_ns, tally = await self._finish(windows, job.to)
+                            before_ns, tally = await self._finish(windows)
                         yield job, len(chunk), tally
                 finally:
                     for window in windows:
@@ -152,9 +157,9 @@ class Migrator:
     async def _begin(self, job: Job, group: range, chunks: list[range]) -> list[_Window]:
         """Take steps 1 and 2 for those ``chunks`` of ``group`` that have pages to move."""
         start_ns = time.monotonic_ns()
-        ino, to, why = job.ino, job.to, job.why
+        ino = job.ino
         try:
-            pages = self._engine.needing_move(ino, group, to)
+            pages = self._engine.needing_move(ino, group, job.to)
         except FsError as error:
             if error.errno not in _GONE:
                 raise
@@ -164,8 +169,10 @@ class Migrator:
             stop = bisect.bisect_left(pages, chunk.stop, at)
             if at < stop:
                 span = range(pages[at], pages[stop - 1] + 1)
-                event = ChunkEvent(time.time_ns(), ino, span[0], span[-1], to.value, why)
-                windows.append(_Window(ino, chunk, span, len(chunk) - (stop - at), event))
+                event = ChunkEvent(time.time_ns(), ino, span[0], span[-1], job.to.value, job.why)
+                if job.moves:
+                    event.policy = job.moves[span[0]].policy
+                windows.append(_Window(job, chunk, span, len(chunk) - (stop - at), event))
             at = stop
         if windows:
             windows[0].blocked_ns = time.monotonic_ns() - start_ns
@@ -179,7 +186,7 @@ class Migrator:
                 raise
         return windows
 
-    async def _finish(self, windows: list[_Window], to: PageKind) -> tuple[int, Tally]:
+    async def _finish(self, windows: list[_Window]) -> tuple[int, Tally]:
         """Take steps 3 and 4 for the first of ``windows``, and it from them.
 
         Return for how many ns others had to wait, and the tally.
@@ -188,7 +195,7 @@ class Migrator:
         try:
             if window.touched:
                 await self._take_away(window, window.wanted)
-            tally = await self._move_window(window, to)
+            tally = await self._move_window(window)
             window.event.failed = tally.failed
             self.history.record(window.event)
         except FsError as error:
@@ -196,21 +203,21 @@ class Migrator:
                 raise
             # The last name and the last handle of the file went while it was being moved.
             tally = Tally(failed={"gone": len(window.chunk)})
-            self._tell_refused(window, "gone", list(window.chunk), to)
+            self._tell_refused(window, "gone", list(window.chunk))
         finally:
             self._windows.remove(windows.pop(0))
         for reason, count in tally.failed.items():
             self._engine.give_up(reason, count)
         return window.blocked_ns, tally
 
-    async def _move_window(self, window: _Window, to: PageKind) -> Tally:
+    async def _move_window(self, window: _Window) -> Tally:
         refused: dict[int, list[int]] = {}
         for number in range(PASSES_MAX):
             if number:
                 await trio.sleep(number * _PASS_PAUSE_S)
                 if window.touched or window.in_use:
                     await self._take_away(window, window.wanted)
-            refused = self._move(window, to)
+            refused = self._move(window)
             if errno.EAGAIN not in refused and errno.EBUSY not in refused:
                 break
         if window.touched:
@@ -221,24 +228,24 @@ class Migrator:
             window.took("invalidate_again", start_ns)
         failed = {REASONS[code]: len(pages) for code, pages in refused.items()}
         for code, pages in refused.items():
-            self._tell_refused(window, REASONS[code], pages, to)
+            self._tell_refused(window, REASONS[code], pages)
         return Tally(window.event.moved, window.already, failed)
 
-    def _tell_refused(self, window: _Window, reason: str, pages: list[int], to: PageKind) -> None:
-        self.history.refused(window.ino, pages, to)
-        self.on_give_up(window.ino, pages, to, window.event.reason, reason)
+    def _tell_refused(self, window: _Window, reason: str, pages: list[int]) -> None:
+        self.history.refused(window.ino, pages, window.job.to, window.job.moves)
+        self.on_give_up(window.event, pages, reason)
 
-    def _move(self, window: _Window, to: PageKind) -> dict[int, list[int]]:
+    def _move(self, window: _Window) -> dict[int, list[int]]:
         """Step 3, one pass; returns what was refused."""
-        start_ns = time.monotonic_ns()
+        start_ns, to = time.monotonic_ns(), window.job.to
         self.before_move(window.ino)
         result = self._engine.move_pages(window.ino, window.wanted, to, window.in_use)
         now_ns = window.took("move", start_ns)
         for part, took_ns in result.took_ns.items():
             spent = window.event.durations_ns
             spent[part] = spent.get(part, 0) + took_ns
-        self.on_move(now_ns, window.ino, window.wanted, to, window.event.reason, result)
-        self.history.moved(window.ino, result.moved, to, now_ns)
+        self.on_move(now_ns, window.event, result)
+        self.history.moved(window.ino, result.moved, to, now_ns, window.job.moves)
         event = window.event
         event.passes += 1
         event.moved += len(result.moved)

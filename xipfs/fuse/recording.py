@@ -24,6 +24,7 @@ from xipfs.fs.types import Attr, PageKind, WriteOrigin
 from xipfs.fuse.paths import NamedFilesystem
 from xipfs.memory.region import Buffer
 from xipfs.migrate.engine import runs
+from xipfs.migrate.history import ChunkEvent
 from xipfs.migrate.refusals import REASONS
 from xipfs.mm.flags import VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE
 from xipfs.mm.vma import Vma
@@ -260,30 +261,28 @@ class Recorder:
                 self._told.discard(ino)
                 self.note("gone", ino=ino)
 
-    def moved(
-        self, now_ns: int, ino: int, pages: range, to: PageKind, reason: str, result: Moved
-    ) -> None:
-        """Add a step of a migration that was carried out; ``reason`` is a policy's or manual."""
+    def moved(self, now_ns: int, chunk: ChunkEvent, result: Moved) -> None:
+        """Add a step of a migration that was carried out."""
         if not self.log.active:
             return
         self.note(
             "move",
             time_ns=now_ns,
-            ino=ino,
-            page=pages.start,
-            pages=len(pages),
-            to=to.value,
-            by=_by(reason),
-            reason=reason,
+            ino=chunk.ino,
+            page=chunk.first,
+            pages=chunk.last + 1 - chunk.first,
+            to=chunk.to,
+            by=_by(chunk),
+            reason=chunk.reason,
             moved=runs_of(result.moved),
             refused={REASONS[code]: runs_of(which) for code, which in result.refused.items()},
         )
 
-    def gave_up(self, ino: int, pages: list[int], to: PageKind, why: str, reason: str) -> None:
-        """Add that pages are not tried again; ``why`` they were to move, ``reason`` they do not."""
+    def gave_up(self, chunk: ChunkEvent, pages: list[int], reason: str) -> None:
+        """Add that pages of a chunk are not tried again, and why they do not move."""
         if self.log.active:
-            given = runs_of(pages)
-            self.note("give_up", ino=ino, to=to.value, by=_by(why), reason=reason, given=given)
+            values = {"ino": chunk.ino, "to": chunk.to, "by": _by(chunk), "reason": reason}
+            self.note("give_up", **values, given=runs_of(pages))
 
     # The start
 
@@ -336,8 +335,8 @@ def _told(states: dict[int, int]) -> dict[str, Any]:
     }
 
 
-def _by(reason: str) -> str:
-    return "manual" if reason == "manual" else "policy"
+def _by(chunk: ChunkEvent) -> str:
+    return "manual" if chunk.policy is None else "policy"
 
 
 def runs_of(pages: list[int]) -> list[list[int]]:

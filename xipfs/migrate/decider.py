@@ -67,7 +67,7 @@ class Decider:
         self._rate = RateLimit(values["pages_per_s"])
         self._stay_ns = values["stay_ms"] * NS_PER_MS
         self._ram_pages = ram_pages
-        self._under_way: dict[Page, PageKind] = {}
+        self._under_way: dict[Page, Move] = {}
         self._frames_to_come = 0
         self._moved_ns = Remembered()
         self._asked = self._planned = 0
@@ -91,9 +91,9 @@ class Decider:
     def hear(self, signal: Signal, ram_pages_used: int) -> list[Move]:
         """Tell the policy of one signal; return the moves that it has earned."""
         if signal.source in (MOVED, REFUSED):
-            to = self._under_way.pop(signal.page, None)
-            if to is not None:
-                self._frames_to_come -= _FRAMES[to]
+            move = self._under_way.pop(signal.page, None)
+            if move is not None:
+                self._frames_to_come -= _FRAMES[move.to]
         if signal.source == MOVED and self._stay_ns:
             self._moved_ns.put(signal.page, signal.time_ns)
         if signal.source in DONE:
@@ -101,11 +101,8 @@ class Decider:
         if signal.source not in self.signals:
             return []
         plan = self._policy.plan(signal, self._seen(ram_pages_used))
-        return [
-            dataclasses.replace(move, policy=self.name, pid=signal.pid)
-            for move in plan
-            if self._let_through(move, signal)
-        ]
+        moves = (dataclasses.replace(move, policy=self.name, pid=signal.pid) for move in plan)
+        return [move for move in moves if self._let_through(move, signal.time_ns)]
 
     def foresee(self, touches: Iterable[tuple[int, Page]]) -> None:
         """Tell a policy that asks for it all touches to come, as (time in ns, page)."""
@@ -136,11 +133,13 @@ class Decider:
         return Seen(used, self._ram_pages, *done)
 
     def is_under_way(self, move: Move) -> bool:
-        """Return whether the move was let through and nothing was heard of it since."""
-        return self._under_way.get((move.ino, move.index)) is move.to
+        """Return whether this very move was let through and nothing was heard of it since.
 
-    def _let_through(self, move: Move, signal: Signal) -> bool:
-        time_ns = signal.time_ns
+        Its page may have moved, somebody moved it back, and the policy planned the same anew.
+        """
+        return self._under_way.get((move.ino, move.index)) is move
+
+    def _let_through(self, move: Move, time_ns: int) -> bool:
         self._asked += 1
         page = (move.ino, move.index)
         moved_ns = self._moved_ns.get(page) if self._stay_ns else None
@@ -151,7 +150,7 @@ class Decider:
         elif not self._rate.take(time_ns):
             self._held_back["rate"] += 1
         else:
-            self._under_way[page] = move.to
+            self._under_way[page] = move
             self._frames_to_come += _FRAMES[move.to]
             self._planned += 1
             return True

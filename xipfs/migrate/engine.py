@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from xipfs.fs.filesystem import Filesystem
@@ -117,13 +118,18 @@ class Engine:
         self._failed[reason] += count
 
 
+#: What no policy planned: somebody asked for it by hand.
+BY_HAND: Final[Mapping[int, Move]] = MappingProxyType({})
+
+
 class Job(NamedTuple):
-    """Pages of one file to be moved."""
+    """Pages of one file to be moved; ``moves`` are those of the policy that planned it, by page."""
 
     ino: int
     pages: range
     to: PageKind
     why: str
+    moves: Mapping[int, Move] = BY_HAND
 
 
 def jobs_of(moves: Iterable[Move]) -> list[Job]:
@@ -133,11 +139,12 @@ def jobs_of(moves: Iterable[Move]) -> list[Job]:
     """
     plan, jobs = list(moves), []
     for to in (PageKind.XIP, PageKind.PAGECACHE):
-        reasons = {(move.ino, move.index): move.reason for move in plan if move.to is to}
-        for ino, first, count in runs(sorted(reasons)):
+        planned = {(move.ino, move.index): move for move in plan if move.to is to}
+        for ino, first, count in runs(sorted(planned)):
             for chunk in cut(range(first, first + count), CHUNK_PAGES):
-                why = ", ".join(sorted({reasons[ino, index] for index in chunk}))
-                jobs.append(Job(ino, chunk, to, why))
+                of_chunk = {index: planned[ino, index] for index in chunk}
+                why = ", ".join(sorted({move.reason for move in of_chunk.values()}))
+                jobs.append(Job(ino, chunk, to, why, of_chunk))
     return jobs
 
 

@@ -8,7 +8,7 @@ number of pages; the two counts are lower bounds once ``pages_forgotten`` is not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,8 +17,9 @@ import numpy as np
 from xipfs.accounting.charges import Charge, ChargeBatch
 from xipfs.fs.types import PageKind
 from xipfs.migrate.books import Key, MoveCounts, Table
+from xipfs.migrate.engine import BY_HAND
 from xipfs.migrate.page_moves import Ints, PageMoves
-from xipfs.migrate.policy import Move, Page
+from xipfs.migrate.policy import Move
 from xipfs.trace.fault_batch import INDEX, INO, PID, TIME
 
 EVENTS_MAX: Final = 4096
@@ -92,7 +93,6 @@ class ChunkEvent:
 
 _Cause = tuple[str | None, str, str]
 """Policy (None: by hand), reason and new kind."""
-_BY_HAND: Final = (None, MANUAL, 0)
 
 
 def _counted(values: Ints) -> tuple[list[int], list[int]]:
@@ -108,7 +108,6 @@ class History:
     def __init__(self) -> None:
         self._steps = {step: Histogram() for step in STEPS + PARTS_OF_MOVE}
         self._events: deque[ChunkEvent] = deque(maxlen=EVENTS_MAX)
-        self._planned: dict[Page, Move] = {}
         self.pages = PageMoves(PINGPONG_NS)
         self.causes: Table[_Cause] = Table()
         self._cause_numbers: dict[_Cause, int] = {}
@@ -122,38 +121,33 @@ class History:
         self.refaults = 0
         self.pingpong = 0
 
-    # A policy's plan is known here while it is carried out, so that each page finds its cause.
-
-    def begin(self, moves: list[Move]) -> None:
-        """Hear of a plan that is going to be carried out."""
-        self._planned = {(move.ino, move.index): move for move in moves}
-
-    def end(self) -> None:
-        """Hear that the plan was carried out."""
-        self._planned = {}
-
     def _by_cause(
-        self, ino: int, pages: Sequence[int], to: PageKind
+        self, pages: Sequence[int], to: PageKind, moves: Mapping[int, Move]
     ) -> Iterator[tuple[_Cause, MoveCounts | None, Sequence[int]]]:
         """Yield ``pages`` by cause and process: the cause, the process's line, its pages."""
-        if not self._planned:
+        if not moves:
             yield (None, MANUAL, to.value), None, pages
             return
-        groups: dict[tuple[str | None, str, int], list[int]] = {}
+        groups: dict[tuple[str, str, int], list[int]] = {}
         for index in pages:
-            move = self._planned.get((ino, index))
-            planned = move is not None and move.to is to
-            key = (move.policy, move.reason, move.pid) if move and planned else _BY_HAND
-            groups.setdefault(key, []).append(index)
+            move = moves[index]
+            groups.setdefault((move.policy, move.reason, move.pid), []).append(index)
         for (policy, reason, pid), group in groups.items():
             process = self.processes.line(pid) if pid else None
             yield (policy, reason, to.value), process, group
 
-    def moved(self, ino: int, pages: Sequence[int], to: PageKind, now_ns: int) -> None:
-        """Remember pages that have moved just now."""
+    def moved(
+        self,
+        ino: int,
+        pages: Sequence[int],
+        to: PageKind,
+        now_ns: int,
+        moves: Mapping[int, Move] = BY_HAND,
+    ) -> None:
+        """Remember pages that have moved just now; ``moves``: as a policy planned each of them."""
         if not pages:
             return
-        for cause, process, group in self._by_cause(ino, pages, to):
+        for cause, process, group in self._by_cause(pages, to, moves):
             pingpong = self.pages.moved(ino, group, to, now_ns, self._number_of(cause))
             self.pingpong += pingpong
             for line in (self.files.line(ino), self.causes.line(cause), process):
@@ -172,10 +166,12 @@ class History:
             self._causes.append(cause)
         return self._cause_numbers[cause]
 
-    def refused(self, ino: int, pages: Sequence[int], to: PageKind) -> None:
-        """Remember pages that were given up."""
+    def refused(
+        self, ino: int, pages: Sequence[int], to: PageKind, moves: Mapping[int, Move] = BY_HAND
+    ) -> None:
+        """Remember pages that were given up; ``moves`` as for ``moved``."""
         self.pages.failed(ino, pages)
-        for cause, process, group in self._by_cause(ino, pages, to):
+        for cause, process, group in self._by_cause(pages, to, moves):
             for line in (self.files.line(ino), self.causes.line(cause), process):
                 if line is not None:
                     line.failed += len(group)
@@ -215,9 +211,6 @@ class History:
 
     def record(self, event: ChunkEvent) -> None:
         """Add the event of a chunk that is over."""
-        planned = self._planned.get((event.ino, event.first))
-        if planned is not None and planned.reason in event.reason:
-            event.policy = planned.policy
         for step, duration_ns in event.durations_ns.items():
             self._steps[step].add(duration_ns)
         self._add(event)

@@ -110,7 +110,7 @@ def make_policy(name: str, values: Iterable[tuple[str, Value]], ram_pages: int) 
     for key, value in given.items():
         text = key in fields and fields[key].type in (str, "str")
         least = 0 if key in COMMON else 1
-        if not text and (not isinstance(value, int) or value < least):
+        if not text and value != known[key] and (not isinstance(value, int) or value < least):
             raise UsageError(f"{key}={value}", expected=f"a whole number of {least} or more")
         if text:
             given[key] = str(value)

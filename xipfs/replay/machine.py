@@ -18,7 +18,7 @@ many faults may be missing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from xipfs.accounting.accountant import Accountant
@@ -26,7 +26,7 @@ from xipfs.accounting.causes import EVICT, HINT, MOVE
 from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError
 from xipfs.fs.types import PageKind, WriteOrigin
-from xipfs.migrate.engine import Engine, jobs_of, runs
+from xipfs.migrate.engine import BY_HAND, Engine, Job, jobs_of, runs
 from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
 from xipfs.migrate.refusals import REASONS
@@ -66,7 +66,7 @@ class Replay:
         self.engine = Engine(self.fs)
         self.history = History()
         same = choice.policy in (None, recorded.policy)
-        values = {**(_given(recorded.values) if same else {}), **choice.values}
+        values = {**(recorded.values if same else {}), **choice.values}
         self.steering = Steering(
             self.fs, self.policy, values, dry=same and recorded.dry, profile=self.profile
         )
@@ -87,7 +87,8 @@ class Replay:
         self.counts = Replayed()
         #: Every page moved, in order: inode, page, new kind.
         self.moves: list[tuple[int, int, str]] = []
-        self._plan: dict[Page, Move] = {}
+        #: By inode, page and new kind: a plan is still carried out when the next one is made.
+        self._plan: dict[tuple[int, int, PageKind], Move] = {}
         self._due: deque[tuple[int, Move]] = deque()
         self._charges: list[Charge] = []
         self._evicted: list[Page] = []
@@ -233,7 +234,7 @@ class Replay:
     def _policy(self, row: Row) -> None:
         told = values_of(row)
         if self.as_recorded:
-            self.steering.choose(told["policy"], _given(told["parameters"]), dry=told["dry"])
+            self.steering.choose(told["policy"], told["parameters"], dry=told["dry"])
 
     def _decide(self, _row: Row) -> None:
         charges, self._charges = self._charges, []
@@ -241,7 +242,7 @@ class Replay:
 
     def _planned(self, moves: list[Move]) -> None:
         if self.as_recorded:
-            self._plan.update({(move.ino, move.index): move for move in moves})
+            self._plan.update({(move.ino, move.index, move.to): move for move in moves})
         else:
             self._due.extend((self.now_ns + self._delay_ns, move) for move in moves)
 
@@ -257,12 +258,13 @@ class Replay:
             for first, count in pieces
             for index in range(first, first + count)
         }
-        before = len(self.moves)
-        by_hand = told["by"] == "manual"
-        self._begin(told, pages)
-        for part in [pages] if by_hand else self._planned_parts(told["ino"], pages, to):
-            self._move_pages(told["ino"], part, to, told["reason"], refused)
-        self.history.end()
+        before, ino, moves = len(self.moves), told["ino"], self._planned_of(told, pages)
+        parts = [pages]
+        if told["by"] == "policy":
+            # What the replay's own policy has planned to move so.
+            parts = [range(at, at + count) for _, at, count in runs([(ino, at) for at in moves])]
+        for part in parts:
+            self._move_pages(Job(ino, part, to, told["reason"], moves), refused)
         wanted = [
             (told["ino"], index, told["to"])
             for first, count in told["moved"]
@@ -270,19 +272,19 @@ class Replay:
         ]
         self.counts.moves_differ += self.as_recorded and self.moves[before:] != wanted
 
-    def _planned_parts(self, ino: int, pages: range, to: PageKind) -> list[range]:
-        """Return the parts of ``pages`` that the replay's own policy has planned to move so."""
-        planned = [
-            (ino, index)
-            for index in pages
-            if (move := self._plan.get((ino, index))) is not None and move.to is to
-        ]
-        return [range(first, first + count) for _, first, count in runs(planned)]
+    def _planned_of(self, told: Mapping[str, Any], pages: Iterable[int]) -> Mapping[int, Move]:
+        """Return what the replay's policy has planned for a row's ``pages``, in their order."""
+        if told["by"] == "manual":
+            return BY_HAND
+        ino, to = told["ino"], PageKind(told["to"])
+        plan = {index: self._plan.get((ino, index, to)) for index in pages}
+        return {index: move for index, move in plan.items() if move is not None}
 
     def _move_pages(
-        self, ino: int, pages: range, to: PageKind, why: str, refused: Mapping[int, str]
+        self, job: Job, refused: Mapping[int, str]
     ) -> tuple[list[int], dict[str, list[int]]]:
         """Move what is not refused by the recording; return what has moved, what has not."""
+        ino, pages, to, why, moves = job
         event = ChunkEvent(self.now_ns, ino, pages.start, pages.stop - 1, to.value, why)
         moved: list[int] = []
         failed: dict[str, list[int]] = {}
@@ -293,56 +295,51 @@ class Replay:
             for code, which in result.refused.items():
                 failed.setdefault(REASONS[code], []).extend(which)
         self.moves += [(ino, index, to.value) for index in moved]
-        for index in moved:
-            self._plan.pop((ino, index), None)
+        for index in moved if moves else ():
+            self._plan.pop((ino, index, to), None)  # before the policy hears of it, and plans anew
         event.moved, event.moved_bytes = len(moved), len(moved) * PAGE_SIZE
         event.failed = {reason: len(which) for reason, which in failed.items()}
         self.history.record(event)
-        self.history.moved(ino, moved, to, self.now_ns)
+        self.history.moved(ino, moved, to, self.now_ns, moves)
         return moved, failed
 
-    def _refused(self, ino: int, pages: Sequence[int], to: PageKind, reason: str) -> None:
+    def _refused(self, job: Job, pages: Sequence[int], reason: str) -> None:
         self.engine.give_up(reason, len(pages))
-        self.history.refused(ino, pages, to)
+        self.history.refused(job.ino, pages, job.to, job.moves)
 
     def _give_up(self, row: Row) -> None:
         told = values_of(row)
         if told["by"] == "policy" and not self.as_recorded:
             return
         pages = [index for first, count in told["given"] for index in range(first, first + count)]
-        self._begin(told, pages)
-        self._refused(told["ino"], pages, PageKind(told["to"]), told["reason"])
-        self.history.end()
-
-    def _begin(self, told: Mapping[str, Any], pages: Sequence[int]) -> None:
-        """Let the history know what the policy has planned for these pages."""
-        plan = [self._plan.get((told["ino"], index)) for index in pages]
-        planned = [move for move in plan if move is not None]
-        self.history.begin(planned if told["by"] == "policy" else [])
+        moves = self._planned_of(told, pages)
+        if told["by"] == "policy":
+            pages = list(moves)
+        if pages:
+            whole = range(pages[0], pages[-1] + 1)
+            job = Job(told["ino"], whole, PageKind(told["to"]), "", moves)
+            self._refused(job, pages, told["reason"])
 
     def _refuse(self, row: Row) -> None:
         if not self.as_recorded:
             return
-        told = [Move(ino, index, PageKind(to), "") for ino, index, to in values_of(row)["moves"]]
-        for move in told:
-            self._plan.pop((move.ino, move.index), None)
-        self.steering.carried_out(told, row["time_ns"])
+        told = values_of(row)["moves"]
+        moves = [self._plan.pop((ino, index, PageKind(to)), None) for ino, index, to in told]
+        self.steering.carried_out([each for each in moves if each is not None], row["time_ns"])
 
     def _carry_out(self) -> None:
         """Carry out, as a mount does, the plans whose time has come."""
         due = []
         while self._due and self._due[0][0] <= self.now_ns:
             due.append(self._due.popleft()[1])
-        self.history.begin(due)
-        for ino, pages, to, why in jobs_of(due):
-            if not self.fs.knows(ino):
-                self._refused(ino, pages, to, "gone")
+        for job in jobs_of(due):
+            if not self.fs.knows(job.ino):
+                self._refused(job, job.pages, "gone")
                 continue
-            moved, failed = self._move_pages(ino, pages, to, why, {})
+            moved, failed = self._move_pages(job, {})
             for reason, which in failed.items():
-                self._refused(ino, which, to, reason)
-            self._take_away([(ino, index) for index in moved], MOVE)
-        self.history.end()
+                self._refused(job, which, reason)
+            self._take_away([(job.ino, index) for index in moved], MOVE)
         self.steering.carried_out(due, self.now_ns)
 
     # What a mount's invalidations do to the kernel's column
@@ -368,8 +365,3 @@ class Replay:
             told = self.accountant.causes.begin(ino, first, count, cause, now_ns)
             told.ended_ns = now_ns
             self.accountant.consume([ev.CacheDelete(now_ns, ino, first, count)])
-
-
-def _given(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters without those that are 0: these are at their defaults."""
-    return {key: value for key, value in parameters.items() if value}

@@ -36,6 +36,7 @@ from xipfs.trace.events import (
     Registered,
     ThreadExit,
     Unmap,
+    Unplaced,
     Zap,
 )
 from xipfs.trace.fault_batch import expanded
@@ -298,8 +299,26 @@ def test_past_the_end_of_a_file_elsewhere_and_of_a_process_that_is_gone(script: 
     del script.maps[PID]
     script.pf(at)
     script.row(records.SIGNAL, PID, 7, PID)
-    assert faults(script.end()) == [(0, MINOR)]
+    events = script.end()
+    assert faults(events) == [(0, MINOR)]
+    assert only(events, Unplaced) == [Unplaced(7000, 1, PID, PID, at, 0, "read", "user")]
     assert script.unfollowed == {"SIGBUS in a mapping that is not known": 1}
+
+
+@pytest.mark.parametrize("opener", [True, False])
+def test_of_a_process_that_is_gone_its_sigbus_is_told_if_it_is_the_mount_s(
+    script: Script, opener: bool
+) -> None:
+    script.maps.clear()
+    if opener:
+        script.processes.openers.add(PID)
+    script.mmap(BASE, 64, pgoff=4)
+    script.pf(BASE + 3 * PAGE + 1, WRITE, kernel=True)
+    script.row(records.SIGNAL, PID, 7, PID)
+    wanted = Unplaced(4000, 1, PID, PID, BASE + 3 * PAGE + 1, 7, "write", "kernel")
+    assert only(script.end(), Unplaced) == ([wanted] if opener else [])
+    assert script.unfollowed == {"SIGBUS in a mapping that is not known": 1}
+    assert script.processes.openers == set()
 
 
 def test_a_trap_while_page_faults_are_disabled_maps_nothing(script: Script) -> None:

@@ -24,6 +24,7 @@ def item(name: str, **values: Any) -> dict[str, Any]:
 
 ROWS = [
     item("map", start=0, end=9),
+    item("unplaced", pid=22, ino=None, page=5, access="read", mode="user") | {"comm": "bus"},
     item("mapped", pages=3, mapped=[[9, 2]], unsure=[[12, 1]]),
     fault(0),
     item("around", page=0, pages=4, mapped=[[1, 3]], unsure=[[5, 1]], last=7),
@@ -44,11 +45,12 @@ def table(by: str, *parts: list[dict[str, Any]]) -> FaultTable:
 
 def test_by_process() -> None:
     head, *lines = [line.split() for line in table("process").as_text()]
-    counts = "faults major xip cached cow sigbus hint extra own around before unsure"
+    counts = "faults major xip cached cow sigbus hint extra own around before unsure unplaced"
     assert head == ["pid", "comm", *counts.split()]
     assert lines == [
-        ["20", "sh", "4", "1", "2", "1", "1", "0", "1", "1", "3", "3", "2", "3"],
-        ["21", "touch", "1", "0", "0", "0", "0", "1", "0", "0", "0", "0", "0", "0"],
+        ["20", "sh", "4", "1", "2", "1", "1", "0", "1", "1", "3", "3", "2", "3", "0"],
+        ["21", "touch", "1", "0", "0", "0", "0", "1", "0", "0", "0", "0", "0", "0", "0"],
+        ["22", "bus", "0", "0", "0", "0", "0", "0", "0", "0", "0", "0", "0", "0", "1"],
     ]
 
 

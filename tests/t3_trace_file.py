@@ -123,6 +123,7 @@ EVENTS: list[ev.Event] = [
     ev.CacheDelete(12, 7, 0, 1),
     ev.Lost(13, 100),
     ev.Incomplete(13, 7, 20),
+    ev.Unplaced(13, 7, 20, 21, 0x9000, 3, "write", "user"),
 ]
 
 

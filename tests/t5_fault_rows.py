@@ -3,7 +3,7 @@
 The program prints of each step its name, thread, address and the times before and after; what the
 row must say besides is written out here. Pages of different steps lie 32 pages apart, further than
 fault-around reaches. A read that a present PTE refused (``handled`` protection) is not among them:
-no program can provoke one by itself.
+no program can provoke one by itself (see t5_fatal_faults.py).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from t3_trace_file import ROW
 from xipfs.cli import main
 from xipfs.cli.faults import LineView, TableView
 from xipfs.stats.trace_columns import COLUMNS, FAULT_COLUMNS
+from xipfs.stats.trace_items import row
 from xipfs.stats.trace_writer import TraceWriter
 
 LOSSES = {"faults": 2, "faults_missed": 1, "items_missed": 0, "events_lost": 3}
@@ -45,6 +46,29 @@ def test_lines(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert said.out.splitlines() == FAULTS
     assert said.err == "xipfs faults: 2 faults, 1 missed, 3 events lost\n"
+
+
+def test_an_access_whose_file_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = row("unplaced", {"time_ns": 7 * 10**9, "mm": 3, "pid": 20, "tid": 21, "address": 0x9000})
+    made |= {"comm": "gone", "page": 5, "detail": '{"access":"write","mode":"kernel"}'}
+    writer = TraceWriter(tmp_path / "trace")
+    writer.append([[made.get(name) for name in COLUMNS]])
+    writer.close(METADATA)
+    assert main(["faults", str(tmp_path / "trace"), "--follow"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "       7.000000      20 gone            write sigbus unknown         5 (unknown)"
+    ]
+    assert main(["faults", str(tmp_path / "trace"), "--follow", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert {name: told[name] for name in ("access", "mode", "verdict", "charged", "ino")} == {
+        "access": "write",
+        "mode": "kernel",
+        "verdict": "sigbus",
+        "charged": "unknown",
+        "ino": None,
+    }
 
 
 def test_json(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

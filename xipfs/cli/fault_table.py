@@ -17,12 +17,12 @@ KEYS: Final = {
 #: Faults by what they were charged, then pages by what the kernel mapped them with.
 COUNTS: Final = (
     "faults", "major", "xip", "pagecache", "cow", "sigbus", "hint", "extra",
-    "own", "around", "before", "unsure",
+    "own", "around", "before", "unsure", "unplaced",
 )  # fmt: skip
 #: Headings that differ from the counts' names, to keep lines below 80 columns.
 HEADS: Final = {"pagecache": "cached"}
 #: Columns that are not printed where all of it is 0.
-_RARE: Final = frozenset(("sigbus", "hint", "extra", "before", "unsure"))
+_RARE: Final = frozenset(("sigbus", "hint", "extra", "before", "unsure", "unplaced"))
 #: Columns of rows that each row counted has.
 _FIGURES: Final = ("item", "charged", "major", "extra", "handled", "pte_made", "page", "detail")
 
@@ -40,7 +40,8 @@ class FaultTable:
     A hint fault counts in ``hint`` and of the charges nowhere else. Of the pages that the kernel
     mapped ``own`` came by a fault of their own, ``around`` without one, ``before`` before the
     recording began; of ``unsure`` the events do not tell which, or if at all. A process is
-    ``incomplete`` if records were lost while it ran.
+    ``incomplete`` if records were lost while it ran; ``unplaced`` are its accesses past the end of
+    files that nobody could name, of the mount or not.
     """
 
     def __init__(self, by: str) -> None:
@@ -63,6 +64,8 @@ class FaultTable:
                 pages = json.loads(detail)
                 self._add_pages(name, pages["mapped"], "around" if item == "around" else "before")
                 self._add_pages(name, pages["unsure"], "unsure")
+            elif item == "unplaced" and self.by == "process":
+                self._counter(name, page)["unplaced"] += 1
         if self.by == "process":
             self._mark(batch)
 

@@ -21,6 +21,7 @@ from xipfs.fuse.mounts import mount_of
 from xipfs.stats.partial_trace import follow
 from xipfs.stats.trace_columns import COLUMNS, FAULT_COLUMNS
 from xipfs.stats.trace_file import TraceReader, is_partial
+from xipfs.trace.events import SIGBUS
 
 #: A table that is followed is printed so often, if it has changed.
 TABLE_INTERVAL_S: Final = 1.0
@@ -130,9 +131,11 @@ class LineView:
     def add(self, batch: Batch) -> None:
         """Print the batch's faults."""
         chosen = zip(*(batch[column] for column in FAULT_COLUMNS), strict=True)
-        for item, values in zip(batch["item"], chosen, strict=True):
-            if item == "fault":
-                fault = dict(zip(FAULT_COLUMNS, values, strict=True))
+        for item, detail, values in zip(batch["item"], batch["detail"], chosen, strict=True):
+            fault = dict(zip(FAULT_COLUMNS, values, strict=True))
+            if item == "unplaced":
+                fault |= unplaced(detail)
+            if item in ("fault", "unplaced"):
                 print(json.dumps(fault) if self._json else fault_line(fault))
 
     def tick(self, losses: Json) -> None:
@@ -159,6 +162,12 @@ class LineView:
 def unfinished(metadata: Json) -> str:
     """Return what is to be said of a recording that was not ended."""
     return f"; {metadata['unfinished']}" if "unfinished" in metadata else ""
+
+
+def unplaced(detail: str) -> Json:
+    """Return what takes the place of a fault's columns where an access's file is not known."""
+    told: Json = json.loads(detail)
+    return told | {"verdict": SIGBUS, "charged": "unknown", "path": "(unknown)"}
 
 
 def fault_line(fault: Json) -> str:

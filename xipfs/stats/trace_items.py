@@ -52,6 +52,7 @@ _EVENTS: Final[dict[str, type[Any]]] = {
     "cache_delete": ev.CacheDelete,
     "lost": ev.Lost,
     "incomplete": ev.Incomplete,
+    "unplaced": ev.Unplaced,
 }
 _NAMES: Final = {kind: name for name, kind in _EVENTS.items()}
 #: Fields of events that stand in a column of another name.
@@ -78,6 +79,9 @@ MEANINGS: Final[dict[str, str]] = {
     "cache_add": "the kernel's page cache took in pages from page on",
     "cache_delete": "the kernel's page cache dropped pages from page on",
     "lost": "records (number) were overwritten unread: what follows may lack items",
+    "unplaced": "an access to page of a file that ended in SIGBUS, and whose pid was gone before "
+    "the file, of this mount or not, was known; access (read, write or exec), mode (user or "
+    "kernel)",
     "incomplete": "records were lost while mm of pid lived: faults of it may be missing",
     "start": "the recording begins; resident: [ino, page, dirty 0 or 1] of RAM, coldest first; "
     "faults, ptes (number) from before, which the trace does not hold",

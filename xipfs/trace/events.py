@@ -267,6 +267,24 @@ class Lost(NamedTuple):
     records: int
 
 
+class Unplaced(NamedTuple):
+    """An access ended in SIGBUS, past the end of a file that nothing names any more.
+
+    Its process was gone before its maps were read. ``first`` is the page of that file.
+    """
+
+    time_ns: int
+    mm: int
+    pid: int
+    tid: int
+    address: int
+    first: int
+    access: str
+    """read, write or exec"""
+    mode: str
+    """user or kernel"""
+
+
 class Incomplete(NamedTuple):
     """Records were lost while ``mm`` lived: faults of it, or what they came to, may be missing."""
 
@@ -296,5 +314,6 @@ Event = (
     | CacheAdd
     | CacheDelete
     | Lost
+    | Unplaced
     | Incomplete
 )

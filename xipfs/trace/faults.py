@@ -127,13 +127,33 @@ class Faults:
         vma = thread.space.vmas.find(thread.pf_address)
         if vma is None or vma.ino is None:
             if not self._processes.read_maps(thread.space):
-                self._unfollowed["SIGBUS in a mapping that is not known"] += 1
+                self._tell_unplaced(thread, vma)
                 return
             vma = thread.space.vmas.find(thread.pf_address)
         if vma is not None and vma.ino is not None:
             thread.pf_vma, thread.pf_ino = vma, vma.ino
             thread.pf_index = vma.index_at(thread.pf_address)
             self._processes.tell(time_ns, thread.space, vma)
+
+    def _tell_unplaced(self, thread: Thread, vma: Vma | None) -> None:
+        """Tell what is known of a SIGBUS whose file is not: it may be of another filesystem."""
+        self._unfollowed["SIGBUS in a mapping that is not known"] += 1
+        if vma is None or vma.pgoff is None or not self._processes.uses_mount(thread.space):
+            return
+        write, fetch = thread.pf_error & ERROR_WRITE, thread.pf_error & ERROR_EXEC
+        self._emit(
+            thread.pf_time_ns,
+            events.Unplaced(
+                thread.pf_time_ns,
+                thread.space.id,
+                thread.pid,
+                thread.tid,
+                thread.pf_address,
+                vma.index_at(thread.pf_address),
+                "exec" if fetch else "write" if write else "read",
+                "kernel" if thread.pf_kernel else "user",
+            ),
+        )
 
     def replay(self, thread: Thread) -> None:
         """Take the records of a populating mmap, whose address is known only now."""

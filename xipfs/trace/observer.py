@@ -169,15 +169,21 @@ class Observer:
         ``timeout_s``.
         """
         assert self._filter is not None
+        pids = set(pids)
+        self._processes.openers.update(pids)
         self._filter.add(pids, timeout_s)
 
     def follows(self, tid: int) -> bool:
         """Return whether thread ``tid`` is covered for sure, by what its records say; never blocks.
 
-        No other thread can have got its number since the last drain: all others come first.
+        It opens a file of the mount, which is noted. No other thread can have got its number since
+        the last drain: all others come first.
         """
         thread = self._processes.threads.get(tid)
-        return thread is not None and thread.traced
+        if thread is None or not thread.traced:
+            return False
+        self._processes.openers.add(tid)
+        return True
 
     def quiet(self) -> bool:
         """Return whether ``drain`` now would tell nothing; never blocks.

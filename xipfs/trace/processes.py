@@ -50,6 +50,8 @@ class Processes:
         self.exits_lost = False
         #: Records were lost at some time: the birth of any process may have been among them.
         self.births_lost = False
+        #: Living threads that opened a file of the mount, or may have.
+        self.openers: set[int] = set()
         self._untraced: set[int] = set()
         self._dead: dict[int, Thread] = {}
         self._forgettable: list[int] = []
@@ -62,6 +64,10 @@ class Processes:
         space = Space(self._next_space, pid)
         self._next_space += 1
         return space
+
+    def uses_mount(self, space: Space) -> bool:
+        """Return whether the process is one of the mount's: of others nothing may be told."""
+        return space.told or not self.openers.isdisjoint(space.tids)
 
     def tell(self, time_ns: int, space: Space, vma: Vma) -> None:
         """Emit ``vma``'s Map unless the consumer has it; inode and offset are known."""
@@ -311,6 +317,7 @@ class Processes:
             thread.awaits_exit = False
             return
         self._leave(time_ns, thread)
+        self.openers.discard(thread.tid)
         del self.threads[thread.tid]
         thread.dead_ns = time_ns
         self._dead[thread.tid] = thread

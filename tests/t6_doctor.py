@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from conftest import needs
 from live import COMMAND, ENVIRONMENT, INSTANCES, Mounts, is_mounted, xipfs
 
-from xipfs.cli import doctor
+from xipfs.cli import doctor, main
+from xipfs.cli.bounded import within
 from xipfs.cli.doctor import as_text, clean, examine
+from xipfs.errors import XipfsError
 from xipfs.trace import session, uffd
 from xipfs.trace.session import mount_tracefs
 
@@ -182,3 +185,41 @@ def test_tracefs_is_mounted_where_nobody_did(tmp_path: Path) -> None:
         assert mount_tracefs(tmp_path) is False
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+@needs("root", "fuse")
+def test_what_does_not_answer_is_told_and_keeps_nobody_from_the_rest(
+    live: Mounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped daemon stands for whatever waits in the kernel."""
+    monkeypatch.setattr(doctor, "_STEP_S", 2.0)
+    dead, stuck = live.mount(), live.mount()
+    dead.kill()
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        removed, left = clean()
+    finally:
+        os.kill(stuck.pid, signal.SIGCONT)
+    assert f"dead mount {dead.directory}" in removed
+    assert f"mount {stuck.directory}, which did not answer within 2 s" in left
+    assert is_mounted(stuck.directory)
+    assert os.statvfs(stuck.directory).f_bsize == 4096
+
+
+def test_a_machine_that_does_not_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_STEP_S", 0.2)
+    monkeypatch.setattr(doctor, "examine", lambda: time.sleep(3600))
+    assert main(["doctor"]) == 1
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "looking at this machine took longer than 0.2 s" in said.err
+    assert "dmesg" in said.err
+
+
+def test_a_step_that_fails_is_an_error_and_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(XipfsError, match="dividing failed: its process ended"):
+        within(60, "dividing", lambda: 1 // 0)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert within(60, "listing", lambda: ["x" * 100_000]) == ["x" * 100_000]

@@ -1,27 +1,34 @@
 """``xipfs doctor``: what is there, what is missing, what is lost without it, and how to get it.
 
 With ``--clean`` it first removes what dead daemons left: tracefs instances, and mounts that nobody
-serves any more.
+serves any more. Each step has a limit: a tracefs or a mount that does not answer is told, not
+waited for.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from xipfs.cli import preloading
+from xipfs.cli.bounded import TookTooLongError, within
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError
 from xipfs.fuse.mounts import FSTYPE, is_dead, mounts, unmount
 from xipfs.trace import session, uffd
 
 _UNMOUNT_S: Final = 20.0
+#: For one thing that is looked at or removed.
+_STEP_S: Final = 30.0
 _LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
 _BDI: Final = Path("/sys/class/bdi")
 _FUSE_CONF: Final = Path("/etc/fuse.conf")
@@ -56,7 +63,17 @@ def run(args: argparse.Namespace) -> int:
     if args.clean and os.geteuid() != 0:
         raise UsageError("--clean without root", expected="root, to unmount and to use tracefs")
     removed, left = clean() if args.clean else ([], [])
-    needs = examine()
+    try:
+        found = within(_STEP_S, "looking at this machine", lambda: [asdict(n) for n in examine()])
+    except TookTooLongError as error:
+        done = [f"removed {name}" for name in removed] + [f"NOT REMOVED {name}" for name in left]
+        print("\n".join(done), file=sys.stderr)
+        raise TookTooLongError(
+            error.what,
+            expected="answers from /proc, /sys and tracefs",
+            remedy="dmesg tells what the kernel waits for",
+        ) from None
+    needs = [Need(**each) for each in found]
     exact = all(need.there for need in needs if need.needed)
     if args.json:
         answer = {
@@ -73,20 +90,62 @@ def run(args: argparse.Namespace) -> int:
 
 def clean(tracing: Path = session.TRACING) -> tuple[list[str], list[str]]:
     """Remove orphaned tracefs instances and dead mounts; return what was removed, and what not."""
-    removed: list[str] = []
-    left: list[str] = []
-    if os.path.isdir(tracing / "instances"):
-        removed += [f"tracefs instance {name}" for name in session.clean_orphans(tracing)]
-        held = session.orphans(tracing)
-        left += [f"tracefs instance {path.name}, which somebody holds open" for path in held]
+    cleaned = _Cleaned()
+    orphans = cleaned.done("tracefs", lambda: _orphans(tracing)) or []
+    for path in orphans:
+        name = f"tracefs instance {path}"
+        gone = cleaned.done(name, functools.partial(_remove, tracing / "instances" / path))
+        if gone is not None:
+            cleaned.note(name, "" if gone else ", which somebody holds open")
     for mount in reversed(mounts()):
-        if mount.fstype == FSTYPE and is_dead(mount.mountpoint):
-            try:
-                unmount(mount.mountpoint, lazy=True, timeout_s=_UNMOUNT_S)
-                removed.append(f"dead mount {mount.mountpoint}")
-            except MountError as error:
-                left.append(f"dead mount {mount.mountpoint}: {error}")
-    return removed, left
+        if mount.fstype == FSTYPE:
+            at = mount.mountpoint
+            if cleaned.done(f"mount {at}", functools.partial(is_dead, at)):
+                error = cleaned.done(f"dead mount {at}", functools.partial(_unmount, at))
+                if error is not None:
+                    cleaned.note(f"dead mount {at}", error)
+    return cleaned.removed, cleaned.left
+
+
+class _Cleaned:
+    """What was removed, and what not; what does not answer keeps nobody from the rest."""
+
+    def __init__(self) -> None:
+        self.removed: list[str] = []
+        self.left: list[str] = []
+
+    def done(self, what: str, work: Callable[[], Any]) -> Any:
+        """Return what ``work`` does; None if it takes too long, which is told."""
+        try:
+            return within(_STEP_S, what, work)
+        except TookTooLongError:
+            self.left.append(f"{what}, which did not answer within {_STEP_S:g} s")
+            return None
+
+    def note(self, what: str, obstacle: str) -> None:
+        """Tell that it was removed, or (``obstacle``) was not."""
+        if obstacle:
+            self.left.append(what + obstacle)
+        else:
+            self.removed.append(what)
+
+
+def _orphans(tracing: Path) -> list[str]:
+    there = os.path.isdir(tracing / "instances")
+    return [path.name for path in session.orphans(tracing)] if there else []
+
+
+def _remove(orphan: Path) -> bool:
+    return session.remove(orphan) or not orphan.exists()
+
+
+def _unmount(mountpoint: Path) -> str:
+    """Unmount; return why not, empty if that was done."""
+    try:
+        unmount(mountpoint, lazy=True, timeout_s=_UNMOUNT_S)
+    except MountError as error:
+        return f": {error}"
+    return ""
 
 
 def examine(tracing: Path = session.TRACING) -> list[Need]:

@@ -95,16 +95,20 @@ def probe(tracing: Path = TRACING) -> Availability:
 
 def clean_orphans(tracing: Path = TRACING) -> list[str]:
     """Remove the instances of daemons that are no more; return their names."""
-    removed = []
-    for path in orphans(tracing):
-        # Another daemon may be cleaning at the same time.
-        with contextlib.suppress(OSError):
-            # First of all: whoever holds one of its files keeps it, but not what it costs.
-            (path / "events/enable").write_text("0")
-        with contextlib.suppress(OSError):
-            path.rmdir()
-            removed.append(path.name)
-    return removed
+    return [path.name for path in orphans(tracing) if remove(path)]
+
+
+def remove(orphan: Path) -> bool:
+    """Remove an instance of a daemon that is no more; return whether that was done."""
+    # Another daemon may be cleaning at the same time.
+    with contextlib.suppress(OSError):
+        # First of all: whoever holds one of its files keeps it, but not what it costs.
+        (orphan / "events/enable").write_text("0")
+    try:
+        orphan.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def orphans(tracing: Path = TRACING) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import struct
 from collections.abc import Callable
@@ -247,3 +248,17 @@ def test_a_constant_is_the_first_argument() -> None:
     plan = Plan([(point, EVENT)], PageFormat(8, 16, 4096))
     rows = PlainDecoder(plan).decode(page(BASE, record(0, 1, 2))[None]).tolist()
     assert rows == [[BASE, KIND | 1 << 32, 5, 0x89ABCDEF, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("runs", [1, 2, 5, 40])
+def test_rows_of_several_rings_come_in_one_order(
+    make: Callable[[Plan], Decoder], runs: int
+) -> None:
+    # (time, run, place in its run): among equal times the earlier run's come first, in their order.
+    choose = random.Random(runs)
+    rows: list[list[int]] = []
+    for run in range(runs):
+        times = sorted(choose.choices([1, 2, 3, 5, 1 << 63], k=choose.randrange(30)))
+        rows += [[time_ns, run, place, 0, 0, 0, 0, 9] for place, time_ns in enumerate(times)]
+    merged = make(PLAN).merge(np.array(rows, np.uint64).reshape(-1, records.COLUMNS))
+    assert merged.tolist() == sorted(rows)

@@ -5,6 +5,7 @@ A ring is a plain file here: sub-buffers one after the other, and its end for "e
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from xipfs.trace.records import COLUMNS
-from xipfs.trace.ring import CHUNK_PAGES, Rows
+from xipfs.trace.ring import CHUNK_PAGES, Rows, sorted_rows
 from xipfs.trace.rings import BUFFER_KIB_MAX, Rings
 
 PAGE_BYTES = 64
@@ -28,6 +29,9 @@ class Times:
         rows = np.zeros((np.count_nonzero(stamps), COLUMNS), np.uint64)
         rows[:, 0] = stamps[stamps > 0]
         return rows
+
+    def merge(self, rows: Rows) -> Rows:
+        return sorted_rows(rows)
 
 
 def instance(path: Path, cpus: list[list[int]], buffer_kib: int = 8) -> Path:
@@ -87,6 +91,19 @@ def test_what_is_not_decoded_is_bounded(tmp_path: Path) -> None:
     # What stayed in the ring is read all the same, after what was pumped.
     assert [s for call in taken(rings, 10**6) for s in call] == stamps
     assert rings.pumped_bytes == 0
+    rings.close()
+
+
+def test_a_ring_is_not_read_past_the_time_that_is_asked_for(tmp_path: Path) -> None:
+    # A ring that is being written to has always more: a few records in a sub-buffer of its own.
+    stamps = list(range(1, 1 + 10 * ROWS_A_PAGE))
+    rings = Rings([instance(tmp_path / "P", [stamps])], PAGE_BYTES)
+    batches, reached_ns = rings.read(Times(), ROWS_A_PAGE + 1)
+    assert reached_ns == ROWS_A_PAGE + 1
+    # Two sub-buffers begin by then. Only that the third begins later says so.
+    assert [s for batch in batches for s in batch[:, 0]] == stamps[: 3 * ROWS_A_PAGE]
+    [ring] = rings._rings
+    assert os.lseek(ring.fd, 0, os.SEEK_CUR) == 3 * PAGE_BYTES
     rings.close()
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from xipfs.accounting import charge_loop as loop
 from xipfs.accounting.charge_rows import ChargeRows
-from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, Ints, PteKind
+from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, FaultCounters, Ints, PteKind
 from xipfs.accounting.fault_around import BLIND_WINDOWS
 from xipfs.accounting.kernel_states import NONE
 from xipfs.mm import bulk_loop as bulk
@@ -37,14 +38,17 @@ if TYPE_CHECKING:
     from xipfs.accounting.accountant import Accountant
 
 #: Fewer faults are charged one by one.
-MIN_FAULTS: Final = 64
+MIN_FAULTS: Final = 8
 Run = Callable[[loop.Charging], int]
 _CODES: Final = {kind: code for code, kind in KINDS.items()}
 _HITS: Final = {
-    loop.HIT_XIP: MAPS_XIP,
-    loop.HIT_PAGECACHE: MAPS_PAGECACHE,
     loop.HIT_COW: MAPS_ANON,
+    loop.HIT_PAGECACHE: MAPS_PAGECACHE,
+    loop.HIT_XIP: MAPS_XIP,
 }
+#: The kinds of what is no outcome: its negative codes count from the end of all kinds.
+_NO_OUTCOME: Final = (*_HITS.values(), -1)
+assert (*_HITS, loop.BY_HAND) == (-4, -3, -2, -1)
 
 
 class BulkCharger:
@@ -143,6 +147,22 @@ class _Learned:
         self.outcomes = Outcomes(len(rows.vmas) * bulk.STATES * 2)
         #: What each outcome maps.
         self.kinds: list[int] = []
+        self._charges = np.zeros((3, 0), np.int64)
+
+    def charges(self) -> Ints:
+        """Return kind, major and extra, a row each, by what is in loop.OUTCOME."""
+        repeated = self.outcomes.repeated
+        if self._charges.shape[1] != len(repeated) + len(_NO_OUTCOME):
+            none = [0] * len(_NO_OUTCOME)
+            self._charges = np.array(
+                [
+                    [*self.kinds, *_NO_OUTCOME],
+                    [*(each.major for each in repeated), *none],
+                    [*(max(each.faults - 1, 0) for each in repeated), *none],
+                ],
+                np.int64,
+            )
+        return self._charges
 
 
 class _Call:
@@ -162,17 +182,14 @@ class _Call:
         self.process = process
         self.mms = learned.mms
         self.rows = learned.rows
+        self.learned = learned
         self.outcomes = learned.outcomes
-        self.kinds = learned.kinds
         self.results = np.full((len(cells), loop.RESULT_COLUMNS), loop.BY_HAND, np.int64)
         self.sums = np.zeros((len(numbers), loop.SUM_COLUMNS), np.int64)
         self.leaves_made = np.zeros(len(numbers), np.int64)
         self.wanted = np.zeros(bulk.WANTED, np.int64)
         self.tally = np.zeros(loop.TALLY, np.int64)
         self.marked = _marked(books, cells, numbers, process)
-        self.kind = np.full(len(cells), -1, np.int64)
-        self.major = np.zeros(len(cells), np.int64)
-        self.extra = np.zeros(len(cells), np.int64)
         self.by_hand: dict[int, Charge] = {}
         self.touched = 0
 
@@ -191,8 +208,8 @@ class _Call:
         finally:
             self._touch()
             self._settle_counters()
-        self._fill_in()
-        charges = ChargeBatch(self.cells, self.kind, self.major, self.extra, self.by_hand)
+        kind, major, extra = self.learned.charges().take(self.results[:, loop.OUTCOME], axis=1)
+        charges = ChargeBatch(self.cells, kind, major, extra, self.by_hand)
         self._enter(charges)
         return charges
 
@@ -258,7 +275,7 @@ class _Call:
             learned = len(self.outcomes.repeated)
             self.outcomes.learn(situation, taken)
             if len(self.outcomes.repeated) > learned:
-                self.kinds.append(_CODES[charge.kind])
+                self.learned.kinds.append(_CODES[charge.kind])
         file.learn(fault.index)
         self.rows.refresh(vma)
         self.by_hand[at] = charge
@@ -294,8 +311,9 @@ class _Call:
     def _settle_counters(self) -> None:
         """Add up what the loop did, in the counters of the machine and the address spaces."""
         machine = self.books.machine
-        uses = self.outcomes.uses.tolist()
-        for times, repeated in zip(uses, self.outcomes.repeated, strict=False):
+        uses = self.outcomes.uses
+        for number in np.flatnonzero(uses).tolist():
+            repeated, times = self.outcomes.repeated[number], int(uses[number])
             add_to_counters(machine, repeated.machine_counters, times)
             add_to_counters(repeated.mm, repeated.mm_counters, times)
         for mm, leaves, sums in zip(self.mms, self.leaves_made, self.sums, strict=True):
@@ -307,44 +325,46 @@ class _Call:
         if blind := int(self.tally[loop.BLIND]):
             self.books.unfollowed[BLIND_WINDOWS] += blind
 
-    def _fill_in(self) -> None:
-        """Turn outcomes into kind, major and extra of each fault."""
-        outcome = self.results[:, loop.OUTCOME]
-        known = outcome >= 0
-        if known.any():
-            repeated = self.outcomes.repeated
-            chosen = outcome[known]
-            self.kind[known] = np.array(self.kinds, np.int64)[chosen]
-            self.major[known] = np.array([each.major for each in repeated], np.int64)[chosen]
-            extra = [max(each.faults - 1, 0) for each in repeated]
-            self.extra[known] = np.array(extra, np.int64)[chosen]
-        for code, kind in _HITS.items():
-            self.kind[outcome == code] = kind
-
     def _enter(self, charges: ChargeBatch) -> None:
         """Enter the sums of each address space in the ledger and in what is kept by it."""
-        books, cells = self.books, self.cells
-        error = cells[:, cells_of.ERROR]
-        looped = self.results[:, loop.OUTCOME] != loop.BY_HAND
-        mapped = looped & (error & cells_of.ERROR_PROTECTION == 0)
-        copied = looped & (self.kind == MAPS_ANON) & (error & cells_of.ERROR_WRITE != 0)
+        books = self.books
         for place, number in enumerate(self.numbers):
-            own = self.process == place
-            of_space = cells[own]
-            pid = int(of_space[0, cells_of.PID])
-            comm = books.comm(int(of_space[-1, cells_of.PID]))
-            books.ledger.charge_many(number, pid, comm, charges.count(own))
-            sums = self.sums[place].tolist()
-            books.kernel.faulted(
-                number,
-                pid,
-                np.unique(of_space[:, cells_of.TID]).tolist(),
-                of_space[copied[own], cells_of.ADDRESS].tolist(),
-                sums[loop.CHANGES],
-            )
-            books.runs.faults(number, pid, int(looped[own].sum()), int(mapped[own].sum()))
+            own: slice | npt.NDArray[np.bool_] = slice(None)
+            if len(self.numbers) > 1:
+                own = self.process == place
+            cells = self.cells[own]
+            counters, sums = self._counted(place), self.sums[place].tolist()
+            pid = int(cells[0, cells_of.PID])
+            comm = books.comm(int(cells[-1, cells_of.PID]))
+            copied: list[int] = []
+            if counters.pgfault_cow:
+                looped = self.results[own, loop.OUTCOME] != loop.BY_HAND
+                writes = cells[:, cells_of.ERROR] & cells_of.ERROR_WRITE != 0
+                made = looped & writes & (charges.kind[own] == MAPS_ANON)
+                copied = cells[made, cells_of.ADDRESS].tolist()
+            for at, charge in self.by_hand.items():
+                if self.process[at] == place:
+                    counters.add(charge)
+            books.ledger.charge_many(number, pid, comm, counters)
+            tids, _ = _numbered(cells[:, cells_of.TID])
+            books.kernel.faulted(number, pid, tids, copied, sums[loop.CHANGES])
+            books.runs.faults(number, pid, sums[loop.FAULTS], sums[loop.MAPPED])
             books.runs.around(number, pid, sums[loop.AROUND_PRIVATE], shared=False)
             books.runs.around(number, pid, sums[loop.AROUND_SHARED], shared=True)
+
+    def _counted(self, place: int) -> FaultCounters:
+        """Return the counters of what the loop charged to an address space."""
+        counters = FaultCounters()
+        for hit, kind in _HITS.items():
+            counters.add_many(KINDS[kind], int(self.sums[place, loop.HITS + hit]), 0, 0)
+        uses = self.outcomes.uses
+        for number in np.flatnonzero(uses).tolist():
+            repeated = self.outcomes.repeated[number]
+            if repeated.mm is self.mms[place]:
+                kind, times = self.learned.kinds[number], int(uses[number])
+                extra = max(repeated.faults - 1, 0)
+                counters.add_many(KINDS[kind], times, repeated.major, extra)
+        return counters
 
 
 #: The faults' own arrays are in ``Charging``.

@@ -54,7 +54,10 @@ CHANGES: Final = 0
 AROUND_FILLED: Final = 1  #: PTEs that the model's fault-around filled
 AROUND_PRIVATE: Final = 2  #: PTEs that the kernel's filled, in private mappings
 AROUND_SHARED: Final = 3  #: and in shared ones
-SUM_COLUMNS: Final = 4
+FAULTS: Final = 4
+MAPPED: Final = 5  #: of them, those that found no page mapped
+HITS: Final = 10  #: at HITS + HIT_XIP etc.: of them, those that the model's PTE let pass
+SUM_COLUMNS: Final = 9
 
 # Places in Charging.tally.
 AT: Final = 0
@@ -185,7 +188,11 @@ def charge_fault(charging: Charging, at: int) -> int:
     elif before != ANON and (not cell[batch.ERROR] & batch.ERROR_PROTECTION or before == NONE):
         charging.shadow[shadow] = FILE
     charging.results[at, FRAME] = frame
-    charging.sums[charging.process[at], CHANGES] += 1
+    sums = charging.sums[charging.process[at]]
+    sums[CHANGES] += 1
+    sums[FAULTS] += 1
+    if not cell[batch.ERROR] & batch.ERROR_PROTECTION:
+        sums[MAPPED] += 1
     return FINISHED
 
 
@@ -208,6 +215,7 @@ def charge_model(charging: Charging, at: int, row: int, page: int, write: bool, 
         if kind == rules.NORMAL:
             anonymous = world.page_flags[pte >> PTE_PFN_SHIFT] & PG_ANON
             charging.results[at, OUTCOME] = HIT_COW if anonymous else HIT_PAGECACHE
+        charging.sums[charging.process[at], HITS + charging.results[at, OUTCOME]] += 1
         return FINISHED
     outcome = bulk.find_outcome(world, row, page, write, pte, frame)
     if outcome >= 0 and middle == 0:

@@ -96,24 +96,6 @@ class ChargeBatch:
             write = error & ERROR_WRITE != 0
             yield Charge(time_ns, pid, ino, page, KINDS[kind], write, bool(major), extra)
 
-    def count(self, chosen: npt.NDArray[np.bool_]) -> FaultCounters:
-        """Return the counters of the chosen charges."""
-        many = chosen & (self.kind >= 0)
-        kinds = np.bincount(self.kind[many], minlength=len(KINDS)).tolist()
-        counters = FaultCounters(
-            pgfault=sum(kinds),
-            pgmajfault=int(self.major[many].sum()),
-            pgfault_xip=kinds[MAPS_XIP],
-            pgfault_pagecache=kinds[MAPS_PAGECACHE],
-            pgfault_cow=kinds[MAPS_ANON],
-            pgfault_sigbus=kinds[MAPS_NONE],
-            pgfault_extra=int(self.extra[many].sum()),
-        )
-        for place, charge in self.by_hand.items():
-            if chosen[place]:
-                counters.add(charge)
-        return counters
-
 
 @dataclass
 class FaultCounters:
@@ -133,17 +115,21 @@ class FaultCounters:
         if charge.hint:
             self.pgfault_hint += 1
             return
-        self.pgfault += 1
-        self.pgmajfault += charge.major
-        self.pgfault_extra += charge.extra
-        if charge.kind is PteKind.XIP:
-            self.pgfault_xip += 1
-        elif charge.kind is PteKind.PAGECACHE:
-            self.pgfault_pagecache += 1
-        elif charge.kind is PteKind.COW:
-            self.pgfault_cow += 1
+        self.add_many(charge.kind, 1, charge.major, charge.extra)
+
+    def add_many(self, kind: PteKind, times: int, major: int, extra: int) -> None:
+        """Count so many charges of a kind that are alike; no hint faults."""
+        self.pgfault += times
+        self.pgmajfault += times * major
+        self.pgfault_extra += times * extra
+        if kind is PteKind.XIP:
+            self.pgfault_xip += times
+        elif kind is PteKind.PAGECACHE:
+            self.pgfault_pagecache += times
+        elif kind is PteKind.COW:
+            self.pgfault_cow += times
         else:
-            self.pgfault_sigbus += 1
+            self.pgfault_sigbus += times
 
     def merge(self, other: FaultCounters) -> None:
         """Add another's counts to these."""

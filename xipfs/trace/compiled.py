@@ -20,10 +20,12 @@ import numpy.typing as npt
 
 from xipfs.trace.plain_loop import Plain
 from xipfs.trace.records import COLUMNS
-from xipfs.trace.ring import CHUNK_PAGES, Plan, Rows
+from xipfs.trace.ring import CHUNK_PAGES, Plan, Rows, sorted_rows
 
 #: A record is at least its header and the common fields: 12 bytes.
 _MIN_RECORD_BYTES: Final = 12
+#: Each row is compared with the head of each run: with more of them sorting is as fast.
+_RUNS_MAX: Final = 16
 
 
 class CompiledDecoder:
@@ -37,14 +39,29 @@ class CompiledDecoder:
         sizes = plan.sources[:, :, 1]
         assert not (((sizes == 8) & (offsets != 0)) | ((offsets + sizes > 4) & (sizes < 8))).any()
         self._plan = plan
-        self._decode = machine_code.decode
+        self._decode, self._merge = machine_code.decode, machine_code.merge
         records = (plan.page.size - plan.page.data_offset) // _MIN_RECORD_BYTES
         self._out = np.zeros((CHUNK_PAGES * (records + 1), COLUMNS), np.uint64)
         self._call(np.zeros((0, plan.page.size), np.uint8))
+        self.merge(np.array([[1] * COLUMNS, [0] * COLUMNS], np.uint64))
 
     def decode(self, pages: npt.NDArray[np.uint8]) -> Rows:
         """Return the rows of ``pages``, shape (n, bytes of a sub-buffer), in order."""
         return self._out[: self._call(pages)].copy()
+
+    def merge(self, rows: Rows) -> Rows:
+        """Return the rows in time order; among equal times their order stays."""
+        times = rows[:, 0]
+        # A ring's own rows are in order: there are few runs.
+        starts = np.flatnonzero(times[1:] < times[:-1]) + 1
+        if not len(starts):
+            return rows
+        if len(starts) >= _RUNS_MAX:
+            return sorted_rows(rows)
+        merged = np.empty_like(rows)
+        heads = np.concatenate([[0], starts])
+        self._merge(rows, heads, np.concatenate([starts, [len(rows)]]), merged)
+        return merged
 
     def _call(self, pages: npt.NDArray[np.uint8]) -> int:
         assert len(pages) <= CHUNK_PAGES, len(pages)

@@ -1,4 +1,4 @@
-"""The compiled decoder's loop: scalars and flat arrays, the way numba wants it.
+"""The compiled decoder's loops: scalars and flat arrays, the way numba wants it.
 
 numba is an extra, and importing it takes most of a second, so only ``compiled`` imports this
 module, late and in a thread of its own. What the bytes mean is said in ``ring``, whose
@@ -113,3 +113,25 @@ def decode(
                     _put_arguments(page, record, sources[number], constants[number], row)
                     rows += 1
     return rows
+
+
+@numba.njit(cache=True, nogil=True)
+def merge(
+    rows: Columns, heads: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], out: Columns
+) -> None:
+    """Fill ``out`` with the sorted runs [heads, ends) of ``rows`` in time order; moves ``heads``.
+
+    Of equal times the earlier run's come first.
+    """
+    for place in range(len(out)):
+        best = -1
+        earliest = np.uint64(0)
+        for run in range(len(heads)):
+            if heads[run] < ends[run]:
+                time_ns = rows[heads[run], 0]
+                if best < 0 or time_ns < earliest:
+                    best = run
+                    earliest = time_ns
+        for column in range(out.shape[1]):
+            out[place, column] = rows[heads[best], column]
+        heads[best] += 1

@@ -312,8 +312,7 @@ class Observer:
         while self._adoption_rows:
             time_ns, number = self._adoption_rows.popleft()
             batches.append(np.array([[time_ns, ADOPT, number, 0, 0, 0, 0, 0]], np.uint64))
-        rows = np.concatenate(batches)
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        rows = self._decoder.merge(np.concatenate(batches))
         count = int(np.searchsorted(rows[:, 0], np.uint64(reached_ns), side="right"))
         self._held = rows[count:].copy()
         return rows[:count], reached_ns

@@ -17,7 +17,7 @@ from xipfs.trace.fault_batch import Cells, FaultBatch
 #: Faults handed on as one: the consumer's steps stay short.
 BATCH_FAULTS_MAX: Final = 1 << 14
 #: Fewer faults are handed on one by one.
-_BATCH_FAULTS_MIN: Final = 16
+_BATCH_FAULTS_MIN: Final = 8
 
 
 class Output:
@@ -82,4 +82,4 @@ def _add_rows(
         merged += FaultBatch(cells[rows]).expand()
         return
     for start in range(0, len(rows), BATCH_FAULTS_MAX):
-        merged.append(FaultBatch(cells[rows[start : start + BATCH_FAULTS_MAX]]))
+        merged.append(FaultBatch(cells.take(rows[start : start + BATCH_FAULTS_MAX], axis=0)))

@@ -23,7 +23,7 @@ from xipfs.trace.threads import Thread
 from xipfs.trace.vmas import Vma
 
 #: Shorter stretches cost more to hand over than they save.
-MIN_STRETCH_ROWS: Final = 64
+MIN_STRETCH_ROWS: Final = 16
 #: Records handed over at once: bounds memory, whatever the backlog.
 _STRETCH_ROWS_MAX: Final = 1 << 16
 #: Records that the grammar takes after a stop that came too soon, at first and at most.

@@ -72,11 +72,20 @@ class Plan:
 
 
 class Decoder(Protocol):
-    """Turns whole sub-buffers into rows."""
+    """Turns whole sub-buffers into rows, and rows of several rings into one order."""
 
     def decode(self, pages: npt.NDArray[np.uint8]) -> Rows:
         """Return the rows of ``pages``, shape (n, bytes of a sub-buffer), in order."""
         ...
+
+    def merge(self, rows: Rows) -> Rows:
+        """Return the rows in time order; among equal times their order stays."""
+        ...
+
+
+def sorted_rows(rows: Rows) -> Rows:
+    """Return the rows in time order; among equal times their order stays."""
+    return rows.take(np.argsort(rows[:, 0], kind="stable"), axis=0)
 
 
 class _Unpacker:
@@ -120,6 +129,10 @@ class PlainDecoder:
         for page in pages:
             self._decode_page(np.ascontiguousarray(page).data, rows)
         return np.array(rows, np.uint64).reshape(-1, COLUMNS)
+
+    def merge(self, rows: Rows) -> Rows:
+        """Return the rows in time order; among equal times their order stays."""
+        return sorted_rows(rows)
 
     def _decode_page(self, page: memoryview, rows: list[list[int]]) -> None:
         word = struct.Struct("<I").unpack_from

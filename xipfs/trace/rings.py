@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ class Rings:
         self._rows_max = rows_max
         self._lock = threading.Lock()
         self._buffer = np.zeros((CHUNK_PAGES, page_bytes), np.uint8)
+        #: When the records of each sub-buffer in it begin.
+        self._stamps = self._buffer.view(np.uint64)[:, 0]
         self._pumped_pages = 0
         self._rings: list[_Ring] = []
         #: KiB a CPU, by instance.
@@ -88,17 +91,13 @@ class Rings:
     def pump(self) -> None:
         """Take what the rings hold into memory, as far as its bound allows; enlarge the full."""
         fullest = dict.fromkeys(self.buffer_kib, 0)
+        until_ns = time.monotonic_ns()
         for ring in self._rings:
-            taken = 0
-            while self._pumped_pages + CHUNK_PAGES <= self._pumped_pages_max:
+            taken, whole = 0, False
+            while not whole and self._pumped_pages + CHUNK_PAGES <= self._pumped_pages_max:
                 with self._lock:
-                    count = self._fill(ring.fd)
-                    if count:
-                        ring.pumped.append(self._buffer[:count].copy())
-                        self._pumped_pages += count
+                    count, whole = self._take(ring, until_ns)
                 taken += count
-                if count < CHUNK_PAGES:
-                    break
             fullest[ring.instance] = max(fullest[ring.instance], taken)
         for instance, pages in fullest.items():
             if 2 * pages * self._page_bytes > self.buffer_kib[instance] << 10:
@@ -110,12 +109,17 @@ class Rings:
             with self._lock:
                 if ring.pumped:
                     return False
-                count = self._fill(ring.fd)
-                if count:
-                    ring.pumped.append(self._buffer[:count].copy())
-                    self._pumped_pages += count
+                if self._take(ring, time.monotonic_ns())[0]:
                     return False
         return True
+
+    def _take(self, ring: _Ring, until_ns: int) -> tuple[int, bool]:
+        """Keep a ring's next sub-buffers; return how many, and whether all to ``until_ns`` are."""
+        count, whole = self._fill(ring.fd, until_ns)
+        if count:
+            ring.pumped.append(self._buffer[:count].copy())
+            self._pumped_pages += count
+        return count, whole
 
     def read(self, decoder: Decoder, until_ns: int) -> tuple[list[Rows], int]:
         """Return rows, those of one ring in time order, and a time not above ``until_ns``.
@@ -133,9 +137,9 @@ class Rings:
 
     def _read_ring(self, ring: _Ring, decoder: Decoder, until_ns: int, batches: list[Rows]) -> int:
         """Decode one ring up to ``until_ns`` or the bound; return up to when it is decoded."""
-        rows, empty = 0, False
-        while not empty:
-            pages, empty = self._next(ring)
+        rows, whole = 0, False
+        while not whole:
+            pages, whole = self._next(ring, until_ns)
             if not len(pages):
                 continue
             decoded = decoder.decode(pages)
@@ -146,34 +150,40 @@ class Rings:
             ring.seen_ns = int(decoded[-1, 0])
             if ring.seen_ns > until_ns:
                 return until_ns
-            if rows >= self._rows_max and not empty:
+            if rows >= self._rows_max and not whole:
                 return ring.seen_ns
         return until_ns
 
-    def _next(self, ring: _Ring) -> tuple[Pages, bool]:
-        """Return a ring's next sub-buffers, oldest first, and whether it was empty after."""
+    def _next(self, ring: _Ring, until_ns: int) -> tuple[Pages, bool]:
+        """Return a ring's next sub-buffers, oldest first; are these all up to ``until_ns``?"""
         with self._lock:
             if ring.pumped:
                 self._pumped_pages -= len(ring.pumped[0])
                 return ring.pumped.popleft(), False
-            count = self._fill(ring.fd)
-            return self._buffer[:count].copy(), count < CHUNK_PAGES
+            count, whole = self._fill(ring.fd, until_ns)
+            return self._buffer[:count].copy(), whole
 
-    def _fill(self, fd: int) -> int:
-        """Read pages into the buffer until it is full or the ring is empty; return how many."""
+    def _fill(self, fd: int, until_ns: int) -> tuple[int, bool]:
+        """Read pages into the buffer; return how many, and whether no more are wanted.
+
+        That is when the ring is empty or what it gives is of after ``until_ns``: a ring that is
+        being written to gives a few records a read for as long as one reads on.
+        """
         for number in range(CHUNK_PAGES):
             try:
                 got = os.readv(fd, [self._buffer[number]])
             except BlockingIOError:
-                return number
+                return number, True
             if got == 0:
-                return number
+                return number, True
             if got != self._page_bytes:
                 raise ObserverError(
                     f"tracefs returned {got} bytes of a sub-buffer",
                     expected=f"{self._page_bytes}",
                 )
-        return CHUNK_PAGES
+            if self._stamps[number] > until_ns:
+                return number + 1, True
+        return CHUNK_PAGES, False
 
     def _enlarge(self, instance: Path) -> None:
         """Double the rings of an instance; where there is no memory for that they stay."""

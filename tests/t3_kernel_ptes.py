@@ -54,6 +54,9 @@ def test_fault_around_maps_cached_settled_pages_that_are_not_mapped(scene: Scene
     scene.run(ev.Around(late, MM, PID, BASE, scene.ino, 0, 7))
     #   0 cached long ago, 1 a copy, 2 and 3 as 0, 4 and 7 not cached, 5 just added, 6 faulted
     assert picture(scene) == "faff.?f."
+    # What is sure once stays so, and is left to compiled code from then on.
+    times = [scene.books.kernel.cached.get(scene.ino, index) for index in range(8)]
+    assert times == [0, 5, 0, 0, None, late - 1, 0, None]
 
 
 def test_the_page_cache_takes_file_pages_away_and_the_end_of_file_copies_too(scene: Scene) -> None:

@@ -212,8 +212,7 @@ class KernelPtes:
             self._set(event.mm, event.address, NONE)
             return
         if self.is_cached(event.ino, event.index):
-            self.cached.settle(event.ino, event.index)
-            self._answered.pop((event.ino, event.index), None)
+            self._settle(event.ino, event.index)
         self._set(event.mm, event.address, self._after_fault(event, vma))
 
     def faulted(
@@ -261,8 +260,9 @@ class KernelPtes:
             address = vma.address_of(index)
             if added_ns is None or self.state(event.mm, address) != NONE:
                 continue
-            sure = self._uptodate(event.ino, index, added_ns, event.time_ns)
-            state = READAHEAD if added_ns and self.readahead else sure
+            state = self._uptodate(event.ino, index, added_ns, event.time_ns)
+            if state == FILE:
+                self._settle(event.ino, index)
             self._set(event.mm, address, state)
             mapped[index] = state
         return mapped
@@ -271,12 +271,13 @@ class KernelPtes:
         """Return FILE for a cached page that is surely uptodate, else why that is not sure."""
         if not added_ns:
             return FILE
+        if self.readahead:
+            return READAHEAD
         answered_ns = self._answered.get((ino, index), 0)
         if answered_ns < 0:
             return IN_PART
-        if added_ns < answered_ns < now_ns:
-            return FILE
-        return FILE if now_ns - added_ns >= SETTLED_NS else IN_FLIGHT
+        sure = added_ns < answered_ns < now_ns or now_ns - added_ns >= SETTLED_NS
+        return FILE if sure else IN_FLIGHT
 
     def doubt(self, mm: int, start: int, end: int, reason: int) -> None:
         """Something happened in [start, end) that no event tells page by page."""
@@ -378,6 +379,10 @@ class KernelPtes:
                 if state == FILE or even_cows or (shared and state != ANON):
                     self._set(number, address, NONE)
 
+    def _settle(self, ino: int, index: int) -> None:
+        self.cached.settle(ino, index)
+        self._answered.pop((ino, index), None)
+
     def _touch(self, mm: int) -> None:
         self.changes[mm] += 1
 
@@ -391,7 +396,4 @@ class KernelPtes:
             self._extents_of(mm).mark(address)
 
     def _extents_of(self, mm: int) -> Extents:
-        extents = self._extents.get(mm)
-        if extents is None:
-            extents = self._extents[mm] = Extents()
-        return extents
+        return self._extents.setdefault(mm, Extents())

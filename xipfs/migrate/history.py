@@ -192,6 +192,8 @@ class History:
                 self.refaults += 1
 
     def _charged_many(self, charges: ChargeBatch) -> None:
+        if not self.pages.nr_fresh:
+            return
         own = np.ones(len(charges), bool)
         for place, charge in charges.by_hand.items():
             own[place] = not charge.hint

@@ -48,7 +48,7 @@ class PageMoves:
         self._cause = np.zeros(places, np.uint16)
         self._fresh = np.zeros(places, np.bool_)
         #: How many pages' refaults are to come.
-        self._nr_fresh = 0
+        self.nr_fresh = 0
         self.forgotten = 0
 
     def _slot(self, block: tuple[int, int]) -> int:
@@ -65,7 +65,7 @@ class PageMoves:
 
     def _clear(self, places: slice) -> None:
         self.forgotten += int(np.count_nonzero(self._kind[places]))
-        self._nr_fresh -= int(np.count_nonzero(self._fresh[places]))
+        self.nr_fresh -= int(np.count_nonzero(self._fresh[places]))
         self._counts[:, places] = 0
         for array in (self._moved_ns, self._kind, self._cause, self._fresh):
             array[places] = 0
@@ -105,7 +105,7 @@ class PageMoves:
             self._counts[_PINGPONG, at] += back
             self._counts[_PROMOTED if to is PageKind.PAGECACHE else _DEMOTED, at] += 1
             self._kind[at], self._moved_ns[at] = kind, now_ns
-            self._nr_fresh += before.size - int(np.count_nonzero(self._fresh[at]))
+            self.nr_fresh += before.size - int(np.count_nonzero(self._fresh[at]))
             self._cause[at], self._fresh[at] = cause, True
             pingpong += int(np.count_nonzero(back))
         return pingpong
@@ -119,7 +119,7 @@ class PageMoves:
         self._counts[_PINGPONG, at] += back
         self._counts[_PROMOTED if to is PageKind.PAGECACHE else _DEMOTED, at] += 1
         self._kind[at], self._moved_ns[at] = kind, now_ns
-        self._nr_fresh += not self._fresh[at]
+        self.nr_fresh += not self._fresh[at]
         self._cause[at], self._fresh[at] = cause, True
         return int(back)
 
@@ -130,7 +130,7 @@ class PageMoves:
 
     def faulted(self, ino: int, page: int, time_ns: int) -> int | None:
         """Return the cause of the page's last move if this is the first fault since, else None."""
-        if not self._nr_fresh:
+        if not self.nr_fresh:
             return None
         slot = self._slots.get((ino, page >> _BLOCK_SHIFT))
         if slot is None:
@@ -139,14 +139,14 @@ class PageMoves:
         if not self._fresh[at] or time_ns <= self._moved_ns[at]:
             return None
         self._fresh[at] = False
-        self._nr_fresh -= 1
+        self.nr_fresh -= 1
         self._counts[_REFAULTS, at] += 1
         return int(self._cause[at])
 
     def faulted_many(self, inos: Ints, pages: Ints, times_ns: Ints) -> tuple[Ints, Ints]:
         """``faulted`` of many: return which of them (ascending) are refaults, and their causes."""
         none = np.zeros(0, np.int64)
-        if not self._nr_fresh or not inos.size:
+        if not self.nr_fresh or not inos.size:
             return none, none
         numbers = pages >> _BLOCK_SHIFT
         # A program's faults stay in a block for a while: one look-up for each stay.
@@ -161,7 +161,7 @@ class PageMoves:
         # Of several faults of a page the first one is it.
         at, first = np.unique(at[answers], return_index=True)
         self._fresh[at] = False
-        self._nr_fresh -= at.size
+        self.nr_fresh -= at.size
         self._counts[_REFAULTS, at] += 1
         which, causes = known[answers][first], self._cause[at].astype(np.int64)
         order = np.argsort(which)

@@ -176,7 +176,12 @@ class PageTables:
     def replace(self, start: int, end: int, pte: int) -> int:
         """Store ``pte`` in every non-empty entry of [start, end); return how many there were."""
         count = 0
-        for first, stop in self.stretches(start, end).tolist():
+        stretches = self.stretches(start, end)
+        # Leaves that were made one after the other lie so: one piece.
+        cuts = np.flatnonzero(stretches[1:, 0] != stretches[:-1, 1])
+        firsts = stretches[np.concatenate([[0], cuts + 1]), 0] if len(stretches) else []
+        stops = stretches[np.concatenate([cuts, [-1]]), 1] if len(stretches) else []
+        for first, stop in zip(firsts, stops, strict=True):
             entries = self.pool.array[first:stop]
             count += int(np.count_nonzero(entries))
             if pte:

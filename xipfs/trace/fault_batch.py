@@ -40,6 +40,9 @@ CELL_COLUMNS: Final = 12
 FROM_KERNEL: Final = 1 << 32
 VERDICTS: Final = (events.MINOR, events.MAJOR)
 
+#: AROUND_FIRST and AROUND_LAST where fault-around did not run.
+NO_WINDOW: Final = (1, 0)
+
 Cells = npt.NDArray[np.int64]
 """Shape (n, CELL_COLUMNS)."""
 
@@ -123,3 +126,15 @@ def around_of(row: list[int]) -> events.Around | None:
         return None
     address = (row[ADDRESS] & PAGE_MASK) + (first - row[INDEX] << PAGE_SHIFT)
     return events.Around(row[EFFECT], row[MM], row[PID], address, row[INO], first, last)
+
+
+def as_cells(fault: events.Fault, effect_ns: int, first: int, last: int) -> Cells:
+    """Return one row for a fault of origin TRAP and its fault-around."""
+    error = ERROR_PROTECTION if fault.protection else 0
+    error |= ERROR_WRITE if fault.write else 0
+    error |= ERROR_EXEC if fault.execute else 0
+    error |= ERROR_USER if fault.user else FROM_KERNEL
+    verdict = VERDICTS.index(fault.verdict)
+    who = (fault.mm, fault.pid, fault.tid)
+    what = (fault.address, fault.ino, fault.index, error, verdict)
+    return np.array([[fault.time_ns, effect_ns, *who, *what, first, last]], np.int64)

@@ -25,13 +25,13 @@ from __future__ import annotations
 from typing import Final
 
 from xipfs.trace import events
-from xipfs.trace.fault_batch import ERROR_EXEC, ERROR_PROTECTION, ERROR_USER, ERROR_WRITE
+from xipfs.trace.fault_batch import ERROR_EXEC, ERROR_PROTECTION, ERROR_USER, ERROR_WRITE, as_cells
 from xipfs.trace.proc import PROT_EXEC, PROT_READ, PROT_WRITE
 from xipfs.trace.processes import Processes
 from xipfs.trace.syscalls import SystemCalls
 from xipfs.trace.threads import Thread
 from xipfs.trace.vmas import Vma
-from xipfs.trace.windows import Windows, elsewhere, mapped_at
+from xipfs.trace.windows import Windows, elsewhere, mapped_at, plain_window
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 _SIGBUS: Final = 7
@@ -48,6 +48,7 @@ class Faults:
         self._processes = processes
         self._calls = calls
         self._emit = processes.output.emit
+        self._emit_batch = processes.output.emit_batch
         self._unfollowed = processes.unfollowed
         self._windows = Windows(fault_around_pages)
 
@@ -183,7 +184,12 @@ class Faults:
         if not thread.pf_reported:
             thread.pf_reported = True
             self._learn_prot(thread, vma)
-            self._emit(thread.pf_last_ns, self._finished(thread))
+            fault, window = self._finished(thread), plain_window(thread)
+            if window is None:
+                self._emit(thread.pf_last_ns, fault)
+            else:
+                self._emit_batch(as_cells(fault, thread.pf_last_ns, *window))
+                thread.pf_arounds = []
         self._report_arounds(thread)
         at_ns, space = thread.pf_last_ns, thread.space.id
         if thread.pf_ambiguous:

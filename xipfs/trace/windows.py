@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from xipfs.trace.threads import Space
+from xipfs.trace import events
+from xipfs.trace.fault_batch import NO_WINDOW
+from xipfs.trace.threads import Space, Thread
 from xipfs.trace.vmas import Vma
 from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
@@ -69,3 +71,20 @@ def elsewhere(space: Space, ino: int, page: int, taken: Vma) -> bool:
         if vma.ino in (None, ino) and vma.address_of(page) is not None and vma is not taken:
             vma.fresh, found = False, True
     return found
+
+
+def plain_window(thread: Thread) -> tuple[int, int] | None:
+    """Return the pages of a plain fault's fault-around; None where the fault is not plain.
+
+    That is as in ``plain_loop``, whose faults this one then goes with.
+    """
+    if thread.pf_origin != events.TRAP or thread.pf_signal or thread.pf_address >> 63:
+        return None
+    if not thread.pf_arounds:
+        return NO_WINDOW
+    first, last = thread.pf_arounds[0]
+    start = (thread.pf_address & PAGE_MASK) + (first - thread.pf_index << PAGE_SHIFT)
+    vma = thread.space.vmas.find(start)
+    if vma is None or not vma.told or start + (last - first + 1 << PAGE_SHIFT) > vma.end:
+        return None
+    return (first, last) if len(thread.pf_arounds) == 1 else None

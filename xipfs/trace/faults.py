@@ -29,7 +29,7 @@ from xipfs.trace.fault_batch import ERROR_EXEC, ERROR_PROTECTION, ERROR_USER, ER
 from xipfs.trace.proc import PROT_EXEC, PROT_READ, PROT_WRITE
 from xipfs.trace.processes import Processes
 from xipfs.trace.syscalls import SystemCalls
-from xipfs.trace.threads import Thread
+from xipfs.trace.threads import Thread, did_nothing
 from xipfs.trace.vmas import Vma
 from xipfs.trace.windows import Windows, elsewhere, mapped_at, plain_window
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
@@ -56,7 +56,7 @@ class Faults:
 
     def trap(self, thread: Thread, time_ns: int, address: int, error: int, kernel: bool) -> None:
         """page_fault_user or page_fault_kernel: a fault begins."""
-        if thread.pf_open and not _did_nothing(thread, address, error):
+        if thread.pf_open and not did_nothing(thread, address, error):
             self.close(thread)
         thread.traced = True
         self._open(thread, time_ns, address, error, kernel, events.TRAP)
@@ -386,20 +386,3 @@ class Faults:
         self._processes.tell(time_ns, thread.space, vma)
         thread.populate_next = address + PAGE_SIZE
         return True
-
-
-def _did_nothing(thread: Thread, address: int, error: int) -> bool:
-    """Tell whether the open fault mapped nothing, now that its page faults once more.
-
-    That is a copy to or from user memory with page faults disabled: it fails, and is done again
-    after faulting in (iomap_write_iter, generic_perform_write, 6.18). The kernel counts one fault.
-    """
-    return not (
-        thread.pf_origin != events.TRAP
-        or thread.pf_reported
-        or thread.pf_faults
-        or thread.pf_mapped_last
-        or thread.pf_signal
-        or (error | thread.pf_error) & ERROR_PROTECTION
-        or (address ^ thread.pf_address) >> PAGE_SHIFT
-    )

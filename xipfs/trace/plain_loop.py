@@ -150,7 +150,7 @@ def trap(plain: Plain, thread: Ints, row: Ints, kernel: bool) -> bool:
             needed |= 4
         if not plain.vmas[vma, TOLD] or needed & ~plain.vmas[vma, PROT]:
             return False
-    # The same page again, of which nothing was mapped (see faults._did_nothing).
+    # The same page again, of which nothing was mapped (see threads.did_nothing).
     nothing = thread[FAULTS] == 0 and thread[MAPPED_LAST] == 0
     nothing &= (error | thread[ERROR]) & batch.ERROR_PROTECTION == 0
     nothing &= address >> PAGE_SHIFT == thread[ADDRESS] >> PAGE_SHIFT

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from xipfs.trace import events
 from xipfs.trace.extents import Extents
+from xipfs.trace.fault_batch import ERROR_PROTECTION
 from xipfs.trace.vmas import Vma, VmaMap
+from xipfs.units import PAGE_SHIFT
 
 
 class Space:
@@ -98,3 +100,20 @@ class Thread:
         self.pf_over = (0, 0)
         #: The last record of a fault that may be over, and how long the thread had run by then.
         self.pf_ran = (0, 0)
+
+
+def did_nothing(thread: Thread, address: int, error: int) -> bool:
+    """Tell whether the open fault mapped nothing, now that its page faults once more.
+
+    That is a copy to or from user memory with page faults disabled: it fails, and is done again
+    after faulting in (iomap_write_iter, generic_perform_write, 6.18). The kernel counts one fault.
+    """
+    return not (
+        thread.pf_origin != events.TRAP
+        or thread.pf_reported
+        or thread.pf_faults
+        or thread.pf_mapped_last
+        or thread.pf_signal
+        or (error | thread.pf_error) & ERROR_PROTECTION
+        or (address ^ thread.pf_address) >> PAGE_SHIFT
+    )

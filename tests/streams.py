@@ -56,7 +56,12 @@ STREAM = [
     moved(15, 1),
 ]
 
-POLICY = {"policy": "fifo", "parameters": {"pages_per_s": 0, "stay_ms": 0}, "dry": False}
+POLICY = {
+    "policy": "fifo",
+    "parameters": {"pages_per_s": 0, "stay_ms": 0},
+    "files_sha256": "",
+    "dry": False,
+}
 
 
 def write_trace(

@@ -11,6 +11,7 @@ import pytest
 from streams import FILE, INO, MAP, MS, STREAM, fault, line, moved, write_trace
 
 from xipfs.cli.policy import policy_of
+from xipfs.cli.replay import as_text
 from xipfs.errors import UsageError
 from xipfs.replay.choice import Choice
 from xipfs.replay.machine import Replay
@@ -22,9 +23,9 @@ from xipfs.stats.trace_writer import TraceWriter
 
 def recorded(policy: str = "fifo", **lost: int) -> Recorded:
     return Recorded(
-        policy=policy, values={"pages_per_s": 0, "stay_ms": 0}, dry=False, ram_bytes=16 * 4096,
-        nvram_bytes=4 << 20, struct_page_bytes=64, rules="6.1", medium=None, readahead=False,
-        lost=lost,
+        policy=policy, values={"pages_per_s": 0, "stay_ms": 0}, files_sha256="", dry=False,
+        ram_bytes=16 * 4096, nvram_bytes=4 << 20, struct_page_bytes=64, rules="6.1",
+        medium=None, readahead=False, lost=lost,
     )  # fmt: skip
 
 
@@ -62,6 +63,10 @@ class POLICY:
 """
 
 
+#: Of the SHA-256 of that text, SHA-256.
+OWN_SHA256 = "da4e9971331927cc40ed35d27afafe97f5b08a295a642b4ce5e7ff8b18639af1"
+
+
 def test_parameters_are_the_recorded_ones_whatever_the_defaults_are(tmp_path: Path) -> None:
     """Zero is a value as others are; a policy of one's own may have defaults nobody could give."""
     file = tmp_path / "own.py"
@@ -70,10 +75,33 @@ def test_parameters_are_the_recorded_ones_whatever_the_defaults_are(tmp_path: Pa
         ("clock", {"pages_per_s": 0, "stay_ms": 0, "high": 98, "low": 95}),
         (str(file), {"pages_per_s": 9, "stay_ms": 0, "first": 0, "share": 0.5}),
     ):
-        replay = Replay(dataclasses.replace(recorded(policy), values=values), Choice())
+        files = OWN_SHA256 if policy == str(file) else ""
+        was = dataclasses.replace(recorded(policy), values=values, files_sha256=files)
+        replay = Replay(was, Choice())
         replay.finish()
         told = outcome(replay)
         assert (told["replay"]["as_recorded"], told["migration"]["parameters"]) == (True, values)
+
+
+def test_a_policy_with_another_text_is_another_policy(tmp_path: Path) -> None:
+    """Edited since the recording, also where it was chosen only while the recording ran."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN + "# edited\n")
+    values = {"pages_per_s": 0, "stay_ms": 0, "first": 0, "share": 0.5}
+    own = {"policy": str(file), "parameters": values, "files_sha256": OWN_SHA256, "dry": False}
+    later = Replay(recorded(), Choice())
+    for each in [*STREAM, line("policy", 30, **own)]:
+        later.apply(each)
+    was = dataclasses.replace(recorded(str(file)), values=values, files_sha256=OWN_SHA256)
+    at_once = Replay(was, Choice())
+    for replay, as_recorded in ((later, True), (at_once, False)):
+        replay.finish()
+        told = outcome(replay)
+        assert told["replay"]["policy_files_changed"] is True
+        assert (told["replay"]["as_recorded"], told["replay"]["exact"]) == (as_recorded, False)
+        assert "  the policy's files are not what they were when it was recorded" in as_text(told)
+    other = Replay(was, Choice(policy="fifo"))
+    assert outcome(other)["replay"]["policy_files_changed"] is False
 
 
 def test_another_policy_leaves_out_what_the_recorded_one_caused() -> None:

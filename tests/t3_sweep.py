@@ -17,14 +17,15 @@ from streams import FILE, MAP, STREAM, fault, write_trace
 
 from xipfs.cli.sweep import policies_of
 from xipfs.errors import UsageError
-from xipfs.replay.cells import BOUND, Cell, Figures, bound
+from xipfs.replay.cells import BOUND, Cell, Figures, bound, digest_of, run_cell
 from xipfs.replay.sweep import Results, locally
+from xipfs.stats.trace_columns import TraceError
 
 ABOUT = {"trace_sha256": "abc", "medium": None, "delay_ns": 5}
 
 
 def cell(policy: str) -> Cell:
-    return Cell("/trace", "abc", policy, (), 4096, None, 5)
+    return Cell("/trace", "abc", policy, (), "", 4096, None, 5)
 
 
 def play(cell: Cell) -> Figures:
@@ -60,11 +61,11 @@ def test_results_are_kept_failures_are_not_and_a_torn_line_is_left_out(tmp_path:
     with path.open("ab") as file:
         file.write(b'{"policy": "c", "ram_by')
     again = Results(path, ABOUT)
-    assert again.done == {("a", 4096): {"touches": 1}}
+    assert again.done == {("a", "", 4096): {"touches": 1}}
     again.add(cell("b"), {"touches": 2}, "")
     again.close()
     with closing(Results(path, ABOUT)) as last:
-        assert last.done == {("a", 4096): {"touches": 1}, ("b", 4096): {"touches": 2}}
+        assert last.done == {("a", "", 4096): {"touches": 1}, ("b", "", 4096): {"touches": 2}}
     assert path.read_text().count("\n") == 4
 
 
@@ -147,6 +148,36 @@ def test_a_sweep_from_the_command_line_and_again(tmp_path: Path) -> None:
     done = xipfs("sweep", other, "--policies", "off", "--ram", "4K", "-o", results, check=False)
     assert done.returncode == 2
     assert "holds the results of another sweep" in done.stderr
+
+
+OWN = """
+from dataclasses import dataclass
+from xipfs.migrate.policy import FAULT, promote
+
+@dataclass
+class POLICY:
+    SIGNALS = frozenset({FAULT})
+
+    def plan(self, signal, seen):
+        return MOVES
+"""
+
+
+def test_a_policy_that_was_edited_is_done_again(tmp_path: Path) -> None:
+    trace, results = write_trace(tmp_path / "t.parquet", STREAM), tmp_path / "r"
+    file = tmp_path / "own.py"
+    words = ("sweep", trace, "--policies", f"{file},fifo", "--ram", "64K", "-o", results, "--json")
+    for moves, promoted in (("()", 0), ("[promote(signal.page, 'why')]", 2), ("()", 0)):
+        file.write_text(OWN.replace("MOVES", moves))
+        rows = json.loads(xipfs(*words, "--jobs", "1").stdout)
+        assert [row.get("pgpromote_success") for row in rows] == [None, promoted, 2]
+    # The bound, fifo and each text of the policy once, below the line that says what it is about.
+    assert results.read_text().count("\n") == 1 + 4
+    changed = Cell(
+        str(trace), digest_of(trace), str(file), (), "another", 65536, None, 5_000_000
+    )  # fmt: skip
+    with pytest.raises(TraceError, match="are not those that the sweep is about"):
+        run_cell(changed)
 
 
 CLUSTER = """

@@ -60,6 +60,7 @@ def test_three_faults_are_recorded_and_counted(tmp_path: Path) -> None:
     assert told["metadata"]["policy"] == {
         "policy": "threshold",
         "parameters": {"pages_per_s": 0, "stay_ms": 7, "promote": 99},
+        "files_sha256": "",
         "dry": True,
     }, "the one that acted at the start"
     assert [(line["page"], line["faults"], line["xip"]) for line in told["lines"]] == [

@@ -14,6 +14,7 @@ from xipfs.cli.client import Json, ask
 from xipfs.cli.stream import POLL_S, Stream, asked_to_end
 from xipfs.errors import MountError
 from xipfs.fuse.mounts import Mount, mount_at
+from xipfs.migrate.decider import CHOSEN
 from xipfs.stats.trace_writer import TraceWriter
 
 
@@ -106,7 +107,7 @@ class Seen:
             "observer": {"mode": after["observer"]["mode"]},
             "memory": after["memory"],
             # In force when the recording began; what changed it later is in the stream.
-            "policy": {name: began[name] for name in ("policy", "parameters", "dry")},
+            "policy": {name: began[name] for name in CHOSEN},
             "began_unix_s": self._began_s,
             "ended_unix_s": time.time(),
             "losses": {"mount_outlived_recording": whole, **self.stream.losses()},

@@ -80,6 +80,8 @@ def as_text(answer: Json) -> str:
     if replay["exact"]:
         same = "the recorded moves" if not replay["moves_differ"] else "moves that DIFFER"
         lines.append(f"as recorded: {same}")
+    if replay["policy_files_changed"]:
+        lines.append("  the policy's files are not what they were when it was recorded")
     lines += [f"  not in the trace: {name} {n}" for name, n in recorded["lost"].items() if n]
     lines += ["", *(f"{name:22}{value:14}" for name, value in answer["vmstat"].items())]
     lines += ["", f"{'touches':22}{replay['touches']:14}"]

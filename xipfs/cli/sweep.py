@@ -19,7 +19,7 @@ from xipfs.cli.replay import ram_of
 from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.registry import make_policy
-from xipfs.replay.cells import BOUND, Cell, digest_of
+from xipfs.replay.cells import BOUND, Cell, Key, digest_of
 from xipfs.replay.choice import DELAY_NS
 from xipfs.replay.sweep import Results, Told, locally, on_dask
 from xipfs.replay.trace import recorded
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "delay_ns": DELAY_NS,
     }
     results = Results(args.output, about)
-    errors: dict[tuple[str, int], str] = {}
+    errors: dict[Key, str] = {}
     try:
         missing = [cell for cell in cells if cell.key not in results.done]
         told = on_dask(missing, args.dask) if args.dask else locally(missing, args.jobs)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         results.close()
     rows = _rows(cells, results, errors)
     print(json.dumps(rows, indent=2) if args.json else as_text(args.trace, rows))
-    for (policy, ram_bytes), error in errors.items():
+    for (policy, _, ram_bytes), error in errors.items():
         print(f"{policy}, RAM {format_size(ram_bytes)}: {error}", file=sys.stderr)
     return int(bool(errors))
 
@@ -101,11 +101,12 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         ram_bytes = ram_of(word)
         assert ram_bytes is not None, word
         for policy, values in chosen:
+            files = ""
             if policy != BOUND:
-                make_policy(policy, values.items(), ram_bytes >> PAGE_SHIFT)
+                files = make_policy(policy, values.items(), ram_bytes >> PAGE_SHIFT).digest
             cells.append(
                 Cell(
-                    str(path), digest, policy, tuple(values.items()), ram_bytes,
+                    str(path), digest, policy, tuple(values.items()), files, ram_bytes,
                     None if policy == BOUND else args.medium, DELAY_NS,
                 )
             )  # fmt: skip
@@ -138,7 +139,7 @@ def _shown(told: Iterator[Told], count: int) -> Iterator[Told]:
             bar.advance(task)
 
 
-def _rows(cells: list[Cell], results: Results, errors: dict[tuple[str, int], str]) -> list[Json]:
+def _rows(cells: list[Cell], results: Results, errors: dict[Key, str]) -> list[Json]:
     rows = []
     for cell in cells:
         row: Json = {"policy": cell.name, "ram_bytes": cell.ram_bytes}
@@ -146,7 +147,7 @@ def _rows(cells: list[Cell], results: Results, errors: dict[tuple[str, int], str
         if figures is None:
             rows.append(row | {"error": errors[cell.key]})
             continue
-        bound = results.done.get((BOUND, cell.ram_bytes))
+        bound = results.done.get((BOUND, "", cell.ram_bytes))
         best = bound["touches_in_ram"] if bound else 0
         share = figures["touches_in_ram"] / best if best else None
         rows.append(row | figures | {"share_of_bound": share})

@@ -12,6 +12,7 @@ from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.memory.profiles import Profile
+from xipfs.migrate.decider import CHOSEN
 from xipfs.migrate.policy import Move
 from xipfs.migrate.registry import REPLAY_ONLY
 from xipfs.migrate.steering import Steering
@@ -59,7 +60,7 @@ class Deciding(Steering):
     def chosen(self) -> dict[str, Any]:
         """Return what a trace says of the policy."""
         told = self.describe()
-        return {name: told[name] for name in ("policy", "parameters", "dry")}
+        return {name: told[name] for name in CHOSEN}
 
     def charged(self, charges: Iterable[Charge]) -> None:
         """A decision point, as told to a recording."""

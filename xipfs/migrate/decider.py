@@ -37,6 +37,8 @@ from xipfs.migrate.policy import (
 
 #: Parameters that every policy has, with their defaults; a policy's own field replaces a default.
 COMMON: Final[dict[str, int]] = {"pages_per_s": 0, "stay_ms": 0}
+#: Of what is told of a mount's policy (``Steering.describe``) what it is; the rest are counts.
+CHOSEN: Final = ("policy", "parameters", "files_sha256", "dry")
 #: Moves under way at once; a plan is dropped above it, since nobody carries plans out.
 _UNDER_WAY_MAX: Final = 1 << 18
 #: What a move to that kind adds to the frames in use.
@@ -54,14 +56,18 @@ class DeciderStatistics:
 
 
 class Decider:
-    """Runs one policy. ``name`` is what it was chosen by, ``values`` all its parameters."""
+    """Runs one policy. ``name`` is what it was chosen by, ``values`` all its parameters.
+
+    ``digest`` tells apart the texts that a policy of this name may have (registry.py).
+    """
 
     def __init__(
-        self, name: str, policy: Policy, values: Mapping[str, Any], ram_pages: int
+        self, name: str, policy: Policy, values: Mapping[str, Any], ram_pages: int, digest: str
     ) -> None:
         assert values.keys() >= COMMON.keys(), values
         self.name = name
         self.values = dict(values)
+        self.digest = digest
         self.signals = policy.SIGNALS
         self._policy = policy
         self._rate = RateLimit(values["pages_per_s"])
@@ -84,6 +90,7 @@ class Decider:
         return {
             "policy": self.name,
             "parameters": self.values,
+            "files_sha256": self.digest,
             "signals": sorted(self.signals),
             **vars(self.statistics()),
         }

@@ -6,10 +6,13 @@ What makes a policy is told in ``migrate/policy.py``. A file's policy is what it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import inspect
 import runpy
 import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Final
 
 from xipfs.errors import UsageError
@@ -84,6 +87,23 @@ def about(policy: Any) -> str:
     return (text or policy.__doc__ or "").strip().replace("``", "")
 
 
+def digest_of_files(name: str, policy: Any, values: Iterable[object]) -> str:
+    """Return the SHA-256 of the files that decide what a policy does; "" if xipfs alone does.
+
+    These are the policy's own, unless it is a shipped one, and those that its parameters name.
+    """
+    paths = [value for value in values if isinstance(value, str) and Path(value).is_file()]
+    if policy not in (BUILT_IN | REPLAY_ONLY).values():
+        # A file that was run by its path is no module that could tell where its class is from.
+        paths.insert(0, name if name.endswith(".py") else inspect.getfile(policy))
+    if not paths:
+        return ""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def parameters(policy: Any) -> dict[str, Value | None]:
     """Return the parameters of a policy class with their defaults (None: it must be given)."""
     own = {
@@ -116,4 +136,5 @@ def make_policy(name: str, values: Iterable[tuple[str, Value]], ram_pages: int) 
             given[key] = str(value)
     values_of = {**known, **given}
     made: Policy = policy(**{key: values_of[key] for key, field in fields.items() if field.init})
-    return Decider(name, made, values_of, ram_pages)
+    digest = digest_of_files(name, policy, values_of.values())
+    return Decider(name, made, values_of, ram_pages, digest)

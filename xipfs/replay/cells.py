@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xipfs.memory.profiles import load_profile
+from xipfs.migrate.registry import make_policy
 from xipfs.replay.choice import Choice
 from xipfs.replay.outcome import outcome, replay_file
 from xipfs.replay.simulate import most_hits
@@ -26,6 +27,8 @@ BOUND: Final = "(bound)"
 _DIGEST_BYTES: Final = 1 << 20
 
 Figures = dict[str, Any]
+Key = tuple[str, str, int]
+"""Policy with its parameters, SHA-256 of its files, RAM in bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Cell:
     digest: str
     policy: str
     values: tuple[tuple[str, Any], ...]
+    files_sha256: str
     ram_bytes: int
     medium: str | None
     delay_ns: int
@@ -46,9 +50,9 @@ class Cell:
         return ",".join([self.policy, *(f"{key}={value}" for key, value in self.values)])
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """What tells the cells of one sweep apart."""
-        return self.name, self.ram_bytes
+        return self.name, self.files_sha256, self.ram_bytes
 
 
 def digest_of(path: Path) -> str:
@@ -75,6 +79,12 @@ def run_cell(cell: Cell) -> Figures:
         return bound(path, cell.ram_bytes)
     profile = None if cell.medium is None else load_profile(cell.medium)
     choice = Choice(cell.policy, dict(cell.values), cell.ram_bytes, profile, cell.delay_ns)
+    decider = make_policy(cell.policy, cell.values, cell.ram_bytes >> PAGE_SHIFT)
+    if decider.digest != cell.files_sha256:
+        raise TraceError(
+            f"the files of policy {cell.name} are not those that the sweep is about",
+            remedy="every machine of the sweep needs the same files under the same paths",
+        )
     return _figures(outcome(replay_file(path, choice)))
 
 

@@ -74,8 +74,11 @@ class Replay:
         self.as_recorded = (
             told["policy"] == recorded.policy
             and told["parameters"] == recorded.values
+            and told["files_sha256"] == recorded.files_sha256
             and self.ram_bytes == recorded.ram_bytes
         )
+        #: Whether a policy has another text than when it was recorded.
+        self.files_changed = same and told["files_sha256"] != recorded.files_sha256
         self.steering.on_plan = self._planned
         self.history.on_moved = self.steering.moved
         self.fs.set_hooks(
@@ -235,6 +238,8 @@ class Replay:
         told = values_of(row)
         if self.as_recorded:
             self.steering.choose(told["policy"], told["parameters"], dry=told["dry"])
+            now = self.steering.describe()
+            self.files_changed |= now["files_sha256"] != told.get("files_sha256", "")
 
     def _decide(self, _row: Row) -> None:
         charges, self._charges = self._charges, []

@@ -48,7 +48,8 @@ def outcome(replay: Replay) -> dict[str, Any]:
         "processes": snapshot.processes(replay.accountant),
         "replay": {
             "as_recorded": replay.as_recorded,
-            "exact": replay.as_recorded and told.is_whole,
+            "exact": replay.as_recorded and told.is_whole and not replay.files_changed,
+            "policy_files_changed": replay.files_changed,
             **vars(replay.counts),
         },
         "recorded": {

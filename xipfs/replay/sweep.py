@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from xipfs.errors import UsageError, XipfsError
-from xipfs.replay.cells import Cell, Figures, run_cell
+from xipfs.replay.cells import Cell, Figures, Key, run_cell
 
-SCHEMA: Final = 1
+#: 2: a line has the SHA-256 of the policy's files.
+SCHEMA: Final = 2
 
 Told = tuple[Cell, Figures | None, str]
 """A cell with its figures, or with what went wrong."""
@@ -33,7 +34,7 @@ class Results:
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self._path = path
         header = {"xipfs_sweep": SCHEMA, **about}
-        self.done: dict[tuple[str, int], Figures] = {}
+        self.done: dict[Key, Figures] = {}
         if path.exists():
             self._read(header)
         self._file = path.open("ab")
@@ -50,7 +51,7 @@ class Results:
             if lines and "xipfs_sweep" not in found:
                 raise ValueError
             self.done = {
-                (line["policy"], line["ram_bytes"]): line["figures"]
+                (line["policy"], line["files_sha256"], line["ram_bytes"]): line["figures"]
                 for line in lines[1:]
                 if "figures" in line
             }
@@ -69,7 +70,9 @@ class Results:
 
     def add(self, cell: Cell, figures: Figures | None, error: str) -> None:
         """Append a cell's outcome, durably."""
-        line: dict[str, Any] = {"policy": cell.name, "ram_bytes": cell.ram_bytes}
+        line: dict[str, Any] = {
+            "policy": cell.name, "files_sha256": cell.files_sha256, "ram_bytes": cell.ram_bytes,
+        }  # fmt: skip
         if figures is None:
             line["error"] = error
         else:

@@ -29,6 +29,7 @@ class Recorded:
 
     policy: str
     values: Mapping[str, Any]
+    files_sha256: str
     dry: bool
     ram_bytes: int
     nvram_bytes: int
@@ -55,6 +56,8 @@ def recorded(trace: TraceReader, path: Path) -> Recorded:
         return Recorded(
             policy=policy["policy"],
             values=policy["parameters"],
+            # Not told by an earlier version: then only xipfs's own policies are known again.
+            files_sha256=policy.get("files_sha256", ""),
             dry=policy["dry"],
             ram_bytes=memory["ram_bytes"],
             nvram_bytes=memory["nvram_bytes"],

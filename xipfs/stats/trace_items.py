@@ -105,7 +105,8 @@ MEANINGS: Final[dict[str, str]] = {
     "in the order of their times",
     "hint": "xipfs is about to take marked pages [ino, page] away for hint faults",
     "refused": "nothing will come of planned moves: [ino, page, kind]",
-    "policy": "from here on policy decides, with parameters; dry (true or false): nothing moves",
+    "policy": "from here on policy decides, with parameters; dry (true or false): nothing moves; "
+    "files_sha256 of what is not xipfs's own of it",
 }
 
 Row = dict[str, Any]

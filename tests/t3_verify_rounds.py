@@ -32,7 +32,10 @@ def test_a_second_round_hides_nothing(
 ) -> None:
     """Process 200 moves during the first look; 100 is learnt then, and right in the second."""
     books = SimpleNamespace(
-        kernel=SimpleNamespace(pids={1: 100, 2: 200}, clouds={}), mms={}, check=lambda: ""
+        kernel=SimpleNamespace(pids={1: 100, 2: 200}, clouds={}),
+        ledger=SimpleNamespace(incomplete={2}),
+        mms={},
+        check=lambda: "",
     )
 
     async def drained() -> int:
@@ -55,7 +58,8 @@ def test_a_second_round_hides_nothing(
     monkeypatch.setattr(verify, "compare", lambda *_: next(compared))
     answer = trio.run(Verifier(live).verify, None)
     assert (answer["pages_differ"], answer["pages_unknown"]) == (differ, unknown)
-    assert [process["pid"] for process in answer["processes"]] == [100, 200]
+    told = [(process["pid"], process["incomplete"]) for process in answer["processes"]]
+    assert told == [(100, False), (200, True)]
 
 
 class Around:
@@ -70,6 +74,8 @@ class Around:
         self.accountant = self.scene.books
         self.mount = SimpleNamespace(dev=1)
         self.notifier = SimpleNamespace(in_flight=lambda: self.invalidated)
+        self.dropped: set[int] = set()
+        self.replies = SimpleNamespace(unfinished=lambda: set(self.dropped), serials=Counter())
         self.observer = TracefsObserver()
         self.observer.changing = lambda: self.changing  # type: ignore[method-assign]
         self.invalidated: set[int] = set()
@@ -113,5 +119,21 @@ def test_an_invalidation_under_way_spoils_a_look(
 
     live.drains[1] = lambda: setattr(live, "invalidated", set())
     monkeypatch.setattr(verify, "look_at", look_at)
+    good, moved, _ = trio.run(Verifier(live)._look, [MM])  # type: ignore[arg-type]
+    assert (list(good), moved) == (([], {MM: INVALIDATED}) if ours else ([MM], {}))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_an_answer_that_is_acted_on_spoils_a_look(
+    fs: object, monkeypatch: pytest.MonkeyPatch, ours: bool, when: str
+) -> None:
+    """Whether it was given before the first drain, or after, and acted on by the second."""
+    live = Around(fs)
+    ino = live.scene.ino if ours else live.other
+    if when == "before":
+        live.dropped = {ino}
+    live.drains[1] = lambda: live.replies.serials.update({ino} if when == "between" else ())
+    monkeypatch.setattr(verify, "look_at", lambda *_: Look({}, {}, 0))
     good, moved, _ = trio.run(Verifier(live)._look, [MM])  # type: ignore[arg-type]
     assert (list(good), moved) == (([], {MM: INVALIDATED}) if ours else ([MM], {}))

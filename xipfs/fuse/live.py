@@ -19,6 +19,7 @@ from xipfs.accounting.accountant import Accountant
 from xipfs.accounting.causes import EVICT
 from xipfs.accounting.charges import ChargeBatch
 from xipfs.errors import FsError
+from xipfs.fs.types import Attr
 from xipfs.fuse.background import Background
 from xipfs.fuse.commands import Commands
 from xipfs.fuse.control import Command, Json, Question
@@ -29,6 +30,7 @@ from xipfs.fuse.mounts import Mount
 from xipfs.fuse.notify import Notifier, session_fd
 from xipfs.fuse.observing import LiveObserver, NoObserver, TracefsObserver, start_observing
 from xipfs.fuse.recording import RecordedFilesystem, Recorder
+from xipfs.fuse.replies import Replies
 from xipfs.fuse.users import Users
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
@@ -86,6 +88,7 @@ class Live:
         self.profile = None if options.medium is None else load_profile(options.medium)
         self.ram_series = Series(time.time_ns())
         self.users = Users(self.accountant)
+        self.replies = Replies(self.accountant.is_mapped)
         self.deciding = Deciding(fs, options, self.profile)
         self.deciding.note = self.recorder.note
         self.recorder.policy = self.deciding.chosen
@@ -174,6 +177,16 @@ class Live:
         """While somebody reads faults: tell those so far by the names that files have now."""
         if self.fault_log.active:
             await self.drain_settled()
+
+    async def before_attributes(self, tid: int, attr: Attr) -> None:
+        """Note who will have pages dropped because of this answer."""
+        look = self.replies.to_act_on(tid, attr)
+        if look is not None:
+            await trio.to_thread.run_sync(look)
+
+    def emptied(self, ino: int) -> None:
+        """Hear of an O_TRUNC."""
+        self.replies.emptied(ino)
 
     def opened(self, ino: int, pid: int) -> None:
         """Hear of a new handle."""

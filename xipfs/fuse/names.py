@@ -13,6 +13,7 @@ import pyfuse3
 
 from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
+from xipfs.fs.types import Attr
 from xipfs.fuse.control import CONTROL_NAME, ControlTree
 from xipfs.fuse.setid import mode_after_setattr
 from xipfs.fuse.translate import entry_of, handler, no_entry, unanswered
@@ -31,6 +32,14 @@ class RequestHooks(Protocol):
 
     async def before_name_change(self) -> None:
         """Return once the faults so far are told by the names that their files have now."""
+        ...
+
+    async def before_attributes(self, tid: int, attr: Attr) -> None:
+        """Hear that thread ``tid`` is about to be told ``attr``, which it may have to act on."""
+        ...
+
+    def emptied(self, ino: int) -> None:
+        """Hear that the kernel will set the file's size and times by itself."""
         ...
 
     def opened(self, ino: int, pid: int) -> None:
@@ -91,6 +100,7 @@ class NameOperations(pyfuse3.Operations):
                 return no_entry()
             raise
         self.fs.hold(attr.ino)
+        await self.hooks.before_attributes(ctx.pid, attr)
         return entry_of(attr)
 
     @unanswered
@@ -215,7 +225,9 @@ class NameOperations(pyfuse3.Operations):
         """GETATTR."""
         if self.control.owns(inode):
             return self.control.getattr(inode)
-        return entry_of(self.fs.getattr(inode))
+        now = self.fs.getattr(inode)
+        await self.hooks.before_attributes(ctx.pid, now)
+        return entry_of(now)
 
     @handler
     async def setattr(
@@ -240,17 +252,17 @@ class NameOperations(pyfuse3.Operations):
         )
         if not empty or not (fields.update_atime or fields.update_mtime):
             mode = mode_after_setattr(self.fs.getattr(inode), mode, ctx, empty=empty)
-        return entry_of(
-            self.fs.setattr(
-                inode,
-                mode=mode,
-                uid=attr.st_uid if fields.update_uid else None,
-                gid=attr.st_gid if fields.update_gid else None,
-                size_bytes=attr.st_size if fields.update_size else None,
-                atime_ns=attr.st_atime_ns if fields.update_atime else None,
-                mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            )
+        changed = self.fs.setattr(
+            inode,
+            mode=mode,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size_bytes=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
+        await self.hooks.before_attributes(ctx.pid, changed)
+        return entry_of(changed)
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

@@ -62,7 +62,10 @@ class Operations(NameOperations):
         if flags & os.O_TRUNC:
             await self.hooks.before_change(inode, 0)
             mode = mode_after_emptying(self.fs.getattr(inode), ctx)
-            self.fs.setattr(inode, size_bytes=0, mode=mode)
+            await self.hooks.before_attributes(
+                ctx.pid, self.fs.setattr(inode, size_bytes=0, mode=mode)
+            )
+            self.hooks.emptied(inode)
         return await self._open_file(fh, inode, flags, ctx)
 
     async def _open_file(

@@ -5,7 +5,8 @@ after it, and no thread is inside a fault, or a call that changes mappings, at t
 kernel is at work on its page tables, and what it did is known when it returns. (What ended in
 between has made an event, what began later has changed nothing that was read.) A program that never
 stands still for a look is told as unknown, not guessed. So is one whose file is just being
-invalidated. Looks wait for mmap locks: they are taken in a worker thread (see ``trace.pagemap``).
+invalidated, by us or by a thread that acts on an answer of ours (see ``replies``). Looks wait for
+mmap locks: they are taken in a worker thread (see ``trace.pagemap``).
 
 In the background, address spaces in which pages became unknown are looked at in the order in which
 they did, ten a second: the repair queue. And one a second is compared whole, in turn. What that
@@ -40,7 +41,7 @@ _AUDIT_INTERVAL_S: Final = 1.0
 _AUDIT_PAGES_MAX: Final = 4 << 20
 RESTLESS: Final = "its process never stood still"
 BUSY: Final = "its process was inside a fault or a call that changes mappings at each look"
-INVALIDATED: Final = "pages of its files were being invalidated at each look"
+INVALIDATED: Final = "pages of its files were being invalidated or cut off at each look"
 UNTOLD: Final = "in a mapping that made no fault since it was found"
 
 
@@ -76,7 +77,10 @@ class Verifier:
         self, numbers: list[int], *, unknown_only: bool = False
     ) -> tuple[dict[int, Look], dict[int, str], bool]:
         """Return good looks, why there is none of the others that live, and whether none moved."""
-        books = self._books
+        books, replies = self._books, self._live.replies
+        serials = Counter(replies.serials)
+        # What was being dropped until now is dropped before the look, or may be at any time.
+        dropped = await trio.to_thread.run_sync(replies.unfinished)
         await self._live.drain_settled()
         before = Counter(books.kernel.changes)
         wanted = {}
@@ -93,8 +97,9 @@ class Verifier:
 
         looks = await trio.to_thread.run_sync(read)
         # What has ended by now has made its records, and the drain reads them.
-        invalidated = self._live.notifier.in_flight()
+        dropped |= self._live.notifier.in_flight()
         await self._live.drain_settled()
+        dropped |= {ino for ino, serial in replies.serials.items() if serial != serials[ino]}
         still = before == books.kernel.changes
         alive = {number for number in wanted if number in books.kernel.pids}
         changing = self._changing()
@@ -104,7 +109,7 @@ class Verifier:
             look = looks[number]
             if number in changing:
                 moved[number] = BUSY
-            elif books.maps_any(number, invalidated):
+            elif books.maps_any(number, dropped):
                 moved[number] = INVALIDATED
             elif look is None or books.kernel.changes[number] != before[number]:
                 moved[number] = RESTLESS

@@ -20,6 +20,8 @@ _MAPS_RE: Final = re.compile(
     re.MULTILINE,
 )
 
+#: What ``call_of`` returns of a thread that does not wait.
+RUNNING: Final = "running"
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
@@ -129,6 +131,17 @@ def _is_compat(pid: int) -> bool:
     return int.from_bytes(first, "little") >= 1 << 32
 
 
+def call_of(tid: int) -> str:
+    """Return which system call thread ``tid`` waits in, with arguments, stack and return address.
+
+    RUNNING: it runs, or is ready to, so /proc cannot tell; "": it is gone. May block.
+    """
+    try:
+        return (_PROC / str(tid) / "syscall").read_text().strip()
+    except OSError:
+        return ""
+
+
 def in_system_call(tid: int) -> bool | None:
     """Tell whether thread ``tid`` waits inside a system call.
 
@@ -136,13 +149,8 @@ def in_system_call(tid: int) -> bool | None:
     is ready to, so /proc cannot tell user from kernel mode. A thread that is gone is in none: True,
     since whatever it did is over.
     """
-    try:
-        text = (_PROC / str(tid) / "syscall").read_text()
-    except OSError:
-        return True
-    if text.startswith("running"):
-        return None
-    return not text.startswith("-1")
+    call = call_of(tid)
+    return None if call == RUNNING else not call.startswith("-1")
 
 
 def sleeps_lightly(tid: int) -> bool:

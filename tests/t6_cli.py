@@ -358,3 +358,30 @@ def test_a_reader_that_goes_away_is_no_error_to_speak_of(mnt: LiveMount) -> None
     )
     assert done.stdout == '{\n  "schem'
     assert done.stderr == ""
+
+
+@on_a_mount
+@pytest.mark.parametrize("how", ["kill", "abort"])
+def test_who_follows_a_mount_that_dies_is_told_in_a_line(live: Mounts, how: str) -> None:
+    """Killed while it answers, or its connection aborted: no traceback."""
+    mount = live.mount()
+    (mount / "file").write_bytes(bytes(PAGE))
+    mount.migrate("file", "pagecache")
+    follower = subprocess.Popen(
+        [*COMMAND, "events", mount.directory, "--follow"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert follower.stdout is not None
+    assert "1 moved" in follower.stdout.readline()
+    if how == "kill":
+        mount.kill()
+    else:
+        mount.abort()
+    _, said = follower.communicate(timeout=20)
+    assert follower.returncode == 1
+    told = re.fullmatch(
+        r"xipfs events: MNT/.xipfs/control cannot be used: (.*); (.*)\n",
+        said.replace(str(mount.directory), "MNT"),
+    )
+    assert told, said
+    assert told[2] == "see the daemon's log"

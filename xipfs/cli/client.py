@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -37,6 +38,18 @@ def _open(mount: Mount, name: str, flags: int) -> int:
         ) from None
 
 
+@contextlib.contextmanager
+def _talking(mount: Mount, name: str) -> Iterator[None]:
+    """Say what failed if the daemon ends, or ended, at this moment: also an fstat asks it."""
+    try:
+        yield
+    except OSError as error:
+        raise MountError(
+            f"{mount.mountpoint / '.xipfs' / name} cannot be used: {error.strerror}",
+            remedy="see the daemon's log",
+        ) from None
+
+
 def ask(mount: Mount, name: str) -> Json:
     """Return the answer in the control file ``name``, fresh: ``stats.json`` or a question."""
     answer: Json = json.loads(ask_text(mount, name))
@@ -45,27 +58,31 @@ def ask(mount: Mount, name: str) -> Json:
 
 def ask_text(mount: Mount, name: str) -> str:
     """Return the control file ``name`` as it is."""
-    with open(_open(mount, name, os.O_RDONLY), "rb") as file:
-        try:
-            return file.read().decode()
-        except OSError as error:
-            path = mount.mountpoint / ".xipfs" / name
-            raise MountError(
-                f"{path} cannot be read: {error.strerror}", remedy="see the daemon's log"
-            ) from None
+    descriptor = _open(mount, name, os.O_RDONLY)
+    with _talking(mount, name), open(descriptor, "rb") as file:
+        return file.read().decode()
 
 
 def request(mount: Mount, op: str, **arguments: Any) -> Iterator[Json]:
     """Run one request; yields progress objects and, last, the object with the result."""
-    with open(_open(mount, "control", os.O_RDWR), "r+b", buffering=0) as file:
-        file.write(json.dumps({"op": op, **arguments}).encode())
-        pending = b""
-        while chunk := file.read(1 << 16):
+    descriptor, pending = _open(mount, "control", os.O_RDWR), b""
+    try:
+        with _talking(mount, "control"):
+            os.write(descriptor, json.dumps({"op": op, **arguments}).encode())
+        while chunk := _read(mount, descriptor):
             *lines, pending = (pending + chunk).split(b"\n")
             for line in lines:
                 answer: Json = json.loads(line)
                 if "error" in answer:
                     raise RequestError(answer)
                 yield answer
+    finally:
+        with contextlib.suppress(OSError):  # the FLUSH of a dead daemon
+            os.close(descriptor)
     if pending:
         raise MountError(f"the daemon's answer to {op!r} broke off", remedy="see the daemon's log")
+
+
+def _read(mount: Mount, descriptor: int) -> bytes:
+    with _talking(mount, "control"):
+        return os.read(descriptor, 1 << 16)

@@ -1,4 +1,7 @@
-"""``xipfs mount IMAGE DIR``: start the daemon and return once the filesystem is there."""
+"""``xipfs mount IMAGE DIR``: start the daemon and return once the filesystem is there.
+
+As ``mount.fuse.xipfs`` in /sbin it is what mount(8) starts for the type, with words of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from xipfs.errors import EXIT_FAILURE, MountError, UsageError, XipfsError
+from xipfs.cli import run_verb
+from xipfs.errors import EXIT_FAILURE, EXIT_USAGE, MountError, UsageError, XipfsError
 from xipfs.fuse.mounts import FSTYPE, is_dead, mount_at, unmount
 from xipfs.options import HELP, parse_options
+
+#: What mount(8) passes on of an fstab line: options that are its own, and what every FUSE mount is.
+_OF_FSTAB: Final = {"nofail", "_netdev", "user", "users", "owner", "group", "nosuid", "nodev"}
+#: What mount(8) exits with for wrong usage, for an interruption, and for a mount that failed.
+_EXITS: Final = {0: 0, EXIT_USAGE: 1, 130: 8}
+_FAILED: Final = 32
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -142,3 +152,27 @@ def _start_daemon(args: argparse.Namespace) -> int:
     # The daemon outlives us on purpose; say so, or Popen warns that it still runs.
     daemon.returncode = 0
     return 0
+
+
+def mount_main() -> int:
+    """Run as ``mount.fuse.xipfs``: the helper's words and exit codes are those of mount(8)."""
+    parser = argparse.ArgumentParser(
+        prog="mount.fuse.xipfs", description="What mount(8) starts for the type fuse.xipfs."
+    )
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("-o", default="", metavar="OPT,OPT", dest="options")
+    parser.add_argument("-f", action="store_true", dest="fake", help="mount nothing")
+    parser.add_argument("-t", metavar="TYPE", help=argparse.SUPPRESS)
+    for flag in ("-n", "-s", "-v"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    try:
+        args = parser.parse_args()
+        if args.fake:
+            return 0
+        words = [word for word in args.options.split(",") if word not in _OF_FSTAB]
+        place = ["--", args.image, args.directory]
+        code = run_verb("mount", parser.prog, ["-o", ",".join(words), *place])
+    except SystemExit as end:
+        code = EXIT_USAGE if end.code else 0
+    return _EXITS.get(code, _FAILED)

@@ -57,7 +57,7 @@ class Pair:
             self.scenes.append(scene)
         self.alone, self.fast = self.scenes
         self.inos = self.alone.inos
-        self.fast.books._bulk.use(*code)  # type: ignore[arg-type]
+        self.fast.books.bulk.use(*code)  # type: ignore[arg-type]
         self.mapped: dict[tuple[int, int], tuple[int, int, int, bool]] = {}
         self.offsets: dict[tuple[int, int], int] = {}
         self.by_loop = 0

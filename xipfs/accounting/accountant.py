@@ -91,7 +91,7 @@ class Accountant:
         self.mms: dict[int, MmStruct] = {}
         self.kernel = KernelPtes(readahead=readahead)
         self.sparse_pfn = fs.memory.alloc_anon()
-        self._bulk = BulkCharger(self)
+        self.bulk = BulkCharger(self)
         self._handlers: dict[type, Callable[..., Charge | None]] = {
             ev.Map: self._map,
             ev.Unmap: self._unmap,
@@ -135,7 +135,7 @@ class Accountant:
         """``consume`` a step; plain faults many at a time where that pays."""
         if not isinstance(step, FaultBatch):
             return self.consume(step)
-        many = None if self.detailed else self._bulk.charge(step)
+        many = None if self.detailed else self.bulk.charge(step)
         return self.consume(step.expand()) if many is None else many
 
     def check(self) -> str:
@@ -257,7 +257,7 @@ class Accountant:
         self.kernel.zap(event.mm, event.start, event.end)
         self.causes.forget(event.mm, event.start, event.end)
         for vma in mm.overlapping(event.start, event.end):
-            self._bulk.zap(vma, max(vma.start, event.start), min(vma.end, event.end))
+            self.bulk.zap(vma, max(vma.start, event.start), min(vma.end, event.end))
 
     def _doubt(self, event: ev.Doubt) -> None:
         reason = CALLS_UNSEEN if event.calls_unseen else SILENT_CALL

@@ -9,6 +9,7 @@ left to the accountant whole.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -37,6 +38,8 @@ from xipfs.units import PAGE_MASK, PAGE_SHIFT
 if TYPE_CHECKING:
     from xipfs.accounting.accountant import Accountant
 
+log = logging.getLogger(__name__)
+
 #: Fewer faults are charged one by one.
 MIN_FAULTS: Final = 8
 Run = Callable[[loop.Charging], int]
@@ -52,7 +55,7 @@ assert (*_HITS, loop.BY_HAND) == (-4, -3, -2, -1)
 
 
 class BulkCharger:
-    """Charges batches into one accountant's books; compiles its loop when it first has one."""
+    """Charges batches into one accountant's books, by compiled code once that is there."""
 
     def __init__(self, books: Accountant) -> None:
         self._books = books
@@ -76,7 +79,7 @@ class BulkCharger:
         if len(batch) < MIN_FAULTS:
             return None
         if self._run is None:
-            self._start_compiling()
+            self.start_compiling()
             return None
         numbers, process = _numbered(batch.cells[:, cells_of.MM])
         learned = self._learned_of([self._books.mm(number) for number in numbers])
@@ -98,19 +101,23 @@ class BulkCharger:
 
     def wait_until_compiled(self) -> None:
         """Return when batches are charged by compiled code, or never will be."""
-        self._start_compiling()
+        self.start_compiling()
         if self._compiling is not None:
             self._compiling.join()
 
-    def _start_compiling(self) -> None:
+    def start_compiling(self) -> None:
+        """Load the compiled loops in a thread of its own, if that has not begun."""
         if self._compiling is None and numba_is_installed():
             self._compiling = threading.Thread(target=self._compile, daemon=True)
             self._compiling.start()
 
     def _compile(self) -> None:
-        from xipfs.accounting import charge_code
-
-        self.use(charge_code.run, charge_code.zap)
+        try:
+            from xipfs.accounting import charge_code
+        except Exception:
+            log.exception("faults are charged without compiled code")
+        else:
+            self.use(charge_code.run, charge_code.zap)
 
 
 def _numbered(values: Ints) -> tuple[list[int], Ints]:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 from numba.extending import register_jitable
 
 from xipfs.accounting import cached_pages, charge_loop, kernel_states
 from xipfs.memory import frames
 from xipfs.mm import bulk, bulk_loop, bulk_zap, flags, pte, rules
+from xipfs.mm.bulk_learn import Outcomes
+from xipfs.mm.machine import Machine
 from xipfs.trace import fault_batch
 from xipfs.trace.compiled import version_of
 
@@ -72,3 +75,33 @@ def _make_zap(version: int) -> bulk_zap.Run:
 
 
 zap = _make_zap(version_of(bulk_zap, pte, rules, flags, frames))
+
+
+def _warm() -> None:
+    """Call both as ``bulk_charging`` does, for nothing: what is called later is there then."""
+    machine = Machine(frames.PhysicalMemory(ram_pages=1, nvram_pages=1))
+    tables, memory = machine.table_pool.array, machine.memory
+    ints, table = np.zeros(0, np.int64), np.zeros((0, 1), np.int64)
+
+    def charge(world: bulk_loop.World) -> int:
+        charged = (table, ints, ints, table, tables, ints, ints, ints, table, table)
+        return run(charge_loop.Charging(world, *charged, np.zeros(charge_loop.TALLY, np.int64)))
+
+    bulk.lend(
+        machine,
+        Outcomes(1),
+        charge,
+        trace=(np.zeros(0, np.int32), ints, np.zeros(0, np.bool_)),
+        first_row=ints,
+        rows=table,
+        middles=ints,
+        frames=ints,
+        leaves_made=ints,
+        wanted=ints,
+        tally=ints,
+    )
+    counts = (memory.refcount, memory.mapcount, memory.page_flags)
+    zap(table, tables, *counts, 0, machine.zero_pfn)
+
+
+_warm()

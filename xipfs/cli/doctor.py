@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from xipfs.cli import preloading
+from xipfs.cli import compiling, preloading
 from xipfs.cli.bounded import TookTooLongError, within
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError
 from xipfs.fuse.mounts import FSTYPE, is_dead, mounts, unmount
@@ -225,6 +225,7 @@ def _to_do_more() -> list[Need]:
             "as root: mount -t debugfs nodev /sys/kernel/debug (lockdown refuses it)",
         ),
         _package("numba", "0.60", "events are decoded 30 times slower", "xipfs[fast]"),
+        _compiled(),
         _package("pyarrow", "15", "xipfs record, run -o and faults", "xipfs[trace]"),
     ]
 
@@ -250,6 +251,18 @@ def _allow_other() -> Need:
         "allowed" if allowed else f"no user_allow_other in {_FUSE_CONF}",
         "other users cannot be let into a mount that is not root's",
         f"as root: echo user_allow_other >> {_FUSE_CONF}",
+    )
+
+
+def _compiled() -> Need:
+    reason = compiling.why_not()
+    ready = not reason and compiling.is_ready()
+    return Need(
+        "compiled code",
+        ready,
+        "on disk" if ready else reason or "not on disk yet",
+        compiling.WITHOUT if reason else "the next mount compiles it before it serves: some 20 s",
+        "see numba" if reason else f"{sys.executable} -m {compiling.__name__}",
     )
 
 

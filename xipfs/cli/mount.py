@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from xipfs.cli import run_verb
+from xipfs.cli import compiling, run_verb
 from xipfs.errors import EXIT_FAILURE, EXIT_USAGE, MountError, UsageError, XipfsError
 from xipfs.fuse.mounts import FSTYPE, is_dead, mount_at, unmount
 from xipfs.options import HELP, parse_options
@@ -42,12 +42,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Mount; in the background unless ``-f``."""
-    parse_options(args.options)  # refuse a bad option before anything is started
+    options = parse_options(args.options)  # refuse a bad one before anything is started
     _check_directory(args.directory)
     if not args.image.is_file():
         raise UsageError(
             f"{args.image} is not a file", expected="an image", remedy="make one with xipfs mkfs"
         )
+    # Whoever starts us with --ready-fd has done it.
+    if args.ready_fd is None and compiling.is_used(options.observe):
+        compiling.prepare(lambda text: print(f"xipfs mount: {text}", file=sys.stderr, flush=True))
     if args.foreground:
         return _serve(args)
     return _start_daemon(args)

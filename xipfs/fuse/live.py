@@ -108,6 +108,8 @@ class Live:
         """Begin to observe the mount, in the best way left where the options let it be chosen."""
         self.observer, readahead_off = start_observing(self.options, self.observer, mount)
         self.accountant.kernel.readahead = not readahead_off
+        if isinstance(self.observer, TracefsObserver):
+            self.accountant.bulk.start_compiling()
 
     def start(self, nursery: trio.Nursery, mount: Mount) -> None:
         """Begin the background work."""

@@ -1,14 +1,16 @@
 """The compiled twins of ``ring.PlainDecoder`` and ``plain_loop``: when they are made, how called.
 
-Compiling takes seconds the first time and importing numba most of a second every time, which no
-mount should wait for. So ``start_compiling`` does both in a thread of its own, and until that has
-ended the plain decoder works, and the grammar alone.
+Importing numba and loading what it compiled takes most of a second, which no mount should wait for.
+So ``start_compiling`` does both in a thread of its own, and until that has ended the plain decoder
+works, and the grammar alone. Compiling itself takes many seconds: ``cli/compiling.py`` sees to it
+that this is done before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ import numpy.typing as npt
 from xipfs.trace.plain_loop import Plain
 from xipfs.trace.records import COLUMNS
 from xipfs.trace.ring import CHUNK_PAGES, Plan, Rows, sorted_rows
+
+log = logging.getLogger(__name__)
 
 #: A record is at least its header and the common fields: 12 bytes.
 _MIN_RECORD_BYTES: Final = 12
@@ -99,10 +103,13 @@ def start_compiling(
         return None
 
     def prepare() -> None:
-        use_decoder(CompiledDecoder(plan))
-        from xipfs.trace import plain_code
+        try:
+            use_decoder(CompiledDecoder(plan))
+            from xipfs.trace import plain_code
 
-        use_run(plain_code.run)
+            use_run(plain_code.run)
+        except Exception:
+            log.exception("records are decoded without compiled code")
 
     thread = threading.Thread(target=prepare, name="xipfs-trace-compile", daemon=True)
     thread.start()

@@ -31,7 +31,15 @@ def test_the_first_mount_compiles_before_it_serves_and_loses_nothing(
     fill(image, {"x": PageKind.XIP})
     mount = tmp_path / "mnt"
     mount.mkdir()
-    words = ["mount", "-o", "observe=tracefs", "--log", tmp_path / "log", image, mount]
+    words: list[str | Path] = [
+        "mount",
+        "-o",
+        "observe=tracefs",
+        "--log",
+        tmp_path / "log",
+        image,
+        mount,
+    ]
     told = []
     for _ in range(2):
         told.append(xipfs(*words, timeout=400).stderr.splitlines())

@@ -315,6 +315,27 @@ def test_a_dry_policy_counts_what_it_would_move_and_moves_nothing(live: Mounts) 
     lines = xipfs("events", mount.directory).stdout.splitlines()
     assert all(" to pagecache (fifo: first fault): 1 would move" in line for line in lines)
     assert len(lines) == 41
+    # 41 reads of one page; 41 transactions, one for each plan.
+    said = xipfs("stat", mount.directory).stdout
+    written = dry["cost"]["nvram_written_bytes"]
+    spent_ms, saved_ms = dry["cost"]["ns_estimated"] / 1e6, dry["saved"]["ns_estimated"] / 1e6
+    assert (
+        "\npolicy fifo, dry: 41 moves asked for, 0 held back\n"
+        "  would move 41 to pagecache: first fault\n"
+        f"  modelled cost: 167936 bytes read from NVRAM, {written} written\n"
+        "  modelled saving: 0 reads and 0 writes in RAM, 0 bytes\n"
+        f"  on pcm: {spent_ms:.3f} ms spent, {saved_ms:.3f} ms saved\n"
+    ) in said
+    metrics = (mount / ".xipfs" / "metrics").read_text().splitlines()
+    for line in (
+        "xipfs_policy_asked_total 41",
+        "xipfs_policy_planned_total 41",
+        "xipfs_policy_moves_under_way 0",
+        'xipfs_policy_would_move_total{to="pagecache",reason="first fault"} 41',
+        'xipfs_writeback_total{why="background"} 0',
+        "xipfs_nr_dirty 0",
+    ):
+        assert line in metrics
     assert mount.stats()["vmstat"]["pgpromote_success"] == 0
     assert mount.letters("file") == "X" * 41
 
@@ -400,7 +421,7 @@ def test_events_and_statistics_of_moves(live: Mounts) -> None:
     both = dict.fromkeys(("invalidate", "drain", "move", "unmap", "copy", "commit"), 2)
     assert counts == both | {"drop": 1, "invalidate_again": 0}
     follower = subprocess.Popen(
-        [sys.executable, "-m", "xipfs", "events", mount.directory, "--follow"],
+        [sys.executable, "-m", "xipfs", "events", mount.directory, "--follow", "--json"],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -411,4 +432,5 @@ def test_events_and_statistics_of_moves(live: Mounts) -> None:
     follower.terminate()
     assert follower.wait(10) == 130
     follower.stdout.close()
-    assert " pages 9-9 to pagecache (manual): 1 moved, " in said[2]
+    last = json.loads(said[2])
+    assert (last["first"], last["last"], last["to"], last["moved"]) == (9, 9, "pagecache", 1)

@@ -165,6 +165,20 @@ def test_a_wrong_policy_leaves_the_old_one(live: Mounts) -> None:
     assert mount.cat_stats()["migration"]["policy"] == "fifo"
 
 
+def test_a_policy_that_fails_is_off_and_told(live: Mounts, tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(OF_A_DIRECTORY.replace("INO", "1 // 0"))
+    mount = live.mount(None, *REQUESTS, f"policy={file}")
+    mount.expected_log = [f"ERROR policy {file} failed; it is off from now on"]
+    (mount / "a").write_bytes(bytes(11 * PAGE))
+    read(mount, "a")
+    assert mount.cat_stats()["migration"]["policy"] == "off"
+    said = " ".join(xipfs("stat", mount.directory).stdout.split())
+    assert f"policy failed and is off: {file}: ZeroDivisionError('integer division" in said
+    assert mount.letters("a") == "X" * 11
+    assert "moves asked for" not in said
+
+
 def test_a_read_only_mount_only_counts(live: Mounts) -> None:
     mount = live.mount()
     (mount / "file").write_bytes(bytes(11 * PAGE))

@@ -126,6 +126,38 @@ def _migration_lines(migration: Json) -> list[str]:
     return lines
 
 
+def _policy_lines(migration: Json) -> list[str]:
+    """Return which policy acts, and what a dry one would have moved, cost and saved."""
+    if migration["failure"]:
+        told = f"policy failed and is off: {migration['failure']}"
+        # A path in it stays whole, however long the line.
+        return ["", *textwrap.wrap(told, 79, break_long_words=False, break_on_hyphens=False)]
+    if migration["policy"] == "off":
+        return []
+    held_back = sum(migration["held_back"].values())
+    name = Path(migration["policy"]).name + ", dry" * migration["dry"]
+    lines = ["", f"policy {name}: {migration['asked']} moves asked for, {held_back} held back"]
+    for row in migration["would_move"]:
+        lines.append(f"  would move {row['count']} to {row['to']}: {row['reason']}")
+    if (dry := migration["dry_run"]) is None:
+        return lines
+    cost, saved = dry["cost"], dry["saved"]
+    lines.append(
+        f"  modelled cost: {cost['nvram_read_bytes']} bytes read from NVRAM, "
+        f"{cost['nvram_written_bytes']} written"
+    )
+    lines.append(
+        f"  modelled saving: {dry['reads_in_ram']} reads and {dry['writes_in_ram']} writes in RAM, "
+        f"{saved['nvram_written_bytes']} bytes"
+    )
+    if dry["medium"] is not None:
+        lines.append(
+            f"  on {dry['medium']}: {cost['ns_estimated'] / 1e6:.3f} ms spent, "
+            f"{saved['ns_estimated'] / 1e6:.3f} ms saved"
+        )
+    return lines
+
+
 def _row(vmstat: Json, before: Json | None) -> str:
     """Return the counters since ``before``; since the mount on the first line, as vmstat(8)."""
     earlier = before or {}
@@ -193,6 +225,7 @@ def as_text(stats: Json) -> str:
     for name in ("ram_bytes", "nvram_bytes", "memmap_bytes", "memmap_saved_bytes"):
         lines.append(f"{name:22}{memory[name]:14}  ({format_size(memory[name])})")
     lines += _cost_lines(stats["cost"])
+    lines += _policy_lines(stats["migration"])
     lines += _migration_lines(stats["migration"])
     processes = [process for process in stats["processes"] if process["pgfault"]]
     if processes:

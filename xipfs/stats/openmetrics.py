@@ -22,6 +22,7 @@ _COUNTS: Final = {
     "pingpong": "pages moved back within the window",
 }
 _FAULTS: Final = ("pgfault", "pgmajfault", "pgfault_xip", "pgfault_pagecache", "pgfault_cow")
+_WRITEBACK: Final = ("background", "expired", "throttled")
 _COST: Final = {
     "nvram_read_bytes": "bytes read from NVRAM",
     "nvram_written_bytes": "bytes written to NVRAM",
@@ -82,11 +83,19 @@ def openmetrics(stats: Json) -> str:
         "exceptions in work that no request waits for",
         (({"task": task}, count) for task, count in failures),
     )
+    writeback = stats["writeback"]
+    text.gauge("xipfs_nr_dirty", "dirty pages", [({}, writeback["nr_dirty"])])
+    text.counter(
+        "xipfs_writeback",
+        "pages written home by cause",
+        (({"why": why}, writeback[f"{why}_pages"]) for why in _WRITEBACK),
+    )
     for name, value in stats["memory"].items():
         if isinstance(value, int):
             text.gauge(f"xipfs_{name}", f"{name} of the modelled machine", [({}, value)])
     _processes(text, stats["processes"])
     _cost(text, stats["cost"])
+    _policy(text, stats["migration"])
     _migration(text, stats["migration"])
     return "\n".join([*text.lines, "# EOF"]) + "\n"
 
@@ -129,13 +138,37 @@ def _cost(text: _Text, cost: Json) -> None:
     )
 
 
-def _migration(text: _Text, migration: Json) -> None:
+def _policy(text: _Text, migration: Json) -> None:
     text.family(
         "xipfs_policy",
         "info",
         "the policy that acts",
         [_sample("xipfs_policy_info", {"policy": migration["policy"], "dry": migration["dry"]}, 1)],
     )
+    for name, about in (("asked", "asked for by"), ("planned", "let through of")):
+        text.counter(f"xipfs_policy_{name}", f"moves {about} the policy", [({}, migration[name])])
+    text.gauge(
+        "xipfs_policy_moves_under_way",
+        "moves let through and not carried out yet",
+        [({}, migration["moves_under_way"])],
+    )
+    text.counter(
+        "xipfs_policy_would_move",
+        "pages that a dry policy would have moved",
+        (
+            ({"to": line["to"], "reason": line["reason"]}, line["count"])
+            for line in migration["would_move"]
+        ),
+    )
+    held_back = migration["held_back"].items()
+    text.counter(
+        "xipfs_policy_held_back",
+        "moves asked for and not let through",
+        (({"why": why}, count) for why, count in held_back),
+    )
+
+
+def _migration(text: _Text, migration: Json) -> None:
     for table, keys in (
         ("by_cause", ("policy", "reason", "to")),
         ("by_file", ("ino",)),
@@ -163,12 +196,6 @@ def _migration(text: _Text, migration: Json) -> None:
         "xipfs_migration_failed",
         "pages refused for good",
         (({"why": why, "errno": migration["fail_errno"][why]}, count) for why, count in reasons),
-    )
-    held_back = migration["held_back"].items()
-    text.counter(
-        "xipfs_policy_held_back",
-        "moves asked for and not let through",
-        (({"why": why}, count) for why, count in held_back),
     )
     text.family(
         "xipfs_migration_step_ns",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -231,3 +232,28 @@ def test_nothing_is_taken_behind_the_last_page_of_a_full_leaf(volume: Volume) ->
         taken = volume.maps.take(inode, 511, 10)
     assert taken is not None
     assert taken.tolist() == [100 | 1 << 41]
+
+
+def test_a_leaf_is_looked_for_anew_when_leaves_come_and_go(volume: Volume) -> None:
+    inode, body = Inode(INO), volume.maps.raw_home(50)
+    put(volume, inode, 512, body)
+    assert volume.maps.entry(inode, 1024) == 0  # no such leaf, below the same root as later
+    put(volume, inode, 1024, volume.maps.raw_home(51))
+    assert volume.maps.entry(inode, 1024) == volume.maps.raw_home(51)
+    put(volume, inode, 1024, 0)
+    assert volume.maps.entry(inode, 1024) == 0
+
+
+def test_a_leaf_of_an_aborted_transaction_is_not_found(volume: Volume) -> None:
+    inode = Inode(INO)
+    with volume.transaction():
+        homes = [volume.maps.raw_home(volume.allocator.allocate_block()) for _ in range(2)]
+    put(volume, inode, 512, homes[0])
+    with contextlib.suppress(KeyboardInterrupt), volume.transaction():
+        volume.maps.assign_one(inode, 1024, homes[1])
+        assert volume.maps.entry(inode, 1024) == homes[1]
+        raise KeyboardInterrupt
+    with volume.transaction():  # what was the leaf has a file's bytes now
+        for block, count in volume.allocator.allocate(volume.allocator.free_blocks):
+            volume.medium.store(block << 12, b"\xff" * (count << 12))
+    assert volume.maps.entry(inode, 1024) == 0

@@ -198,6 +198,16 @@ def test_pages_moved_one_by_one_or_together_are_the_same(seed: int) -> None:
     assert singly.most_moved(2000) == together.most_moved(2000)
 
 
+def test_a_run_of_more_blocks_than_are_kept_is_entered_before_it_is_forgotten() -> None:
+    pages = PageMoves(SECOND, blocks_max=2)
+    pages.moved(2, range(768), PageKind.PAGECACHE, 1, 0)
+    assert pages.forgotten == 256
+    assert pages.faulted(2, 0, 2) is None
+    assert pages.faulted(2, 256, 2) == 0
+    assert pages.faulted(2, 767, 2) == 0
+    assert [row["promoted"] for row in pages.most_moved(1000)] == [1] * 512
+
+
 def test_a_series_keeps_the_largest_and_grows_coarser() -> None:
     series = Series(start_ns=0)
     for ms, value in ((0, 5), (500, 2), (3000, 1), (3999, 4), (4000, 0)):

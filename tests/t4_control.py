@@ -246,3 +246,43 @@ def test_a_read_only_mount_answers_questions(live: Mounts) -> None:
     mount = live.remount(mount, "ro")
     assert mount.letters("file") == "XXX"
     assert mount.stats()["vmstat"]["nr_xip_pages"] == 3
+
+
+def test_a_brief_move_is_answered_by_its_write(mnt: LiveMount) -> None:
+    (mnt / "brief").write_bytes(bytes(3 * PAGE))
+    ino = os.stat(mnt / "brief").st_ino
+    descriptor = os.open(mnt / ".xipfs" / "control", os.O_RDWR)
+    try:
+        request = {"op": "migrate", "ino": ino, "to": "pagecache", "ranges": [[1, 1]]}
+        for _ in range(2):  # the second finds it moved
+            data = json.dumps(request | {"brief": True}).encode()
+            assert os.write(descriptor, data) == len(data)
+            assert os.read(descriptor, PAGE) == b""
+        assert mnt.letters("brief") == "XPX"
+        os.write(descriptor, json.dumps(request).encode())  # at length, on the same descriptor
+        assert json.loads(os.read(descriptor, PAGE))["result"]["already"] == 1
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        ({"op": "migrate", "ino": 1, "to": "xip"}, errno.EISDIR),
+        ({"op": "migrate", "ino": 1 << 40, "to": "xip"}, errno.ENOENT),
+        ({"op": "migrate", "to": "xip"}, errno.EINVAL),
+        ({"op": "migrate", "ino": 1, "to": "gold"}, errno.EINVAL),
+        ({"op": "events", "follow": True}, errno.EINVAL),
+        ({"op": "no such"}, errno.EINVAL),
+    ],
+)
+def test_a_brief_request_fails_with_an_errno(
+    mnt: LiveMount, request_: dict[str, Any], code: int
+) -> None:
+    descriptor = os.open(mnt / ".xipfs" / "control", os.O_RDWR)
+    try:
+        with pytest.raises(OSError, check=lambda error: error.errno == code):
+            os.write(descriptor, json.dumps(request_ | {"brief": True}).encode())
+        assert os.read(descriptor, PAGE) == b""
+    finally:
+        os.close(descriptor)

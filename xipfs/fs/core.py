@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from xipfs.clock import Clock
 from xipfs.errors import FsError
@@ -48,12 +48,10 @@ class Core:
         if self.read_only:
             raise FsError(errno.EROFS)
 
-    @contextmanager
-    def change(self) -> Iterator[None]:
+    def change(self) -> AbstractContextManager[None]:
         """One operation's changes: all durable at the end, or none."""
         self.check_writable()
-        with self.volume.transaction():
-            yield
+        return self.volume.transaction()
 
     def inode(self, ino: int) -> Inode:
         """Return the inode, in use; raise FsError(ENOENT)."""

@@ -101,7 +101,8 @@ class FramesByPage:
         """Note that the page has no frame any more."""
         slot = self._slots[ino][index >> _SHIFT]
         self._fast[slot << _SHIFT | index & _MASK] = 0
-        self._free_empty(ino, [index >> _SHIFT])
+        if not self._table[slot].any():
+            self._free_empty(ino, [index >> _SHIFT])
 
     def take_out_run(self, ino: int, pages: Numbers) -> None:
         """``take_out`` for ``pages``, at least one, which ascend."""

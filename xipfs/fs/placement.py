@@ -52,11 +52,13 @@ class Placement:
                 yield range(pages.start, end)
             return
         pending = range(0)
-        for start, bodies in self._core.volume.maps.leaves(inode, pages.start):
+        for start, filled in self._core.volume.maps.used(inode, pages.start):
             if start >= end:
                 break
-            used = np.flatnonzero(bodies[: end - start])
-            cuts = [0, *(np.flatnonzero(np.diff(used) != 1) + 1).tolist(), used.size]
+            used = np.flatnonzero(filled[: end - start])
+            cuts = [0, used.size]
+            if used.size and used[-1] - used[0] >= used.size:
+                cuts[1:1] = (np.flatnonzero(np.diff(used) != 1) + 1).tolist()
             for begin, stop in pairwise(cuts) if used.size else ():
                 run = range(start + int(used[begin]), start + int(used[stop - 1]) + 1)
                 if pending and pending.stop == run.start:

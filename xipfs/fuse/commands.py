@@ -78,40 +78,36 @@ class Commands:
         yield {"result": self._live.deciding.describe()}
 
     async def _migrate(self, request: Json) -> AsyncGenerator[Json, None]:
-        """Move pages; damage that is met ends all changes, as in a request handler."""
-        try:
-            async with aclosing(self._move_files(request)) as answers:
-                async for answer in answers:
-                    yield answer
-        except ImageError as error:
-            tell_damage(self._live.fs, error)
-            raise
+        """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such).
 
-    async def _move_files(self, request: Json) -> AsyncGenerator[Json, None]:
-        """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such)."""
+        Damage that is met ends all changes, as in a request handler.
+        """
         to = KINDS.get(request["to"])
         if to is None:
             raise UsageError(f"kind {request['to']!r}", expected=" or ".join(KINDS))
         if self._live.fs.read_only and not request.get("dry_run"):
             raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
-        files = request.get("files", [request])
-        batch = [(int(file["ino"]), self._runs_to_move(file)) for file in files]
-        if request.get("dry_run"):
-            await self._live.drain_settled()
-            yield {"result": would_migrate(self._live, batch, to)}
-            return
-        jobs = [Job(ino, run, to, MANUAL) for ino, to_move in batch for run in to_move]
-        total = sum(len(job.pages) for job in jobs)
-        done, sums = 0, {ino: Tally() for ino, _ in batch}
-        told_s = trio.current_time()
-        async with aclosing(self._live.migrator.migrate(jobs)) as chunks:
-            async for job, pages, tally in chunks:
-                done += pages
-                sums[job.ino] += tally
-                now_s = trio.current_time()
-                if done < total and now_s - told_s >= _PROGRESS_INTERVAL_S:
-                    told_s = now_s
-                    yield {"progress": {"pages_done": done, "pages_total": total}}
+        try:
+            files = request.get("files", [request])
+            batch = [(int(file["ino"]), self._runs_to_move(file)) for file in files]
+            if request.get("dry_run"):
+                await self._live.drain_settled()
+                yield {"result": would_migrate(self._live, batch, to)}
+                return
+            jobs = [Job(ino, run, to, MANUAL) for ino, to_move in batch for run in to_move]
+            total = sum(len(job.pages) for job in jobs)
+            done, sums = 0, {ino: Tally() for ino, _ in batch}
+            told_s = trio.current_time()
+            async with aclosing(self._live.migrator.migrate(jobs)) as chunks:
+                async for job, pages, tally in chunks:
+                    done += pages
+                    sums[job.ino] += tally
+                    if done < total and trio.current_time() - told_s >= _PROGRESS_INTERVAL_S:
+                        told_s = trio.current_time()
+                        yield {"progress": {"pages_done": done, "pages_total": total}}
+        except ImageError as error:
+            tell_damage(self._live.fs, error)
+            raise
         result = sum(sums.values(), Tally()).describe()
         if "files" in request:
             result["files"] = [{"ino": ino, **each.describe()} for ino, each in sums.items()]

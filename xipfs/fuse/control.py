@@ -9,7 +9,10 @@ the kernel caches nothing of them:
   their name, answered the same way (and so on a read-only mount too).
 - ``control``, for what changes something: write one JSON object ``{"op": NAME, ...}``, then read
   JSON lines until the end of file; the last has ``"result"`` or ``"error"``, those before it
-  ``"progress"``. When the last was read, another request may be written.
+  ``"progress"``. When the last was read, another request may be written. A ``migrate`` with
+  ``"brief": true`` is answered by the write itself: it returns when the pages have moved, fails
+  with the errno of those that were refused (as ``failed_errno`` tells it) or of the whole request,
+  and leaves nothing to read. For the move of one page that saves one of two trips to the daemon.
 
 Files instead of a socket: whoever can see the mount can reach them, from any mount namespace, and
 permissions are the kernel's (owner only). The write returns with the first answer; what is left of
@@ -85,11 +88,13 @@ class Conversation:
         self._running = False
         self._answers: deque[bytes] = deque()
         self._scope = trio.CancelScope()
-        # Set when an answer came, was taken, or the request is over; a new one stands in each time.
-        self._changed = trio.Event()
+        # Set when an answer came, was taken, or the request is over; there while somebody waits.
+        self._changed: trio.Event | None = None
 
     async def write(self, data: bytes) -> int:
         """Start a request, return with its first answer; refused until the last one was read.
+
+        A brief request is over by then, and leaves none to read.
 
         Most requests have one answer. Waited for here instead of in the READ that follows, a move
         of one page takes a tenth less time: no task, and no READ to be served meanwhile.
@@ -99,20 +104,44 @@ class Conversation:
         if len(data) >= MAX_REQUEST_BYTES:
             raise FsError(errno.E2BIG)
         self._running = True
-        answers = self._answer(data)
+        brief = False
+        try:
+            request = json.loads(data)
+            brief = isinstance(request, dict) and bool(request.get("brief"))
+            answers = self._answers_to(request)
+        except Exception as error:
+            answers = _refused(error)
+        if brief:
+            await self._carry_out(answers)
+            return len(data)
         await self._take(answers)
         if self._running:
             self._scope = trio.CancelScope()
             self._nursery.start_soon(self._take_others, answers)
         return len(data)
 
+    async def _carry_out(self, answers: AsyncGenerator[Json, None]) -> None:
+        """Take all answers; raise FsError with the errno that the last one tells of."""
+        try:
+            async with aclosing(answers):
+                last: Json = {}
+                while "error" not in last and (answer := await _next(answers)) is not None:
+                    last = answer
+        finally:
+            self._running = False
+            self._change()
+        if "error" in last:
+            raise FsError(last["errno"], last["error"])
+        for name in last.get("result", {}).get("failed_errno", {}).values():
+            raise FsError(getattr(errno, name))
+
     async def _take(self, answers: AsyncGenerator[Json, None]) -> None:
         """Queue the next answer; with the last one the next request may come."""
         more = False
         try:
-            answer = await anext(answers, None)
+            answer = await _next(answers)
             if answer is not None:
-                self._answers.append(json.dumps(answer).encode() + b"\n")
+                self._answers.append(_encoded(answer))
                 more = not ("result" in answer or "error" in answer)
         finally:
             self._running = more
@@ -126,7 +155,7 @@ class Conversation:
                 async with aclosing(answers):
                     while self._running:
                         while len(self._answers) >= _ANSWERS_WAITING_MAX:
-                            await self._changed.wait()
+                            await self._change_to_come()
                         await self._take(answers)
         except Exception:
             # This task runs beside the mount's own; what left it would end them all.
@@ -136,32 +165,30 @@ class Conversation:
             self._change()
 
     def _change(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
-    async def _answer(self, data: bytes) -> AsyncGenerator[Json, None]:
-        try:
-            request = json.loads(data)
-            if not isinstance(request, dict) or request.get("op") not in self._commands:
-                raise UsageError(
-                    "the control file got a request it does not know",
-                    expected='{"op": NAME}, NAME one of ' + ", ".join(sorted(self._commands)),
-                )
-            async with aclosing(self._commands[request["op"]](request)) as answers:
-                async for answer in answers:
-                    yield answer
-        except XipfsError as error:
-            yield {"error": str(error), "errno": error.errno, "exit_code": error.exit_code}
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            yield {"error": f"malformed request: {error!r}", "errno": errno.EINVAL, "exit_code": 2}
-        except Exception as error:
-            log.exception("control request failed")
-            yield {"error": f"internal error: {error!r}", "errno": errno.EIO, "exit_code": 1}
+    async def _change_to_come(self) -> None:
+        if self._changed is None:
+            self._changed = trio.Event()
+        await self._changed.wait()
+
+    def _answers_to(self, request: object) -> AsyncGenerator[Json, None]:
+        """Return the answers of the command that ``request`` asks for."""
+        if not isinstance(request, dict) or request.get("op") not in self._commands:
+            raise UsageError(
+                "the control file got a request it does not know",
+                expected='{"op": NAME}, NAME one of ' + ", ".join(sorted(self._commands)),
+            )
+        if request.get("brief") and request["op"] != "migrate":
+            raise UsageError(f"a brief {request['op']}", expected="a brief migrate only")
+        return self._commands[request["op"]](request)
 
     async def read(self, offset: int, size: int) -> bytes:
         """Return the next answers; empty at their end."""
         while not self._answers and self._running:
-            await self._changed.wait()
+            await self._change_to_come()
         if not self._answers:
             return b""
         data = self._answers.popleft()
@@ -173,6 +200,32 @@ class Conversation:
     def close(self) -> None:
         """Stop a request whose client went away."""
         self._scope.cancel()
+
+
+async def _refused(error: Exception) -> AsyncGenerator[Json, None]:
+    yield _refusal(error)
+
+
+async def _next(answers: AsyncGenerator[Json, None]) -> Json | None:
+    """Return the next answer, which tells of the error that comes in its place; None at the end."""
+    try:
+        return await anext(answers, None)
+    except Exception as error:
+        return _refusal(error)
+
+
+def _refusal(error: Exception) -> Json:
+    """Return what is answered where a request fails."""
+    if isinstance(error, XipfsError):
+        return {"error": str(error), "errno": error.errno, "exit_code": error.exit_code}
+    if isinstance(error, ValueError | KeyError | TypeError | OverflowError | RecursionError):
+        return {"error": f"malformed request: {error!r}", "errno": errno.EINVAL, "exit_code": 2}
+    log.error("control request failed", exc_info=error)
+    return {"error": f"internal error: {error!r}", "errno": errno.EIO, "exit_code": 1}
+
+
+def _encoded(answer: Json) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
 
 
 ControlHandle = Snapshot | Conversation

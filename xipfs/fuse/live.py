@@ -34,7 +34,7 @@ from xipfs.fuse.replies import Replies
 from xipfs.fuse.users import Users
 from xipfs.fuse.verifying import Verifier
 from xipfs.fuse.views import file_pages, live_snapshot
-from xipfs.fuse.worker import Worker, turn
+from xipfs.fuse.worker import Turn, Worker
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, runs
@@ -93,7 +93,7 @@ class Live:
         self.deciding.note = self.recorder.note
         self.recorder.policy = self.deciding.chosen
         # One drain at a time, or batches would be consumed out of order.
-        self._draining = trio.Lock()
+        self._draining = Turn()
         self._drainer = Worker("xipfs-drain")
         self._evicted: list[tuple[int, int]] = []
         self._eviction = trio.Event()
@@ -247,7 +247,7 @@ class Live:
         A defect here must not end the mount: it is logged, observing stops, and every snapshot
         says so from then on.
         """
-        async with turn(self._draining):
+        async with self._draining:
             try:
                 observer, until_ns = self.observer, time.monotonic_ns()
                 count, whole = 0, False
@@ -283,7 +283,7 @@ class Live:
 
     async def drain_for_move(self) -> int:
         """Do as ``drain_settled``; where nothing happened that takes no thread."""
-        if not self._draining.locked() and self.observer.quiet():
+        if not self._draining.taken() and self.observer.quiet():
             return 0
         return await self.drain_settled()
 

@@ -14,7 +14,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -48,18 +48,25 @@ class _Call(Generic[T]):
         self.finished.release()
 
 
-@contextlib.asynccontextmanager
-async def turn(lock: trio.Lock) -> AsyncIterator[None]:
-    """Hold ``lock``. Where it is free that costs no turn of the loop, as ``async with`` does."""
-    await trio.lowlevel.checkpoint_if_cancelled()
-    try:
-        lock.acquire_nowait()
-    except trio.WouldBlock:
-        await lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+class Turn:
+    """A lock. Where it is free, ``async with`` costs no turn of the loop, as trio's own does."""
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+
+    def taken(self) -> bool:
+        """Return whether somebody holds it."""
+        return self._lock.locked()
+
+    async def __aenter__(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class Worker:
@@ -68,7 +75,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
         self._done_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._turn = trio.Lock()
+        self._turn = Turn()
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -77,7 +84,7 @@ class Worker:
         A call that has begun is waited for, also by a task that was cancelled meanwhile. No
         checkpoint: who calls many times in a row lets others run in between.
         """
-        async with turn(self._turn):
+        async with self._turn:
             call = _Call(function, arguments)
             call.finished.acquire()
             self._calls.put(call)

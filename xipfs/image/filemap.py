@@ -68,6 +68,13 @@ class FileMap:
         self._owners = allocator.owners
         self._data_start = superblock.data_start
         self._data_end = superblock.data_end
+        #: The leaf that was looked for last: inode, root and number; its block.
+        self._walked: tuple[int, int, int] | None = None
+        self._walked_to = 0
+
+    def forget(self) -> None:
+        """Drop what may be true no more: nodes came or went, or a transaction was aborted."""
+        self._walked = None
 
     @staticmethod
     def raw_home(block: int, *, pagecache: bool = False) -> int:
@@ -168,19 +175,29 @@ class FileMap:
 
         Parts without a page are left out, and so is everything the tree has no node for.
         """
+        for start, words, leaf in self._leaf_words(inode, first):
+            if leaf == 0:
+                self._open(inode, 0, inode.root, _root_offset(inode))
+                yield start, words & np.uint64(layout.ENTRY_BODY_MASK)
+            elif (bodies := self._open_pages(inode, start, words, [leaf])).any():
+                yield start, bodies
+
+    def used(self, inode: Inode, first: int) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+        """Yield what ``leaves`` would as (first page, which are no holes), nothing checked."""
+        for start, words, _ in self._leaf_words(inode, first):
+            yield start, words != 0
+
+    def _leaf_words(self, inode: Inode, first: int) -> Iterator[tuple[int, Entries, int]]:
+        """Yield (first page, sealed entries, block) of each part of a leaf; the inode's own: 0."""
         if inode.height == 0:
-            body = self._open(inode, 0, inode.root, _root_offset(inode))
-            if body and first == 0:
-                yield 0, np.array([body], np.uint64)
+            if inode.root and first == 0:
+                yield 0, np.array([inode.root], np.uint64), 0
             return
         root = self._root_node(inode)
         for number, leaf in self._leaf_blocks(inode, root, inode.height, 0, first >> _SHIFT):
             start = max(number << _SHIFT, first)
             slot = start & _SLOT_MASK
-            words = self._words(leaf, slot, layout.FANOUT - slot)
-            bodies = self._open_pages(inode, start, words, [leaf])
-            if bodies.any():
-                yield start, bodies
+            yield start, self._words(leaf, slot, layout.FANOUT - slot), leaf
 
     def _leaf_blocks(
         self, inode: Inode, node: int, level: int, position: int, first: int
@@ -276,15 +293,20 @@ class FileMap:
 
     def _leaf(self, inode: Inode, number: int) -> int:
         """Return the block of leaf ``number``, 0 if the tree has none."""
+        wanted = (inode.ino, inode.root, number)
+        if wanted == self._walked:
+            return self._walked_to
         level = inode.height
         node = self._root_node(inode)
         while level > 1 and node:
             level -= 1
             position = number >> (_SHIFT * (level - 1))
             node = self._child(inode, level + 1, position >> _SHIFT, node, position & _SLOT_MASK)
+        self._walked, self._walked_to = wanted, node
         return node
 
     def _new_node(self, inode: Inode) -> int:
+        self.forget()
         block = self._allocator.allocate_block()
         self._metadata.fresh(block)
         self._owners.meet(inode.ino, block)
@@ -292,6 +314,7 @@ class FileMap:
         return block
 
     def _drop_node(self, inode: Inode, block: int) -> None:
+        self.forget()
         self._allocator.free([block])
         inode.blocks -= 1
 

@@ -9,7 +9,6 @@ doubly linked list: after a crash it says what is left to free.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import Final
 
 from xipfs.errors import FsError, ImageError
@@ -21,12 +20,6 @@ from xipfs.image.metadata import Metadata
 from xipfs.image.record import Inode, pack_inode, unpack_inode
 
 _TABLE_OFFSET: Final = (layout.STATE_BLOCK << layout.BLOCK_SHIFT) + layout.TABLE_INODE_OFFSET
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    block: int
-    offset: int
 
 
 class Inodes:
@@ -62,8 +55,8 @@ class Inodes:
         """Return inode ``ino``'s record, in use or free."""
         if not layout.ROOT_INO <= ino < self._counters.inode_limit:
             raise FsError(errno.ENOENT, f"there is no inode {ino}")
-        place = self._place(ino)
-        return unpack_inode(ino, self._metadata.block(place.block), place.block, place.offset)
+        block, offset = self._place(ino)
+        return unpack_inode(ino, self._metadata.block(block), block, offset)
 
     def listed(self, title: str, ino: int) -> Inode:
         """Return the record of an inode that the free or the orphan list leads to."""
@@ -74,13 +67,13 @@ class Inodes:
     def put(self, inode: Inode) -> None:
         """Stage ``inode``'s record in the open transaction."""
         if inode.ino == layout.TABLE_INO:
-            place = _Place(layout.STATE_BLOCK, layout.TABLE_INODE_OFFSET)
+            block, offset = layout.STATE_BLOCK, layout.TABLE_INODE_OFFSET
         else:
-            place = self._place(inode.ino)
+            block, offset = self._place(inode.ino)
         record = pack_inode(inode)
         # Line by line: most changes (times, size) leave the second line as it was.
-        self._metadata.write(place.block, place.offset, record[:64])
-        self._metadata.write(place.block, place.offset + 64, record[64:])
+        self._metadata.write(block, offset, record[:64])
+        self._metadata.write(block, offset + 64, record[64:])
 
     def create(self) -> Inode:
         """Take a free inode (its fields zero but number and generation); grow the table if none.
@@ -157,8 +150,9 @@ class Inodes:
         table.size_bytes += layout.BLOCK_SIZE
         self.put(table)
 
-    def _place(self, ino: int) -> _Place:
-        page, slot = divmod(ino, layout.INODES_PER_BLOCK)
+    def _place(self, ino: int) -> tuple[int, int]:
+        """Return the block that the inode's record lies in, and where in it."""
+        page, slot = ino // layout.INODES_PER_BLOCK, ino % layout.INODES_PER_BLOCK
         block = self._table.get(page)
         if block is None:
             entry = self._maps.entry(self.table(), page)
@@ -169,7 +163,7 @@ class Inodes:
                     remedy="run fsck.xipfs",
                 )
             block = self._table[page] = entry & layout.ENTRY_BLOCK_MASK
-        return _Place(block, slot * layout.INODE_SIZE)
+        return block, slot * layout.INODE_SIZE
 
 
 def _misled(title: str, ino: int) -> ImageError:

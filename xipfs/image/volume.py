@@ -69,6 +69,7 @@ class Volume:
             self._metadata.abort()
             self.allocator.forget()
             self.inodes.forget()
+            self.maps.forget()
             self.counters.reload(self._metadata.block(layout.STATE_BLOCK))
             raise
 

@@ -81,14 +81,29 @@ class PageMoves:
         for number in blocks:
             if (ino, number) in self._slots:
                 self._slots.move_to_end((ino, number))
+        if run:
+            yield from self._run_in_blocks(ino, pages[0], pages[-1])
+            return
         for number in blocks:
             place = self._slot((ino, number)) << _BLOCK_SHIFT
-            if run:
-                first, last = max(pages[0] - (number << _BLOCK_SHIFT), 0), pages[-1]
-                stop = min(last + 1 - (number << _BLOCK_SHIFT), _BLOCK)
-                yield slice(place + first, place + stop)
-            else:
-                yield place + (indexes[numbers == number] & _BLOCK - 1)
+            yield place + (indexes[numbers == number] & _BLOCK - 1)
+
+    def _run_in_blocks(self, ino: int, first: int, last: int) -> Iterator[slice]:
+        """Yield the places of a run of pages; blocks whose slots lie together at once."""
+        start = stop = 0
+        for number in range(first >> _BLOCK_SHIFT, (last >> _BLOCK_SHIFT) + 1):
+            block = ino, number
+            if start < stop and len(self._slots) == self._blocks_max and block not in self._slots:
+                yield slice(start, stop)  # before the next block takes a slot away
+                start = stop
+            base = (self._slot(block) - number) << _BLOCK_SHIFT
+            low = base + max(first, number << _BLOCK_SHIFT)
+            if low != stop:
+                if start < stop:
+                    yield slice(start, stop)
+                start = low
+            stop = base + min(last, number << _BLOCK_SHIFT | _BLOCK - 1) + 1
+        yield slice(start, stop)
 
     def moved(self, ino: int, pages: Sequence[int], to: PageKind, now_ns: int, cause: int) -> int:
         """Enter pages that moved just now; return how many of them were ping-pong.

@@ -12,6 +12,7 @@ import pytest
 from xipfs.trace import records
 from xipfs.trace.events import (
     CROSSED,
+    FOREIGN,
     GUP,
     MAJOR,
     MINOR,
@@ -760,12 +761,11 @@ Change = Callable[[Script], None]
         (lambda s: s.call("mremap", BASE + PAGE, 2 * PAGE, 2 * PAGE, 5, result=0x900000),
          [Move(5000, 1, BASE + PAGE, BASE + 3 * PAGE, 0x900000, 0x902000, True)]),
         (lambda s: s.call("mremap", BASE, 32 * PAGE, 40 * PAGE, 0, result=-12), []),
-        (lambda s: s.call("process_madvise", 4), []),
     ],
     ids=[
         "munmap", "munmap fails", "munmap elsewhere", "mmap over", "mprotect", "dontneed",
         "dontneed over a hole", "dontneed fails", "random", "move", "grow", "shrink", "dontunmap",
-        "mremap fails", "process_madvise",
+        "mremap fails",
     ],
 )  # fmt: skip
 def test_what_a_call_does_to_a_mapping(
@@ -789,15 +789,13 @@ def test_faults_after_a_move_lie_at_the_new_place(script: Script) -> None:
 
 def test_what_is_not_followed_is_named(script: Script) -> None:
     touched(script, 0)
-    script.call("process_madvise", 21)
-    script.call("remap_file_pages", BASE, PAGE)
+    script.call("remap_file_pages", BASE + 8 * PAGE, PAGE)
     script.call("madvise", BASE, PAGE, 21)
     script.call("madvise", BASE, PAGE, 77)
     script.call("mprotect", BASE, PAGE, 1, result=-13)
     script.leave("munmap")
     script.end()
     assert dict(script.unfollowed) == {
-        "process_madvise": 1,
         "remap_file_pages": 1,
         "MADV_PAGEOUT": 1,
         "madvise advice 77": 1,
@@ -818,7 +816,7 @@ def test_what_is_not_followed_is_named(script: Script) -> None:
         # It may move to anywhere; these name no range at all.
         ("mremap", (BASE - PAGE, PAGE, PAGE, 3), True),
         ("mlockall", (), True),
-        ("process_madvise", (21,), True),
+        ("remap_file_pages", (BASE, PAGE), True),
     ],
 )
 def test_a_call_over_what_was_told_is_a_change_until_it_returns(
@@ -1037,6 +1035,45 @@ def test_a_call_without_events_is_read_from_proc(script: Script) -> None:
     events = told + script.end()
     assert only(events, Unmap) == [Unmap(5000, 1, BASE + 4 * PAGE, BASE + 12 * PAGE)]
     assert script.unfollowed == {"mapping changed by a call that is not seen": 1}
+
+
+def test_remap_file_pages_is_read_from_proc(script: Script) -> None:
+    """Page 4 shows page 20 of the file from then on; what it populated was told of nowhere."""
+    touched(script, 0)
+    told = script.events()
+    at = BASE + 4 * PAGE
+    script.maps[PID] = [
+        MapsLine(BASE, at, 3, True, 0, FILE),
+        MapsLine(at, at + PAGE, 3, True, 20, FILE),
+        MapsLine(at + PAGE, BASE + 32 * PAGE, 3, True, 5, FILE),
+    ]
+    script.call("remap_file_pages", at, PAGE)
+    script.pf(at)
+    script.fault(20)
+    events = told + script.end()
+    assert only(events, Unmap) == [Unmap(5000, 1, at, at + PAGE)]
+    *_, last = only(events, Map)
+    assert isinstance(last, Map)
+    assert (last.start, last.end, last.pgoff, last.fresh) == (at, at + PAGE, 20, False)
+    assert script.unfollowed == {"remap_file_pages": 1}
+
+
+@pytest.mark.parametrize("target", [PID, 0])
+def test_memory_that_others_get_at_is_in_doubt_and_changing_until_they_have_done(
+    script: Script, target: int
+) -> None:
+    """0: the target of a process_madvise, which anybody's may be."""
+    touched(script, 0)
+    script.events()
+    script.settle(True)
+    script.events()
+    script.row(records.FOREIGN_ENTER, 500, target)
+    clouds = only(script.events(), Cloud)
+    assert script.grammar.changing() == frozenset({1})
+    script.row(records.FOREIGN_EXIT, 500, 0)
+    clouds += only(script.events(), Cloud)
+    assert clouds == [Cloud(4000, 1, FOREIGN), Cloud(5000, 1, FOREIGN)]
+    assert script.grammar.changing() == frozenset()
 
 
 def test_after_a_loss_mappings_are_what_proc_says(script: Script) -> None:

@@ -24,7 +24,7 @@ REASONS: Final = (
     "forked from a mapping that may or may not have had copies",
     "records were lost",
     "private copies made by get_user_pages (O_DIRECT), of which no record tells",
-    "another process read or wrote its memory (ptrace, process_vm_readv)",
+    "its memory was read, written or advised (ptrace, process_vm_readv, process_madvise)",
     "memory was reclaimed",
     "get_user_pages of a page that is mapped more than once",
     "taken away beside a fault that was, or was not, over",

@@ -52,7 +52,7 @@ class Grammar:
         self._unfollowed = processes.unfollowed
         self._calls = SystemCalls(processes)
         self._adoptions = adoptions
-        #: Threads inside a call on another process's memory, and whose.
+        #: Threads inside a call on another process's memory, and whose; 0: anybody's.
         self._foreign: dict[int, int] = {}
         #: (time, first page, page after) of what left the page cache since ``settle``, by inode.
         self._deleted: dict[int, list[tuple[int, int, int]]] = {}
@@ -153,7 +153,13 @@ class Grammar:
 
     def changing(self) -> frozenset[int]:
         """Return the address spaces that a thread is changing now, in a system call or a fault."""
-        return frozenset(
+        foreign = {
+            space.id
+            for pid in set(self._foreign.values())
+            for space in self._spaces_of(pid)
+            if space.told
+        }
+        return frozenset(foreign).union(
             thread.space.id
             for thread in self._threads.values()
             if _is_untold(thread) or self._calls.is_changing(thread)
@@ -211,14 +217,18 @@ class Grammar:
             raise AssertionError(f"row of unknown kind {kind}")
 
     def _cloud(self, time_ns: int, pid: int) -> None:
-        """Another process gets at the memory of thread ``pid``."""
+        """Another process gets at the memory of thread ``pid``; 0: of whom is not known."""
+        for space in self._spaces_of(pid):
+            for vma in space.vmas:
+                vma.fresh = False
+            if space.told:
+                self._emit(time_ns, events.Cloud(time_ns, space.id, events.FOREIGN))
+
+    def _spaces_of(self, pid: int) -> Iterable[Space]:
+        if pid == 0:
+            return {thread.space.id: thread.space for thread in self._threads.values()}.values()
         thread = self._threads.get(pid)
-        if thread is None:
-            return
-        for vma in thread.space.vmas:
-            vma.fresh = False
-        if thread.space.told:
-            self._emit(time_ns, events.Cloud(time_ns, thread.space.id, events.FOREIGN))
+        return () if thread is None else (thread.space,)
 
     def _rss_anon(self, thread: Thread, row: Row) -> None:
         """The anonymous Rss changed: by the open fault, a call that was seen, or else by a copy."""

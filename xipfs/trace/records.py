@@ -52,7 +52,6 @@ SYSTEM_CALLS: Final = (
     "mprotect",
     "pkey_mprotect",
     "madvise",
-    "process_madvise",
     "remap_file_pages",
     "mlock",
     "mlock2",
@@ -91,7 +90,6 @@ _CALL_FIELDS: Final = {
     "mprotect": ("start", "len", "prot"),
     "pkey_mprotect": ("start", "len", "prot"),
     "madvise": ("start", "len_in", "behavior"),
-    "process_madvise": ("behavior",),
     "remap_file_pages": ("start", "size"),
     "mlock": ("start", "len"),
     "mlock2": ("start", "len"),
@@ -130,8 +128,29 @@ def _system_calls() -> tuple[Tracepoint, ...]:
 
 
 def _foreign_access() -> tuple[Tracepoint, ...]:
-    """Return the calls that read or write another process's memory, faulting pages in for it."""
-    points = []
+    """Return the calls that change page tables of another process, or fault pages in for it.
+
+    Their argument is that process, or 0: whose a pidfd is no record tells.
+    """
+    # COLD and WILLNEED change no PTE.
+    serves = "what process_madvise does to mappings"
+    points = [
+        Tracepoint(
+            "syscalls/sys_enter_process_madvise",
+            FOREIGN_ENTER,
+            (),
+            by_anybody=True,
+            filter="behavior!=20&&behavior!=3",
+            serves=serves,
+        ),
+        Tracepoint(
+            "syscalls/sys_exit_process_madvise",
+            FOREIGN_EXIT,
+            ("ret",),
+            by_anybody=True,
+            serves=serves,
+        ),
+    ]
     serves = "pages that debuggers map or copy in other processes"
     # PEEKTEXT, PEEKDATA, POKETEXT, POKEDATA.
     requests = "request==1||request==2||request==4||request==5"

@@ -73,7 +73,6 @@ class SystemCalls:
                 "mlockall": self._mlockall,
                 "munlock": self._munlock,
                 "munlockall": self._munlockall,
-                "process_madvise": self._process_madvise,
                 "remap_file_pages": self._remap_file_pages,
             }.items()
         }
@@ -391,10 +390,11 @@ class SystemCalls:
                 self._output.emit(time_ns, events.Zap(time_ns, space.id, first, stop))
                 self._processes.zapped(space, first, stop)
 
-    def _process_madvise(self, _time_ns: int, _thread: Thread, result: int) -> None:
-        if result < _ERROR_MIN:
-            self._unfollowed["process_madvise"] += 1
-
-    def _remap_file_pages(self, _time_ns: int, _thread: Thread, result: int) -> None:
+    def _remap_file_pages(self, time_ns: int, thread: Thread, result: int) -> None:
+        start, size = thread.call_args[:2]
         if result == 0:
             self._unfollowed["remap_file_pages"] += 1
+            self.remove(time_ns, thread.space, start & PAGE_MASK, (start & PAGE_MASK) + size)
+            self.resynchronise(time_ns, thread.space)
+            for vma in [v for v in thread.space.vmas.meeting(start, start + size) if v.ino]:
+                self._processes.tell(time_ns, thread.space, vma)  # it is populated already

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from live import xipfs
 from streams import FILE, INO, MAP, MS, STREAM, fault, line, moved, write_trace
 
 from xipfs.cli.policy import policy_of
@@ -102,6 +103,28 @@ def test_a_policy_with_another_text_is_another_policy(tmp_path: Path) -> None:
         assert "  the policy's files are not what they were when it was recorded" in as_text(told)
     other = Replay(was, Choice(policy="fifo"))
     assert outcome(other)["replay"]["policy_files_changed"] is False
+
+
+def test_a_policy_that_fails_is_told_and_ends_with_1(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN.replace('yield promote(signal.page, "why")', "raise SystemExit(0)"))
+    trace = write_trace(tmp_path / "t.parquet", STREAM)
+    done = xipfs("replay", trace, "--policy", file, check=False)
+    assert done.returncode == 1
+    assert f"  a policy failed, and was off from then on: {file}: SystemExit(0)\n" in done.stdout
+    done = xipfs("policy", "test", file, check=False)
+    told = f"xipfs policy: policy {file} failed: SystemExit(0) in {file}, line 12\n"
+    assert (done.returncode, done.stderr) == (1, told)
+    words = ("--policies", f"{file},off", "--ram", "64K", "-o", tmp_path / "r", "--jobs", "1")
+    done = xipfs("sweep", trace, *words, check=False)
+    assert done.returncode == 1
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["64", "KiB", "own.py", "failed"] in lines, "not the figures of the policy off"
+    assert f"{file}, RAM 64 KiB: the policy failed: {file}: SystemExit(0)\n" in done.stderr
+    file.write_text("raise SystemExit(0)")
+    done = xipfs("policy", "show", file, check=False)
+    told = f"xipfs policy: policy {file} cannot be loaded: SystemExit(0)\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 def test_another_policy_leaves_out_what_the_recorded_one_caused() -> None:

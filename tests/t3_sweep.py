@@ -80,6 +80,9 @@ def test_results_of_another_sweep_and_other_files_are_refused(tmp_path: Path) ->
     with pytest.raises(UsageError, match="no results file"):
         Results(path, ABOUT)
     assert path.read_text() == "something\n"
+    for wrong, why in ((tmp_path, "Is a directory"), (tmp_path / "no" / "r", "No such file")):
+        with pytest.raises(UsageError, match=f"cannot be read and written: {why}"):
+            Results(wrong, ABOUT)
 
 
 def test_policies_with_parameters() -> None:

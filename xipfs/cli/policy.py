@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import traceback
 from pathlib import Path
 
 from xipfs.cli.client import Json, request
-from xipfs.errors import UsageError
+from xipfs.errors import UsageError, XipfsError
 from xipfs.fuse.mounts import mount_of
-from xipfs.migrate.registry import about, find_policy, make_policy, parameters, policies
+from xipfs.migrate.registry import (
+    POLICY_FAILS,
+    about,
+    find_policy,
+    make_policy,
+    parameters,
+    policies,
+)
 from xipfs.options import policy_value
 from xipfs.replay.simulate import TRACES, optimum, replay, seeded_trace
 
@@ -109,7 +117,14 @@ def _compare(
     policy: str, values: dict[str, int | str], name: str, args: argparse.Namespace
 ) -> Json:
     trace = seeded_trace(name, args.seed)
-    outcome = replay(trace, make_policy(policy, values.items(), args.frames), args.frames)
+    tested = make_policy(policy, values.items(), args.frames)
+    try:
+        outcome = replay(trace, tested, args.frames)
+    except POLICY_FAILS as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise XipfsError(
+            f"policy {policy} failed: {error!r} in {where.filename}, line {where.lineno}"
+        ) from None
     fifo = replay(trace, make_policy("fifo", [], args.frames), args.frames)
     return {
         "trace": name,

@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay; exits 1 if moves differ that must be the recorded ones."""
+    """Replay; exits 1 if moves differ that must be the recorded ones, or the policy failed."""
     if args.delay_us < 0:
         raise UsageError(f"--delay-us {args.delay_us}", expected="0 or more")
     if args.moves and not args.json:
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.moves:
         answer["moves"] = [{"ino": ino, "page": at, "to": to} for ino, at, to in replay.moves]
     print(json.dumps(answer, indent=2) if args.json else as_text(answer))
-    return int(answer["replay"]["exact"] and answer["replay"]["moves_differ"] > 0)
+    differs = answer["replay"]["exact"] and answer["replay"]["moves_differ"] > 0
+    return int(differs or bool(answer["migration"]["failure"]))
 
 
 def ram_of(text: str | None) -> int | None:
@@ -77,6 +78,8 @@ def as_text(answer: Json) -> str:
         f"replayed under {named(told['policy'], told['parameters'])}, RAM {format_size(ram)}",
         f"recorded under {named(recorded['policy'], recorded['parameters'])}, RAM {before}",
     ]
+    if told["failure"]:
+        lines.append(f"  a policy failed, and was off from then on: {told['failure']}")
     if replay["exact"]:
         same = "the recorded moves" if not replay["moves_differ"] else "moves that DIFFER"
         lines.append(f"as recorded: {same}")

@@ -163,7 +163,9 @@ def as_text(trace: Path, rows: list[Json]) -> str:
     heads += [f"{head:>9}" for head, _ in COLUMNS]
     lines.append("".join(heads) + (f"{'est. ms':>10}" if estimated else ""))
     for row in rows:
-        start = f"{format_size(row['ram_bytes']):>9} {row['policy'][:20]:20}"
+        name, *values = row["policy"].split(",")
+        shown = ",".join([Path(name).name, *values])
+        start = f"{format_size(row['ram_bytes']):>9} {shown[:20]:20}"
         if "error" in row:
             lines.append(f"{start}{'failed':>8}")
             continue

@@ -40,6 +40,9 @@ BUILT_IN: Final[dict[str, Any]] = {
 #: Policies that know the future, which only a replay does.
 REPLAY_ONLY: Final[dict[str, Any]] = {"belady": Belady}
 
+#: What a policy's code may end with: it must not end the mount with sys.exit() either.
+POLICY_FAILS: Final = (Exception, SystemExit)
+
 Value = int | str
 """A parameter's value: most are whole numbers."""
 
@@ -61,7 +64,7 @@ def find_policy(name: str) -> Any:
         else:
             entries = list(entry_points(group="xipfs.policies", name=name))
             found = entries[0].load() if entries else None
-    except Exception as error:
+    except POLICY_FAILS as error:
         raise UsageError(f"policy {name} cannot be loaded: {error!r}") from None
     if found is None:
         raise UsageError(

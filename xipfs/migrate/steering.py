@@ -23,7 +23,7 @@ from xipfs.memory.profiles import Profile
 from xipfs.migrate.decider import done, merged
 from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, Page, PteKind, Signal
-from xipfs.migrate.registry import make_policy
+from xipfs.migrate.registry import POLICY_FAILS, make_policy
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Steering:
             return []
         try:
             return self._decider.victims(count, self._fs.nr_resident_pages)
-        except Exception as error:
+        except POLICY_FAILS as error:
             self._fail(error)
             return []
 
@@ -148,14 +148,14 @@ class Steering:
         try:
             heard_by = self._dry or self._decider
             moves = heard_by.hear(signal, self._fs.nr_resident_pages)
-        except Exception as error:
+        except POLICY_FAILS as error:
             self._fail(error)
             return
         told = self.on_would if self._dry else self.on_plan
         if moves and told is not None:
             told(moves)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         log.exception("policy %s failed; it is off from now on", self._decider.name)
         self._failure = f"{self._decider.name}: {error!r}"
         self._decider = make_policy("off", [], self._fs.memory.ram_pages)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from xipfs.errors import XipfsError
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.registry import make_policy
 from xipfs.replay.choice import Choice
@@ -101,6 +102,8 @@ def bound(path: Path, ram_bytes: int) -> Figures:
 
 def _figures(answer: Mapping[str, Any]) -> Figures:
     vmstat, cost, migration = answer["vmstat"], answer["cost"], answer["migration"]
+    if migration["failure"]:
+        raise XipfsError(f"the policy failed: {migration['failure']}")
     names = ("pgfault", "pgmajfault", "pgpromote_success", "pgdemote_success", "pgmigrate_fail")
     figures = {name: answer["replay"][name] for name in ("touches", "touches_in_ram")}
     figures |= {name: vmstat[name] for name in (*names, "pgevict")}

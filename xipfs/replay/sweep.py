@@ -35,9 +35,14 @@ class Results:
         self._path = path
         header = {"xipfs_sweep": SCHEMA, **about}
         self.done: dict[Key, Figures] = {}
-        if path.exists():
-            self._read(header)
-        self._file = path.open("ab")
+        try:
+            if path.exists():
+                self._read(header)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be read and written: {error.strerror}", expected="a results file"
+            ) from None
         if self._file.tell() == 0:
             self._append(header)
 

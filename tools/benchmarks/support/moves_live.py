@@ -23,6 +23,7 @@ from benchmarks.support.system import BenchError
 _PAGE = 4096
 CONTROL = ".xipfs/control"
 ALONE = "pyfuse3 alone"
+BRIEF = ", brief"
 
 
 class Control:
@@ -44,6 +45,15 @@ class Control:
                 raise BenchError(f"{request} was answered with {answer!r}")
         moved: int = json.loads(answer)["result"]["moved"]
         return moved
+
+    def migrate_briefly(self, ino: int, to: str, ranges: list[list[int]]) -> int:
+        """Move pages, all of them or BenchError, by a request that its write answers."""
+        request = {"op": "migrate", "ino": ino, "to": to, "ranges": ranges, "brief": True}
+        try:
+            os.write(self._fd, json.dumps(request).encode())
+        except OSError as error:
+            raise BenchError(f"{request} failed: {error}") from None
+        return sum(count for _, count in ranges)
 
     def close(self) -> None:
         """Close the file."""
@@ -101,16 +111,18 @@ def bulk(
 def singly(context: Context, image: Path, name: str, count: int) -> None:
     """Move one page a request, with and without an observer; beside the least that it can take."""
     singly = functools.partial(_singly, context, image, name, count)
-    candidates: dict[str, Callable[[int], Sample]] = {
-        ALONE: functools.partial(_alone, context, count),
-        "observe=off": functools.partial(singly, "off", False),
-        "observe=tracefs": functools.partial(singly, "tracefs", False),
-        "tracefs, page mapped": functools.partial(singly, "tracefs", True),
-    }
+    candidates: dict[str, Callable[[int], Sample]] = {}
+    for brief in ("", BRIEF):
+        candidates |= {
+            f"{ALONE}{brief}": functools.partial(_alone, context, count, bool(brief)),
+            f"observe=off{brief}": functools.partial(singly, "off", False, bool(brief)),
+            f"observe=tracefs{brief}": functools.partial(singly, "tracefs", False, bool(brief)),
+        }
+    candidates["tracefs, page mapped"] = functools.partial(singly, "tracefs", True, False)
     context.comparisons.append(
         compare(
             f"{count} requests of one page on an idle mount, from request to reply; {ALONE}: a "
-            "filesystem that only invalidates and answers",
+            "filesystem that only invalidates and answers; brief: the write is the reply",
             context.alternate("one page a request", candidates),
             metric="median_us",
             baseline=ALONE,
@@ -121,7 +133,14 @@ def singly(context: Context, image: Path, name: str, count: int) -> None:
 
 
 def _singly(
-    context: Context, image: Path, name: str, count: int, observe: str, mapped: bool, _seed: int
+    context: Context,
+    image: Path,
+    name: str,
+    count: int,
+    observe: str,
+    mapped: bool,
+    brief: bool,
+    _seed: int,
 ) -> Sample:
     with _controlled(context, image, observe) as (mounted, control):
         path = mounted.directory / name
@@ -133,15 +152,15 @@ def _singly(
                 mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
                 stack.enter_context(mapping)
                 touch = functools.partial(_touch, mapping)
-            return _one_by_one(mounted.directory / CONTROL, control, path, count, touch)
+            return _one_by_one(mounted.directory / CONTROL, control, path, count, touch, brief)
 
 
-def _alone(context: Context, count: int, _seed: int) -> Sample:
+def _alone(context: Context, count: int, brief: bool, _seed: int) -> Sample:
     with mounts.bare(context) as mounted:
         path = mounted.directory / "control"
         control = Control(path)
         try:
-            return _one_by_one(path, control, mounted.directory / "file", count, _no_touch)
+            return _one_by_one(path, control, mounted.directory / "file", count, _no_touch, brief)
         finally:
             control.close()
 
@@ -155,16 +174,22 @@ def _touch(mapping: mmap.mmap, page: int) -> int:
 
 
 def _one_by_one(
-    control_path: Path, control: Control, path: Path, count: int, touch: Callable[[int], object]
+    control_path: Path,
+    control: Control,
+    path: Path,
+    count: int,
+    touch: Callable[[int], object],
+    brief: bool,
 ) -> Sample:
     """Promote and demote one page after the other, each touched before."""
     ino, took_us = path.stat().st_ino, []
+    migrate = control.migrate_briefly if brief else control.migrate
     bare_us = _round_trip_us(control_path, count)
     for number in range(count):
         to = "xip" if number % 2 else "pagecache"
         touch(number // 2)
         start_ns = time.perf_counter_ns()
-        moved = control.migrate(ino, to, [[number // 2, 1]])
+        moved = migrate(ino, to, [[number // 2, 1]])
         took_us.append((time.perf_counter_ns() - start_ns) / 1000)
         assert moved == 1, (number, moved)
     took_us.sort()

@@ -49,10 +49,12 @@ def test_each_reason() -> None:
     books.registered(ev.Registered(0, 1, ROOT))  # says nothing new
     books.around(1, ROOT, 5, shared=True)
     books.around(1, ROOT, 7, shared=False)
-    books.around(2, CHILD, 11, shared=True)
+    books.around(2, CHILD, 11, shared=True, unsure=4)
+    books.around(3, STRANGER, 5, shared=True, unsure=5)
     books.exit(2)
     told = books.describe(ROOT)
     assert told is not None
+    assert (told["pages_around"], told["pages_unsure"]) == (26, 4)
     assert told["inexact"] == {
         "before_library": 3,
         "shared_read_only": 5,

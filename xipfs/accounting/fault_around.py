@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from xipfs.accounting.kernel_states import UNKNOWN
 from xipfs.mm.fault import filemap_map_pages
 from xipfs.mm.flags import VM_MAYSHARE
 from xipfs.mm.vma import Vma
@@ -35,7 +36,9 @@ def map_around(books: Accountant, event: ev.Around) -> dict[int, int]:
 
 def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> dict[int, int]:
     mapped = books.kernel.around(event, vma)
-    books.runs.around(event.mm, event.pid, len(mapped), shared=bool(vma.flags & VM_MAYSHARE))
+    shared = bool(vma.flags & VM_MAYSHARE)
+    unsure = sum(state >= UNKNOWN for state in mapped.values())
+    books.runs.around(event.mm, event.pid, len(mapped), shared=shared, unsure=unsure)
     first = max(event.first, vma.pgoff)
     window = range(first, min(event.last + 1, vma.pgoff + vma.pages))
     cached = [page for page in window if books.kernel.is_cached(event.ino, page)]

@@ -37,6 +37,8 @@ class Run:
     """... in shared mappings of a program that has registered what can be: the others cannot."""
     past: int = 0
     """... in private mappings of such a program, which its library did not see being made."""
+    unsure: int = 0
+    """Pages of these, and of ``without``, of which no event tells whether they were mapped."""
     spaces: int = 0
     """Address spaces that touched the mount or registered."""
     registered: int = 0
@@ -79,14 +81,15 @@ class Runs:
             known[0].faults += faults
             known[0].own += own
 
-    def around(self, mm: int, pid: int, pages: int, *, shared: bool) -> None:
-        """Count ``pages`` that a fault beside them mapped."""
+    def around(self, mm: int, pid: int, pages: int, *, shared: bool, unsure: int = 0) -> None:
+        """Count ``pages`` that a fault beside them mapped, ``unsure`` of them only perhaps."""
         if not pages or not self._runs:
             return
         known = self._space(mm, pid)
         if known is None:
             return
         run, registered = known
+        run.unsure += unsure
         if not registered:
             run.pending[mm] = run.pending.get(mm, 0) + pages
         elif shared:
@@ -125,6 +128,7 @@ class Runs:
             "faults": run.faults,
             "pages_own_fault": run.own,
             "pages_around": run.before + run.shared + run.past + without.total(),
+            "pages_unsure": run.unsure,
             "programs": run.spaces,
             "programs_registered": run.registered,
             "programs_living": sum(known[0] is run for known in self._spaces.values()),

@@ -201,6 +201,8 @@ def as_text(told: Json) -> str:
         )
         lines += [f"{told['inexact'][name]:>8} {text}" for name, text in REASONS.items()]
         lines += [f"{pages:>12} {name}" for name, pages in told["without_library"].items()]
+    if unsure := told["pages_unsure"]:
+        lines.append(f"{unsure} of those without are unsure: no event tells if they were mapped")
     if told["programs_living"]:
         lines.append(f"{told['programs_living']} address spaces of it live on, uncounted from here")
     if told["events_lost"]:

@@ -57,16 +57,21 @@ class MapMending(Mending):
         return inode
 
     def read_inode(self, ino: int, raw: bytes, offset: int) -> Inode:
-        """Return the inode of a record, field by field where it cannot be read as a whole."""
+        """Return the inode of a record, field by field where it cannot be read as a whole.
+
+        One with pages that lacks its type is a file, but for a sound record of a free inode: its
+        pages could not be read, and a full image may need their blocks.
+        """
         try:
             inode = unpack_inode(ino, bytearray(raw), 0, 0)
             inode.record_offset = offset
+            free = inode.mode == 0 and inode.nlink == 0
         except ImageError:
-            inode = salvaged(ino, raw, offset)
+            inode, free = salvaged(ino, raw, offset), False
         if ino and inode.root and self.height_of(inode) is None:
             # A right checksum over a root that leads nowhere: the walk cuts it.
             return inode
-        if ino and inode.root:
+        if ino and inode.root and not free:
             inode.height = self.height_of(inode) or 0
             if inode.mode == 0:
                 inode.mode = _REGULAR

@@ -190,14 +190,16 @@ def test_a_read_only_mount_only_counts(live: Mounts) -> None:
 
 
 def test_a_dry_run_foretells_what_the_move_then_costs(live: Mounts) -> None:
-    """2,401 pages are two chunks, of which both have their entries in several leaves of the map."""
+    """4,601 pages are two chunks, of which one has its entries in several leaves of the map."""
     # No page goes home by itself meanwhile.
-    mount = live.mount(None, "ram=12M", "dirty_ratio=100", "dirty_background_ratio=99")
+    mount = live.mount(
+        live.image(size_bytes=32 << 20), "ram=20M", "dirty_ratio=100", "dirty_background_ratio=99"
+    )
     path = mount / "file"
-    path.write_bytes(bytes(2500 * PAGE))
+    path.write_bytes(bytes(4700 * PAGE))
     mount.migrate("file", "pagecache", "700-800")
-    for to, moving in (("pagecache", 2300), ("xip", 2401)):
-        words = ("migrate", path, "--to", to, "--pages", "99-2499", "--json")
+    for to, moving in (("pagecache", 4500), ("xip", 4601)):
+        words = ("migrate", path, "--to", to, "--pages", "99-4699", "--json")
         told = json.loads(xipfs(*words, "--dry-run").stdout)
         before = mount.cat_stats()["cost"]
         assert told["would_move"] == json.loads(xipfs(*words).stdout)["moved"] == moving

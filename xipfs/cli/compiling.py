@@ -98,7 +98,9 @@ def _directory() -> Path | None:
     of_user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     choice = [_PACKAGE / "trace/__pycache__", Path(of_user, "numba")]
     for directory in [Path(given), *choice] if given else choice:
-        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        above = (directory, *directory.absolute().parents)
+        # Not Path.exists, which raises where a directory above may not be searched.
+        there = next(path for path in above if os.path.exists(path))
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             return directory
     return None

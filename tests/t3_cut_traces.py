@@ -94,6 +94,20 @@ def test_a_damaged_byte_is_refused_or_changes_no_row(tmp_path: Path) -> None:
         assert rows == [row(time_ns) for time_ns in (1, 2, 3, 4)], place
 
 
+def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    """One damaged byte of the schema can make it that."""
+    path = tmp_path / "t"
+    whole_trace(path)
+    table = pyarrow.parquet.read_table(path)
+    at = table.schema.get_field_index("item")
+    changed = table.schema.set(at, table.schema.field(at).with_type(pyarrow.binary()))
+    told = pyarrow.parquet.read_metadata(path).metadata
+    with pyarrow.parquet.ParquetWriter(path, changed) as writer:
+        writer.write_table(table.cast(changed))
+        writer.add_key_value_metadata({key: told[key] for key in told if b"xipfs" in key})
+    assert refusal(path) == f"{path} is damaged: its column item holds binary; expected string"
+
+
 def test_what_a_killed_recorder_left_is_read_up_to_its_last_whole_batch(tmp_path: Path) -> None:
     path = tmp_path / "t"
     writer = TraceWriter(path, BEGAN)

@@ -90,7 +90,7 @@ class _Stream:
                 f"{path} was cut off before its first row, or is no trace: {error}",
                 expected="a file of `xipfs record`",
             ) from None
-        self.metadata = checked(path, told, self._reader.schema.names)
+        self.metadata = checked(path, told, self._reader.schema)
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         while True:

@@ -135,18 +135,27 @@ def unpacked(raw: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     }
 
 
-def checked(path: Path, told: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    """Return a file's metadata if it is a trace that we can read; else raise TraceError."""
-    schema = told.get("schema")
-    if schema != SCHEMA:
-        found = "not a trace of xipfs" if schema is None else f"of trace schema {schema}"
+def checked(path: Path, told: dict[str, Any], schema: Any) -> dict[str, Any]:
+    """Return a file's metadata if it, of that pyarrow schema, is a trace that we can read.
+
+    Else raise TraceError.
+    """
+    number = told.get("schema")
+    if number != SCHEMA:
+        found = "not a trace of xipfs" if number is None else f"of trace schema {number}"
         raise TraceError(
             f"{path} is {found}",
             expected=f"trace schema {SCHEMA}",
             remedy="record it again with this version of xipfs",
         )
-    if columns != list(COLUMNS):
+    if schema.names != list(COLUMNS):
         raise TraceError(f"{path} has other columns than a trace", expected=", ".join(COLUMNS))
+    for found, wanted in zip(schema, arrow_schema({}), strict=True):
+        if found.type != wanted.type:
+            raise TraceError(
+                f"{path} is damaged: its column {found.name} holds {found.type}",
+                expected=str(wanted.type),
+            )
     return told
 
 

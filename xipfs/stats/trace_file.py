@@ -56,7 +56,7 @@ class _WholeTrace:
             told = unpacked(self._file.metadata.metadata)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise TraceError(f"{path} is damaged: {error}") from None
-        self.metadata = checked(path, told, self._file.schema_arrow.names)
+        self.metadata = checked(path, told, self._file.schema_arrow)
         if not isinstance(told.get("rows"), int):
             raise TraceError(f"{path} is damaged: it does not tell its number of rows")
         self.rows: int = told["rows"]

@@ -286,6 +286,7 @@ class MapMending(Mending):
         old = entry_block(self.superblock, read.ino, PAGE_LEVEL, position, word)
         if old is None:
             return  # the inode lost its pages meanwhile
+        assert self.originals is not None, "all pages have been parted"
         try:
             number = self.take(self.originals.get(old) or bytes(self.block(old)), PAGE)
         except NoRoomError:

@@ -52,10 +52,9 @@ class Mending:
         self.table = Inode(layout.TABLE_INO)
         #: Blocks that could not be parted, since none was free: nobody may write or free them.
         self.shared: set[int] = set()
-        #: Changed blocks as they were, until every page has a block of its own: a page may claim
-        #: one, and is to read as it did. (A repair that is cut in between has forgotten them.)
-        self.originals: dict[int, bytes] = {}
-        self.parted = False
+        #: Changed blocks as they were; None once every page has a block of its own. A page may
+        #: claim one, and is to read as it did. (A repair cut in between has forgotten them.)
+        self.originals: dict[int, bytes] | None = {}
         self._cursor = superblock.data_start
 
     def did(self, name: str, offset: int, what: str, ino: int | None = None) -> None:
@@ -71,7 +70,7 @@ class Mending:
         self.metadata.begin()
         try:
             for offset, data in changes:
-                if not self.parted:
+                if self.originals is not None:
                     number = offset // _BLOCK
                     self.originals.setdefault(number, bytes(self.block(number)))
                 self.metadata.write(offset // _BLOCK, offset % _BLOCK, data)

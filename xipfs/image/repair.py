@@ -205,8 +205,7 @@ class _Repair(TableMending, NameMending):
             inode = self.inode_of(ino)
             if inode.mode:
                 self.part_doubles(inode, page)
-        self.originals.clear()
-        self.parted = True
+        self.originals = None
 
     def mend_links(self) -> None:
         """Judge the symbolic links' targets."""

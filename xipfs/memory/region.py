@@ -141,9 +141,8 @@ class Region:
             raise
         self._path: Final = path
         self._descriptor = descriptor
-        #: By piece, 1: the host's disk has room for all of it, or nothing may be stored anyway.
-        pieces = (size >> _PIECE_SHIFT) + 1
-        self._reserved = bytearray(pieces) if writable else bytearray(b"\1" * pieces)
+        #: By piece, 1: the host's disk has room for all of it. Zeros cost nothing until changed.
+        self._reserved = bytearray((size >> _PIECE_SHIFT) + 1 if writable else 0)
         self._told_full = False
         self._writable: Final = writable
         self._sync_fences: Final = sync_fences
@@ -180,6 +179,8 @@ class Region:
 
     def reserve(self, offset: int, size: int) -> None:
         """Take room for the range on the host's disk, where the file has holes."""
+        if not self._writable:
+            return  # the store itself raises
         for piece in range(offset >> _PIECE_SHIFT, ((offset + size - 1) >> _PIECE_SHIFT) + 1):
             if not self._reserved[piece]:
                 self._reserve(piece, offset, offset + size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs
-from live import PAGE, LiveMount, Mounts, wait_until
+from live import PAGE, LiveMount, Mounts
 
 pytestmark = [needs("root", "fuse")]
 
@@ -195,10 +196,59 @@ def test_a_full_image_refuses_the_write_and_goes_on(live: Mounts) -> None:
     assert full.value.errno == errno.ENOSPC
     assert os.stat(mount / "big").st_size > 4 << 20
     os.unlink(mount / "big")
-    # Its blocks come back when the kernel forgets it, which is after the call.
-    wait_until("room", lambda: os.statvfs(mount.directory).f_bfree > 4 << 20 >> 12)
     (mount / "small").write_bytes(NOISE)
     assert (mount / "small").read_bytes() == NOISE
+
+
+def fill_up(path: Path) -> None:
+    """Append to the file until not one more page has room."""
+    with open(path, "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(PAGE))
+
+
+def test_the_room_of_what_was_just_removed_is_there(live: Mounts) -> None:
+    """FUSE sends FORGET, which gives the blocks back, after unlink(2) has returned."""
+    mount = live.mount(live.image(size_bytes=8 << 20))
+    less = NOISE[: 60 * PAGE]
+    old, rest = mount / "old", mount / "rest"
+    os.mkdir(mount / "dir")
+    old.write_bytes(NOISE)
+    for turn in range(20):
+        fill_up(rest)
+        os.unlink(old)
+        old.write_bytes(less)
+        fill_up(rest)
+        os.unlink(old)
+        with open(old, "w+b") as file:
+            file.truncate(len(less))
+            with mmap.mmap(file.fileno(), 0) as mapped:
+                mapped[:] = less
+                mapped.flush()
+        assert old.read_bytes() == less
+        fill_up(rest)
+        os.unlink(old)
+        os.mkdir(mount / "dir" / f"{turn}")
+        os.symlink("x" * 1000, old)
+        fill_up(rest)
+        os.unlink(old)
+        os.mkdir(old)
+        os.rmdir(old)
+        os.truncate(rest, os.stat(rest).st_size - 80 * PAGE)
+        old.write_bytes(NOISE)
+
+
+def test_a_removed_file_that_is_open_gives_no_room(live: Mounts) -> None:
+    mount = live.mount(live.image(size_bytes=8 << 20))
+    (mount / "held").write_bytes(NOISE)
+    fill_up(mount / "rest")
+    with open(mount / "held", "rb") as held:
+        os.unlink(mount / "held")
+        with pytest.raises(OSError, match="No space"):
+            (mount / "new").write_bytes(NOISE)
+        assert held.read() == NOISE
+    (mount / "new").write_bytes(NOISE)
+    assert (mount / "new").read_bytes() == NOISE
 
 
 @pytest.mark.parametrize("pagecache", [False, True], ids=["xip", "pagecache"])

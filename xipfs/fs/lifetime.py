@@ -75,6 +75,10 @@ class Lifetime:
             if self._lock is not None:
                 self._lock.release()
 
+    def orphans(self, count: int) -> list[int]:
+        """Return at most ``count`` inodes that have no name and are still held, newest first."""
+        return self._reclaim.orphans(count)
+
     @property
     def damage(self) -> str:
         """Why the image is not changed any more; empty as long as nothing wrong was met."""

@@ -65,6 +65,15 @@ class Reclaim:
             count += 1
         return count
 
+    def orphans(self, count: int) -> list[int]:
+        """Return the first ``count`` inodes on the orphan list: what was put there last."""
+        inodes, found = self._core.volume.inodes, list[int]()
+        ino = self._core.volume.counters.orphan_ino
+        while ino and len(found) < count:
+            found.append(ino)
+            ino = inodes.listed("orphan", ino).next_ino
+        return found
+
     def _finish(self, ino: int) -> None:
         """Free the rest of an inode on the orphan list; take it off unless it is only held."""
         core = self._core

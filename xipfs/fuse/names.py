@@ -15,6 +15,7 @@ from xipfs.errors import FsError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import Attr
 from xipfs.fuse.control import CONTROL_NAME, ControlTree
+from xipfs.fuse.room import Room, with_room
 from xipfs.fuse.setid import mode_after_setattr
 from xipfs.fuse.translate import entry_of, handler, no_entry, unanswered
 
@@ -67,6 +68,7 @@ class NameOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     #: Set before the first request is served.
     control: ControlTree
+    room: Room
 
     def __init__(self, fs: Filesystem, hooks: RequestHooks) -> None:
         super().__init__()
@@ -119,6 +121,7 @@ class NameOperations(pyfuse3.Operations):
         self.fs.drop(ino, count)
 
     @handler
+    @with_room
     async def mknod(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -134,6 +137,7 @@ class NameOperations(pyfuse3.Operations):
         return entry_of(attr)
 
     @handler
+    @with_room
     async def mkdir(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -148,6 +152,7 @@ class NameOperations(pyfuse3.Operations):
         return entry_of(attr)
 
     @handler
+    @with_room
     async def symlink(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -162,6 +167,7 @@ class NameOperations(pyfuse3.Operations):
         return entry_of(attr)
 
     @handler
+    @with_room
     async def link(
         self,
         inode: pyfuse3.InodeT,
@@ -194,6 +200,7 @@ class NameOperations(pyfuse3.Operations):
         self.fs.rmdir(parent_inode, name)
 
     @handler
+    @with_room
     async def rename(
         self,
         parent_inode_old: pyfuse3.InodeT,
@@ -230,6 +237,7 @@ class NameOperations(pyfuse3.Operations):
         return entry_of(now)
 
     @handler
+    @with_room
     async def setattr(
         self,
         inode: pyfuse3.InodeT,
@@ -287,6 +295,7 @@ class NameOperations(pyfuse3.Operations):
         return self.fs.getxattr(inode, name)
 
     @handler
+    @with_room
     async def setxattr(
         self, inode: pyfuse3.InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:

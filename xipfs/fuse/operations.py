@@ -19,6 +19,7 @@ from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import WriteOrigin
 from xipfs.fuse.control import ControlHandle
 from xipfs.fuse.names import NameOperations, RequestHooks
+from xipfs.fuse.room import Room, with_room
 from xipfs.fuse.setid import mode_after_emptying
 from xipfs.fuse.translate import entry_of, handler
 from xipfs.memory.region import Buffer
@@ -38,6 +39,7 @@ class Operations(NameOperations):
 
     def __init__(self, fs: Filesystem, hooks: RequestHooks) -> None:
         super().__init__(fs, hooks)
+        self.room = Room(fs, self._open_inodes)
         self._next_fh = 1
         self._files: dict[int, OpenFile | ControlHandle] = {}
         self._dirs: dict[int, int] = {}
@@ -47,6 +49,9 @@ class Operations(NameOperations):
     def _new_fh(self) -> pyfuse3.FileHandleT:
         self._next_fh += 1
         return pyfuse3.FileHandleT(self._next_fh)
+
+    def _open_inodes(self) -> set[int]:
+        return {file.ino for file in self._files.values() if isinstance(file, OpenFile)}
 
     # Files
 
@@ -85,6 +90,7 @@ class Operations(NameOperations):
         return pyfuse3.FileInfo(fh=fh, keep_cache=True)
 
     @handler
+    @with_room
     async def create(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -122,13 +128,28 @@ class Operations(NameOperations):
             return await file.write(buf)
         ours = self.hooks.write_back_of_ours(file.ino, off, len(buf))
         origin = WriteOrigin.WRITEBACK if ours else WriteOrigin.PROGRAM
-        written = self.fs.write(file.ino, off, buf, origin=origin)
+        written = await self._write(file.ino, off, buf, origin)
         if written < len(buf):
             # If it was the kernel's write-back of a mapping, nobody looks at the count.
             self._short.add(file.ino)
         if not ours:
             self.hooks.page_io(file.pid, file.ino, off, written, write=True)
         return written
+
+    async def _write(self, ino: int, off: int, data: bytes, origin: WriteOrigin) -> int:
+        """Write as much as there is room for, that included which is about to come back."""
+        done = 0
+        while True:
+            try:
+                done += self.fs.write(ino, off + done, data[done:], origin=origin)
+            except FsError as error:
+                if error.errno == errno.ENOSPC and await self.room.comes():
+                    continue
+                if done:
+                    return done
+                raise
+            if done == len(data):
+                return done
 
     @handler
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:

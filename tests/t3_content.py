@@ -18,6 +18,8 @@ from xipfs.image.layout import MAX_FILE_BYTES
 
 PAGE = 4096
 ROOT = 1
+#: Of an image of 64 blocks.
+BITMAP = 10 * PAGE
 KINDS = [PageKind.XIP, PageKind.PAGECACHE]
 #: Around 0, a page, a transaction (256 pages) and where the map gets its first and second level.
 EDGES = [0, 1, 4095, 4096, 4097, 8191, 8192, 256 * PAGE - 1, 256 * PAGE + 1, 512 * PAGE + 1]
@@ -217,6 +219,24 @@ def test_a_truncation_that_meets_damage_loses_no_bytes() -> None:
     fs.close()
     again = open_medium(RecordingMedium(medium.durable))
     assert bytes(again.read(ino, 0, 3 * PAGE)) == pattern(3 * PAGE)
+
+
+def test_a_block_that_a_wrong_bitmap_lent_out_is_not_served() -> None:
+    """Its owner would read what another file, gone since, wrote there."""
+    medium = new_medium(64)
+    before = open_medium(medium)
+    ino = make(before)
+    before.write(ino, 0, b"a" * PAGE)
+    before.close()
+    block = bytes(medium.now).index(b"a" * PAGE) // PAGE
+    bits = BITMAP + block // 8
+    medium.store(bits, bytes([medium.now[bits] & ~(1 << block % 8)]))
+    fs = open_medium(medium)
+    fs.write(make(fs, name=b"other"), 0, b"b" * PAGE)
+    assert bytes(medium.load(block * PAGE, PAGE)) == b"b" * PAGE
+    fs.unlink(ROOT, b"other")
+    with pytest.raises(ImageError, match=rf"block {block} at offset .* inode {ino} and was freed"):
+        fs.read(ino, 0, PAGE)
 
 
 def test_names_need_room_too_and_fail_without_damage() -> None:

@@ -90,6 +90,8 @@ class Allocator:
         for first, length in runs:
             if (block := self.owners.first_met(first, length)) is not None:
                 raise self._damaged(block)
+        for first, length in runs:
+            self.owners.take(first, length)
         self._taken += runs
         self._counters.free_blocks -= count
         self._cursor = runs[-1][0] + runs[-1][1] if runs else self._cursor
@@ -123,21 +125,20 @@ class Allocator:
                 f"block {twice} at offset {twice << layout.BLOCK_SHIFT} is owned twice",
                 remedy="run fsck.xipfs",
             )
-        for block in blocks.tolist():
-            self.owners.forget(block)
         for bitmap_block in np.unique(blocks // layout.BITS_PER_BLOCK):
             self._clear(int(bitmap_block), blocks)
         self._counters.free_blocks += len(self._freed)
-        self._freed.clear()
 
     def committed(self) -> None:
-        """What the transaction took is taken."""
+        """What the transaction took is taken, and what it freed is nobody's."""
+        self.owners.free(np.array(self._freed, np.int64))
+        self._freed.clear()
         self._taken.clear()
 
     def forget(self) -> None:
         """Drop what an aborted transaction took and freed."""
         for first, count in self._taken:
-            self.owners.forget(first, count)
+            self.owners.free(np.arange(first, first + count))
         self._taken.clear()
         self._freed.clear()
 

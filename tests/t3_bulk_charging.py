@@ -124,7 +124,7 @@ class Pair:
         choose = self.choose
         what = choose.choice(
             ["map", "zap", "cache", "settle", "drop", "move", "read", "write", "cut", "fork",
-             "exit", "hint", "protect"]
+             "exit", "hint", "protect", "lose"]
         )  # fmt: skip
         ino, first = choose.choice(self.inos), choose.randrange(PAGES)
         pages = choose.randint(1, 16)
@@ -140,7 +140,7 @@ class Pair:
             self.events(ev.CacheAdd(self.now(), ino, first, pages))
             self.time_ns += 2_000_000_000
             for scene in self.scenes:
-                scene.books.kernel.answered(ino, range(first, first + pages), self.time_ns)
+                scene.books.kernel.cached.answered(ino, range(first, first + pages), self.time_ns)
         elif what == "drop":
             began_ns, dropped_ns = self.now(), self.now()
             if choose.random() < 0.5:
@@ -157,6 +157,9 @@ class Pair:
             self.events(ev.Exit(self.now(), mm))
             self.mapped = {key: value for key, value in self.mapped.items() if key[0] != mm}
             self.map()
+        elif what == "lose":
+            if choose.random() < 0.2:
+                self.events(ev.Lost(self.now(), 1))
         elif what == "hint":
             assert len({tuple(scene.books.mark_hints(2)) for scene in self.scenes}) == 1
         else:
@@ -184,6 +187,7 @@ class Pair:
         assert fast.around_pages == alone.around_pages
         assert fast.hints._marked == alone.hints._marked
         assert fast.causes._marked == alone.causes._marked
+        assert fast.kernel.doubtful.keys() == alone.kernel.doubtful.keys()
         assert fast.kernel.changes == alone.kernel.changes
         assert fast.kernel.pids == alone.kernel.pids
         assert fast.kernel._threads == alone.kernel._threads

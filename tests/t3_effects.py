@@ -71,7 +71,7 @@ def test_a_page_that_fault_around_mapped_was_there_before(scene: Scene) -> None:
     scene.file("XX")
     around = ev.Around(9, MM, 100, scene.map(2).start, scene.ino, 0, 1)
     scene.books.consume([scene.map(2, RW), ev.CacheAdd(1, scene.ino, 0, 2)])
-    scene.books.kernel.answered(scene.ino, range(2), 3_000_000_000)
+    scene.books.kernel.cached.answered(scene.ino, range(2), 3_000_000_000)
     scene.books.consume([scene.fault(0), around._replace(time_ns=9_000_000_000)])
     write = scene.fault(1, write=True)._replace(protection=True)
     (told,) = effects(scene, write)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from t3_accounting import BASE, MM, PAGE, PID, READ, RW, Scene, fs
 
+from xipfs.accounting import verify
 from xipfs.accounting.kernel_states import ANON, BEFORE, CALLS_UNSEEN, FILE, NONE, SETTLED_NS
+from xipfs.accounting.verify import Comparison
 from xipfs.trace import events as ev
 
 __all__ = ["fs"]  # a fixture
@@ -103,6 +105,30 @@ def test_what_is_not_known_is_unknown(scene: Scene) -> None:
     assert picture(scene) == "????...."
 
 
+def test_after_a_loss_it_is_not_known_which_pages_are_cached(scene: Scene) -> None:
+    """Their records may be among the lost: of those that came, and of those that went."""
+    ino, late = scene.ino, 3 * SETTLED_NS
+    other = BASE + 64 * PAGE
+    scene.run(scene.map(8, RW), ev.CacheAdd(5, ino, 0, 4), scene.fault(1))
+    scene.run(ev.Lost(10, 1), ev.CacheAdd(20, ino, 2, 2), ev.CacheDelete(30, ino, 3, 1))
+    mapped = scene.map(8, RW)._replace(start=other, end=other + 8 * PAGE)
+    scene.run(mapped, ev.Around(late, MM, PID, other, ino, 0, 7))
+    #   2 was added since, 3 was too and went again; of the others nothing is known
+    assert picture(scene, at=other) == "??f.????"
+    assert verify.unknown_ranges(scene.books, MM) == [
+        (BASE, BASE + 8 * PAGE),
+        (other, other + 8 * PAGE),
+    ]
+    # What pagemap has mapped is cached.
+    learned = Comparison(PID, learned=[(other, FILE), (other + PAGE, NONE)])
+    verify.learn(scene.books, MM, learned)
+    scene.run(ev.Zap(late, MM, other, other + 8 * PAGE))
+    scene.run(ev.Around(late, MM, PID, other, ino, 0, 7))
+    assert picture(scene, at=other) == "f?f.????"
+    scene.run(ev.CacheDelete(late, ino, 0, 1), ev.Around(late, MM, PID, other, ino, 0, 0))
+    assert picture(scene, at=other) == ".?f.????"
+
+
 def test_zaps_beside_other_threads_are_not_believed(scene: Scene) -> None:
     scene.run(scene.map(8, RW), scene.fault(0), scene.fault(1)._replace(tid=PID + 1))
     scene.run(ev.Zap(0, MM, BASE, BASE + PAGE))
@@ -125,11 +151,11 @@ def test_a_range_too_large_to_doubt_blurs_its_address_space(scene: Scene) -> Non
 def test_an_answered_request_says_which_cached_pages_are_up_to_date(scene: Scene) -> None:
     kernel, ino = scene.books.kernel, scene.ino
     scene.run(scene.map(8, RW), ev.CacheAdd(100, ino, 0, 8))
-    kernel.answered(ino, range(2), 200)  # a READ
-    kernel.answered(ino, range(2, 4), 400)  # a READ that was answered after the fault-around
-    kernel.answered(ino, range(4, 5), 200, whole=False)  # a WRITE of some bytes of page 4
-    kernel.answered(ino, range(5, 6), 200, whole=False)
-    kernel.answered(ino, range(5, 6), 250)  # and then a READ
+    kernel.cached.answered(ino, range(2), 200)  # a READ
+    kernel.cached.answered(ino, range(2, 4), 400)  # a READ that was answered after the fault-around
+    kernel.cached.answered(ino, range(4, 5), 200, whole=False)  # a WRITE of some bytes of page 4
+    kernel.cached.answered(ino, range(5, 6), 200, whole=False)
+    kernel.cached.answered(ino, range(5, 6), 250)  # and then a READ
     scene.run(ev.Around(300, MM, PID, BASE, ino, 0, 7))
     assert picture(scene) == "ff???f??"
     scene.run(ev.Zap(500, MM, BASE, BASE + 8 * PAGE))
@@ -144,9 +170,9 @@ def test_an_answered_request_says_which_cached_pages_are_up_to_date(scene: Scene
 def test_answers_are_not_kept_for_ever(scene: Scene) -> None:
     kernel, ino = scene.books.kernel, scene.ino
     scene.run(scene.map(8, RW), ev.CacheAdd(100, ino, 0, 2))
-    kernel.answered(ino, range(1), 200)
-    kernel.answered(ino, range(7, 8), SETTLED_NS + 300)
-    kernel.answered(ino, range(1), SETTLED_NS + 300, whole=False)
+    kernel.cached.answered(ino, range(1), 200)
+    kernel.cached.answered(ino, range(7, 8), SETTLED_NS + 300)
+    kernel.cached.answered(ino, range(1), SETTLED_NS + 300, whole=False)
     scene.run(ev.Around(SETTLED_NS + 400, MM, PID, BASE, ino, 0, 0))
     assert picture(scene) == "f.......", "a READ long ago made it whole; a WRITE leaves it so"
 

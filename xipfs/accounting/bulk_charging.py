@@ -21,7 +21,7 @@ from xipfs.accounting import charge_loop as loop
 from xipfs.accounting.charge_rows import ChargeRows
 from xipfs.accounting.charges import KINDS, Charge, ChargeBatch, FaultCounters, Ints, PteKind
 from xipfs.accounting.fault_around import BLIND_WINDOWS
-from xipfs.accounting.kernel_states import NONE
+from xipfs.accounting.kernel_states import LOST, NONE
 from xipfs.mm import bulk_loop as bulk
 from xipfs.mm import bulk_zap
 from xipfs.mm.access import MAPS_ANON, MAPS_PAGECACHE, MAPS_XIP, Access
@@ -196,6 +196,7 @@ class _Call:
         self.leaves_made = np.zeros(len(numbers), np.int64)
         self.wanted = np.zeros(bulk.WANTED, np.int64)
         self.tally = np.zeros(loop.TALLY, np.int64)
+        self.tally[loop.UNCACHED] = NONE if books.kernel.cached.whole else LOST
         self.marked = _marked(books, cells, numbers, process)
         self.by_hand: dict[int, Charge] = {}
         self.touched = 0
@@ -354,10 +355,14 @@ class _Call:
                     counters.add(charge)
             books.ledger.charge_many(number, pid, comm, counters)
             tids, _ = _numbered(cells[:, cells_of.TID])
-            books.kernel.faulted(number, pid, tids, copied, sums[loop.CHANGES])
             books.runs.faults(number, pid, sums[loop.FAULTS], sums[loop.MAPPED])
-            books.runs.around(number, pid, sums[loop.AROUND_PRIVATE], shared=False)
-            books.runs.around(number, pid, sums[loop.AROUND_SHARED], shared=True)
+            kinds = ((loop.AROUND_PRIVATE, False), (loop.AROUND_SHARED, True))
+            for kind, shared in kinds:
+                unsure = sums[kind + loop.UNSURE]
+                books.runs.around(number, pid, sums[kind], shared=shared, unsure=unsure)
+            perhaps = any(sums[kind + loop.UNSURE] for kind, _ in kinds)
+            changes = sums[loop.CHANGES]
+            books.kernel.faulted(number, pid, tids, copied, changes, unsure=perhaps)
 
     def _counted(self, place: int) -> FaultCounters:
         """Return the counters of what the loop charged to an address space."""

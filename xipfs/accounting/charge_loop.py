@@ -54,16 +54,18 @@ CHANGES: Final = 0
 AROUND_FILLED: Final = 1  #: PTEs that the model's fault-around filled
 AROUND_PRIVATE: Final = 2  #: PTEs that the kernel's filled, in private mappings
 AROUND_SHARED: Final = 3  #: and in shared ones
-FAULTS: Final = 4
-MAPPED: Final = 5  #: of them, those that found no page mapped
-HITS: Final = 10  #: at HITS + HIT_XIP etc.: of them, those that the model's PTE let pass
-SUM_COLUMNS: Final = 9
+UNSURE: Final = 2  #: at AROUND_PRIVATE + UNSURE etc.: of them, those that it filled only perhaps
+FAULTS: Final = 6
+MAPPED: Final = 7  #: of them, those that found no page mapped
+HITS: Final = 12  #: at HITS + HIT_XIP etc.: of them, those that the model's PTE let pass
+SUM_COLUMNS: Final = 11
 
 # Places in Charging.tally.
 AT: Final = 0
 PART: Final = 1  #: 0: the fault is next, 1: its fault-around is
 BLIND: Final = 2  #: fault-around windows over pages that the model cannot map so
-TALLY: Final = 3
+UNCACHED: Final = 3  #: the kernel's state of a page in a window that is 0 among cached pages
+TALLY: Final = 4
 
 # Why ``run`` returned.
 FINISHED: Final = 0
@@ -267,7 +269,7 @@ def charge_around(charging: Charging, at: int) -> int:
         return NEEDS_AROUND
     for index in range(first, last + 1):
         cached = charging.shadow[cached_entry(charging, row, index)]
-        if cached > SETTLED or (cached and frame_of(charging, row, index) < 0):
+        if cached > SETTLED or (cached > 0 and frame_of(charging, row, index) < 0):
             return NEEDS_AROUND
     slot = leaf + (page & _SLOT_MASK)
     map_window(charging, at, row, first, last, shadow, slot)
@@ -283,9 +285,15 @@ def map_window(
     kernels = AROUND_PRIVATE if charging.live[row, PRIVATE] else AROUND_SHARED
     blind = False
     for index in range(first, last + 1):
-        if not charging.shadow[cached_entry(charging, row, index)]:
-            continue
         place = index - first
+        cached = charging.shadow[cached_entry(charging, row, index)]
+        if cached <= 0:
+            perhaps = charging.tally[UNCACHED] if cached == 0 else NONE
+            if perhaps != NONE and charging.shadow[shadow + place] == NONE:
+                charging.shadow[shadow + place] = perhaps
+                charging.sums[process, kernels] += 1
+                charging.sums[process, kernels + UNSURE] += 1
+            continue
         if charging.shadow[shadow + place] == NONE:
             charging.shadow[shadow + place] = FILE
             charging.sums[process, kernels] += 1

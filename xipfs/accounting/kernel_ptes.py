@@ -10,9 +10,7 @@ The rules, measured and read (mm/memory.c, mm/filemap.c, 6.18):
 
 - A fault maps its page: a private write as a copy, everything else as a page of the file.
 - Fault-around maps those of its pages that are cached, uptodate, unlocked, not marked for
-  read-ahead, and not mapped yet (filemap_map_pages). A page is surely uptodate once a fault on it
-  was over, or the READ or the WRITE of the whole page was answered; one that nobody has asked us
-  for, ``SETTLED_NS`` after it was added. A WRITE of a part may leave it cached but not uptodate.
+  read-ahead, and not mapped yet (filemap_map_pages); which these are, ``cached_pages`` tells.
 - A page that leaves the page cache is mapped nowhere as a file page; copies stay.
 - The end of a file that moves down takes copies too (unmap_mapping_range, even_cows).
 - fork copies the PTEs of a VMA that has ever had a private copy (vma_needs_copy: anon_vma); of
@@ -23,7 +21,7 @@ States are kept as the model keeps its PTEs: leaves of 512 entries, where someth
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -41,13 +39,9 @@ from xipfs.accounting.kernel_states import (
     FILE,
     FOREIGN,
     GUP,
-    IN_FLIGHT,
-    IN_PART,
     LOST,
     NONE,
-    READAHEAD,
     RECLAIMED,
-    SETTLED_NS,
     THREADS_FORK,
     THREADS_ZAP,
     UNKNOWN,
@@ -75,20 +69,16 @@ class KernelPtes:
 
     ``changes`` counts, by address space, what has happened to it: two equal counts around a look at
     /proc mean that the look and the column are of one moment. ``readahead``: the kernel may mark
-    pages. Memory: 8 bytes a page in leaves of 512.
+    pages for it. Memory: 8 bytes a page in leaves of 512.
     """
 
     def __init__(self, *, readahead: bool) -> None:
-        self.readahead = readahead
         self.pool = TablePool()
         self._tables: dict[int, PageTables] = {}
         self._threads: dict[int, set[int]] = {}
         #: The kernel's own VMAs; the mark: it has or had a private copy (its anon_vma).
         self._extents: dict[int, Extents] = {}
-        self.cached = CachedPages(self.pool)
-        #: When a request for a page was answered last; below 0: a WRITE of a part of it.
-        self._answered: dict[tuple[int, int], int] = {}
-        self._answers: deque[tuple[int, int, int]] = deque()
+        self.cached = CachedPages(self.pool, readahead=readahead)
         self.pids: dict[int, int] = {}
         #: Address spaces of which nothing is claimed any more, and why.
         self.blurred: dict[int, int] = {}
@@ -212,14 +202,23 @@ class KernelPtes:
             self._set(event.mm, event.address, NONE)
             return
         if self.is_cached(event.ino, event.index):
-            self._settle(event.ino, event.index)
+            self.cached.settle(event.ino, event.index)
         self._set(event.mm, event.address, self._after_fault(event, vma))
 
     def faulted(
-        self, mm: int, pid: int, tids: Iterable[int], copied: Iterable[int], changes: int
+        self,
+        mm: int,
+        pid: int,
+        tids: Iterable[int],
+        copied: Iterable[int],
+        changes: int,
+        *,
+        unsure: bool,
     ) -> None:
         """Note what compiled code did: ``copied`` are the addresses of new private copies."""
         self.changes[mm] += changes
+        if unsure:
+            self.doubtful[mm] = None
         self.pids.setdefault(mm, pid)
         self._threads.setdefault(mm, set()).update(tids)
         extents = self._extents_of(mm)
@@ -256,28 +255,17 @@ class KernelPtes:
         last = min(event.last, vma.pgoff + vma.pages - 1)
         mapped = {}
         for index in range(first, last + 1):
-            added_ns = self.cached.get(event.ino, index)
             address = vma.address_of(index)
-            if added_ns is None or self.state(event.mm, address) != NONE:
+            if self.state(event.mm, address) != NONE:
                 continue
-            state = self._uptodate(event.ino, index, added_ns, event.time_ns)
+            state = self.cached.in_window(event.ino, index, event.time_ns)
+            if state == NONE:
+                continue
             if state == FILE:
-                self._settle(event.ino, index)
+                self.cached.settle(event.ino, index)
             self._set(event.mm, address, state)
             mapped[index] = state
         return mapped
-
-    def _uptodate(self, ino: int, index: int, added_ns: int, now_ns: int) -> int:
-        """Return FILE for a cached page that is surely uptodate, else why that is not sure."""
-        if not added_ns:
-            return FILE
-        if self.readahead:
-            return READAHEAD
-        answered_ns = self._answered.get((ino, index), 0)
-        if answered_ns < 0:
-            return IN_PART
-        sure = added_ns < answered_ns < now_ns or now_ns - added_ns >= SETTLED_NS
-        return FILE if sure else IN_FLIGHT
 
     def doubt(self, mm: int, start: int, end: int, reason: int) -> None:
         """Something happened in [start, end) that no event tells page by page."""
@@ -316,6 +304,7 @@ class KernelPtes:
 
     def lost(self, mms: Iterable[MmStruct]) -> None:
         """Records were overwritten unread: nothing that was believed is sure any more."""
+        self.cached.lost()
         for mm in mms:
             assert isinstance(mm.name, int)
             for vma in mm:
@@ -328,27 +317,6 @@ class KernelPtes:
 
     # What happens to a file
 
-    def answered(self, ino: int, pages: range, time_ns: int, *, whole: bool = True) -> None:
-        """Our answer to a READ or WRITE of ``pages`` was out before ``time_ns``.
-
-        Answers come before the events around them. They are remembered for ``SETTLED_NS``, after
-        which the age of a page says as much; a WRITE of a part (not ``whole``), until its page goes
-        or is known otherwise.
-        """
-        for index in pages:
-            if whole:
-                self._answered[ino, index] = time_ns
-                self._answers.append((time_ns, ino, index))
-            elif self.cached.get(ino, index) != 0:
-                self._answered.setdefault((ino, index), -time_ns)
-        while self._answers and time_ns - self._answers[0][0] > SETTLED_NS:
-            answered_ns, old_ino, old_index = self._answers.popleft()
-            if self._answered.get((old_ino, old_index)) == answered_ns:
-                del self._answered[old_ino, old_index]
-                added_ns = self.cached.get(old_ino, old_index)
-                if added_ns is not None and added_ns < answered_ns:
-                    self.cached.settle(old_ino, old_index)
-
     def cache_add(self, event: ev.CacheAdd) -> None:
         """The page cache took pages in."""
         for index in range(event.first, event.first + event.pages):
@@ -358,8 +326,6 @@ class KernelPtes:
         """The page cache dropped pages: no PTE maps them any more."""
         for index in range(event.first, event.first + event.pages):
             self.cached.remove(event.ino, index)
-            if self._answered.get((event.ino, index), 0) < 0:
-                del self._answered[event.ino, index]
         if file is not None:
             self._drop(file, event.first, event.first + event.pages, even_cows=False)
 
@@ -378,10 +344,6 @@ class KernelPtes:
             for address, state in self.populated(number, start, end):
                 if state == FILE or even_cows or (shared and state != ANON):
                     self._set(number, address, NONE)
-
-    def _settle(self, ino: int, index: int) -> None:
-        self.cached.settle(ino, index)
-        self._answered.pop((ino, index), None)
 
     def _touch(self, mm: int) -> None:
         self.changes[mm] += 1

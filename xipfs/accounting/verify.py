@@ -22,6 +22,7 @@ from xipfs.mm.bug import KernelBug
 from xipfs.mm.fault import handle_mm_fault
 from xipfs.mm.flags import FAULT_FLAG_WRITE, VM_FAULT_ERROR
 from xipfs.mm.mm_struct import MmStruct
+from xipfs.mm.vma import Vma
 from xipfs.mm.zap import zap_page_range
 from xipfs.trace import pagemap
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
@@ -140,11 +141,13 @@ def learn(books: Accountant, number: int, result: Comparison) -> None:
     for address, state in result.learned:
         mm = books.mms[number]
         books.kernel.learn(number, address, state)
+        vma = mm.find_vma(address)
+        assert vma is not None
+        if state == FILE:
+            _learn_cached(books, vma, address)
         if (maps_what(mm, address) == MAPS_ANON) == (state == ANON):
             continue
         books.unfollowed["private copies found or missed in pagemap, not charged"] += 1
-        vma = mm.find_vma(address)
-        assert vma is not None
         if state != ANON:
             zap_page_range(vma, address, address + PAGE_SIZE)
             continue
@@ -156,6 +159,15 @@ def learn(books: Accountant, number: int, result: Comparison) -> None:
                     break
         except KernelBug as bug:
             books.unfollowed[f"kernel BUG by the rules: {bug.condition}"] += 1
+
+
+def _learn_cached(books: Accountant, vma: Vma, address: int) -> None:
+    """Note that a page which is mapped is cached, if nothing has told whether it is."""
+    assert vma.file is not None, vma
+    assert isinstance(vma.file.name, int), vma
+    page = vma.file.name, vma.pgoff_of(address)
+    if books.kernel.cached.unsure(*page):
+        books.kernel.cached.settle(*page)
 
 
 def unknown_ranges(books: Accountant, number: int) -> list[tuple[int, int]]:

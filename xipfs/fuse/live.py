@@ -107,7 +107,7 @@ class Live:
     def observe(self, mount: Mount) -> None:
         """Begin to observe the mount, in the best way left where the options let it be chosen."""
         self.observer, readahead_off = start_observing(self.options, self.observer, mount)
-        self.accountant.kernel.readahead = not readahead_off
+        self.accountant.kernel.cached.readahead = not readahead_off
         if isinstance(self.observer, TracefsObserver):
             self.accountant.bulk.start_compiling()
 
@@ -225,15 +225,15 @@ class Live:
             self.background.failed("answers", error)
 
     def _note_answer(self, ino: int, offset: int, size: int, write: bool) -> None:
-        kernel, time_ns = self.accountant.kernel, time.monotonic_ns()
+        cached, time_ns = self.accountant.kernel.cached, time.monotonic_ns()
         first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
         if not write:
-            kernel.answered(ino, range(first, last + 1), time_ns)
+            cached.answered(ino, range(first, last + 1), time_ns)
             return
         whole = range(pages_of(offset), offset + size >> PAGE_SHIFT)
-        kernel.answered(ino, whole, time_ns)
+        cached.answered(ino, whole, time_ns)
         for part in {first, last} - set(whole):
-            kernel.answered(ino, range(part, part + 1), time_ns, whole=False)
+            cached.answered(ino, range(part, part + 1), time_ns, whole=False)
 
     def write_back_of_ours(self, ino: int, offset: int, size: int) -> bool:
         """Return whether a WRITE there answers our own invalidation."""

@@ -23,6 +23,7 @@ from xipfs.image.record import Inode, unpack_inode
 from xipfs.image.records import DAMAGED, Records, is_plain, plain_table
 from xipfs.image.sound import leaf_place, read_leaf
 from xipfs.image.superblock import decode, load
+from xipfs.memory.overlaid import Overlaid
 from xipfs.memory.region import Medium
 
 #: What a finding's name says; README.md has the same table.
@@ -107,10 +108,8 @@ class _Check(MapCheck):
         except ImageError as error:
             self.found("journal", layout.JOURNAL_START * _BLOCK, error.what)
             return
-        for offset, data in records:
-            number, start = divmod(offset, _BLOCK)
-            shown = self.overlay.setdefault(number, bytearray(self.block(number)))
-            shown[start : start + len(data)] = data
+        if records:
+            self.medium = Overlaid(self.medium, records)
 
     def read_table(
         self, state: bytearray | memoryview, counters: Counters | None

@@ -50,8 +50,6 @@ class MapCheck:
         self.superblock = superblock
         self.used = np.zeros(self.superblock.block_count, np.bool_)
         self.records = Records(0)
-        #: Blocks as a pending transaction leaves them.
-        self.overlay: dict[int, bytearray] = {}
 
     def found(self, name: str, offset: int, what: str, ino: int | None = None) -> None:
         """Note a finding; offset 0 with an inode stands for that inode's record."""
@@ -59,10 +57,9 @@ class MapCheck:
             offset = _STATE + layout.TABLE_INODE_OFFSET if ino == 0 else self.records.place_of(ino)
         self.findings.append(Finding(name, offset, ino, what))
 
-    def block(self, number: int) -> bytearray | memoryview:
+    def block(self, number: int) -> memoryview:
         """Return the block's bytes, with the pending transaction in place."""
-        shown = self.overlay.get(number)
-        return self.medium.load(number * _BLOCK, _BLOCK) if shown is None else shown
+        return self.medium.load(number * _BLOCK, _BLOCK)
 
     def own(self, number: int, ino: int, offset: int) -> bool:
         """Whether the block had no owner; it has one now."""

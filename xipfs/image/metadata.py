@@ -11,7 +11,7 @@ unmounted can keep the pending transaction as a permanent overlay and write noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from xipfs.errors import ImageError
 from xipfs.image import layout
@@ -34,7 +34,6 @@ class Metadata:
         self._block_count = block_count
         self._staged: dict[int, bytearray] = {}
         self._dirty: dict[int, int] = {}
-        self._recovered: dict[int, bytearray] = {}
         self._open = False
 
     @property
@@ -42,21 +41,11 @@ class Metadata:
         """Whether changes are being staged."""
         return self._open
 
-    def overlay(self, records: Sequence[Record]) -> None:
-        """Show ``records`` (a pending transaction) over a medium that may not be written."""
-        assert not self._medium.writable
-        for offset, data in records:
-            number, start = divmod(offset, layout.BLOCK_SIZE)
-            block = self._recovered.setdefault(number, bytearray(self.block(number)))
-            block[start : start + len(data)] = data
-
     def block(self, number: int) -> Block:
         """Return block ``number`` as the open transaction sees it."""
         staged = self._staged.get(number)
         if staged is not None:
             return staged
-        if self._recovered and number in self._recovered:
-            return self._recovered[number]
         if not 0 <= number < self._block_count:
             raise ImageError(f"block {number} is outside the image of {self._block_count} blocks")
         return self._medium.load(number << layout.BLOCK_SHIFT, layout.BLOCK_SIZE)

@@ -21,6 +21,7 @@ from xipfs.image.metadata import Metadata
 from xipfs.image.record import Inode, pack_inode
 from xipfs.image.superblock import Superblock, encode, load
 from xipfs.image.xattrs import Xattrs
+from xipfs.memory.overlaid import Overlaid
 from xipfs.memory.region import Medium
 
 
@@ -34,15 +35,16 @@ class Volume:
         self.medium = medium
         self.superblock = superblock or load(medium, name)
         journal = Journal(medium, self.superblock)
-        self._metadata = Metadata(medium, journal, self.superblock.block_count)
         self.journal_capacity_bytes = journal.capacity_bytes
         self.was_clean = self._mount_flag(name) == layout.STATE_CLEAN
         if medium.writable:
             self.recovered_records = journal.recover()
-        else:
-            pending = journal.pending()
+        elif pending := journal.pending():
             self.recovered_records = len(pending)
-            self._metadata.overlay(pending)
+            medium = self.medium = Overlaid(medium, pending)
+        else:
+            self.recovered_records = 0
+        self._metadata = Metadata(medium, journal, self.superblock.block_count)
         self.counters = Counters.load(self._metadata.block(layout.STATE_BLOCK))
         if self.counters.inode_limit != layout.ROOT_INO:
             # mkfs opens the image before it has a root.

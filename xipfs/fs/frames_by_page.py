@@ -102,7 +102,7 @@ class FramesByPage:
         slot = self._slots[ino][index >> _SHIFT]
         self._fast[slot << _SHIFT | index & _MASK] = 0
         if not self._table[slot].any():
-            self._free_empty(ino, [index >> _SHIFT])
+            self._give_back(ino, index >> _SHIFT)
 
     def take_out_run(self, ino: int, pages: Numbers) -> None:
         """``take_out`` for ``pages``, at least one, which ascend."""
@@ -113,12 +113,15 @@ class FramesByPage:
     def _free_empty(self, ino: int, numbers: Sequence[int]) -> None:
         """Give back those of a file's stretches ``numbers`` none of whose pages has a frame."""
         stretches = self._slots[ino]
-        slots = [stretches[number] for number in numbers]
-        held = np.any(self._table[slots], axis=1)
-        for number, slot, some in zip(numbers, slots, held.tolist(), strict=True):
+        held = np.any(self._table[[stretches[number] for number in numbers]], axis=1)
+        for number, some in zip(numbers, held.tolist(), strict=True):
             if not some:
-                del stretches[number]
-                self._free.append(slot)
+                self._give_back(ino, number)
+
+    def _give_back(self, ino: int, number: int) -> None:
+        """Give back an empty stretch."""
+        stretches = self._slots[ino]
+        self._free.append(stretches.pop(number))
         if not stretches:
             del self._slots[ino]
 

@@ -131,8 +131,9 @@ class Allocator:
 
     def committed(self) -> None:
         """What the transaction took is taken, and what it freed is nobody's."""
-        self.owners.free(np.array(self._freed, np.int64))
-        self._freed.clear()
+        if self._freed:
+            self.owners.free(np.array(self._freed, np.int64))
+            self._freed.clear()
         self._taken.clear()
 
     def forget(self) -> None:

@@ -64,6 +64,10 @@ def test_every_option_at_once_in_one_word_or_in_many() -> None:
 
 def test_the_last_of_two_counts() -> None:
     assert parse_options(["ro,rw"]).ro is False
+    there = parse_options(["relatime,noatime", "exec,noexec"])
+    assert (there.noatime, there.noexec) == (True, True)
+    back = parse_options(["noatime,noexec,relatime", "exec"])
+    assert (back.noatime, back.noexec) == (False, False)
     assert parse_options(["ram=1M,ram=2M"]).ram_bytes == 2 << 20
 
 
@@ -84,7 +88,8 @@ def test_readahead_off_is_zero() -> None:
         ("dirty_ratio=101", "dirty_ratio=101"),
         ("dirty_expire_ms=0", "dirty_expire_ms=0"),
         ("dirty_writeback_ms=1.5", "dirty_writeback_ms=1.5"),
-        ("noatime", "unknown mount option 'noatime'"),
+        ("nodiratime", "unknown mount option 'nodiratime'"),
+        ("noatime=1", "mount option 'noatime' takes no value"),
         ("RAM=1M", "unknown mount option 'RAM'"),
         ("ram", "mount option 'ram' has no value"),
         ("ram=", "size '' is not a number of bytes"),
@@ -118,6 +123,10 @@ def test_every_option_has_a_line_of_help() -> None:
     assert names == {
         "ro",
         "rw",
+        "noatime",
+        "relatime",
+        "noexec",
+        "exec",
         "sync",
         "ram",
         "dirty_background_ratio",
@@ -139,6 +148,8 @@ def test_every_option_has_a_line_of_help() -> None:
 def test_they_are_told_as_json_ready_values() -> None:
     assert parse_options(["ram=64K,policy=threshold,promote=2"]).describe() == {
         "ro": False,
+        "noatime": False,
+        "noexec": False,
         "sync": False,
         "ram_bytes": 65536,
         "dirty_background_ratio": 10,

@@ -504,3 +504,26 @@ def test_a_mount_that_is_busy_for_a_moment_is_unmounted(
     with (again / ".xipfs" / "stats.json").open("rb"):
         done = xipfs("umount", again.directory, check=False)
     assert (done.returncode, "Device or resource busy" in done.stderr) == (1, True)
+
+
+def test_noatime_and_noexec(live: Mounts) -> None:
+    """The kernel alone leaves access times to the daemon, so it is told too."""
+    mount = live.mount(live.image(), "noatime,noexec")
+    (mount / "dir").mkdir()
+    (mount / "dir" / "program").write_bytes(Path("/bin/true").read_bytes())
+    (mount / "dir" / "program").chmod(0o755)
+    os.symlink("x", mount / "link")
+    names = ("dir", "dir/program", "link")
+    for name in names:
+        os.utime(mount / name, ns=(1, 2), follow_symlinks=False)
+    mount = live.remount(mount, "noatime,noexec")
+    assert os.listdir(mount / "dir") == ["program"]
+    assert (mount / "dir" / "program").read_bytes() == Path("/bin/true").read_bytes()
+    assert os.readlink(mount / "link") == "x"
+    with pytest.raises(PermissionError):
+        subprocess.run([mount / "dir" / "program"], check=True)
+    assert [os.lstat(mount / name).st_atime_ns for name in names] == [1, 1, 1]
+    mount = live.remount(mount)
+    subprocess.run([mount / "dir" / "program"], check=True)
+    assert os.readlink(mount / "link") == "x"
+    assert os.lstat(mount / "link").st_atime_ns > 2

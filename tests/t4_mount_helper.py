@@ -103,7 +103,7 @@ def test_mount_and_umount(directory: Path) -> None:
 
 
 def test_a_line_of_fstab(directory: Path) -> None:
-    options = "ro,nofail,_netdev,nosuid,nodev,x-systemd.automount,ram=2M,observe=off"
+    options = "ro,noatime,noexec,nofail,_netdev,nosuid,nodev,x-systemd.automount,ram=2M,observe=off"
     (directory / "fstab").write_text(
         f"{directory}/image {directory}/mnt fuse.xipfs {options} 0 0\n"
     )
@@ -113,7 +113,7 @@ def test_a_line_of_fstab(directory: Path) -> None:
         mount -T fstab -a
         cat mnt/file
         grep -oE '"ram_bytes": [0-9]+' mnt/.xipfs/stats.json | sort -u
-        findmnt -nro OPTIONS mnt | grep -oE '^ro|nosuid|nodev'
+        findmnt -nro OPTIONS mnt | grep -oE '^ro|nosuid|nodev|noexec|noatime'
         umount mnt
         mount -T fstab mnt
         cat mnt/file
@@ -121,7 +121,7 @@ def test_a_line_of_fstab(directory: Path) -> None:
         """,
     )
     assert said.splitlines() == [
-        "words", '"ram_bytes": 2097152', "ro", "nosuid", "nodev", "words",
+        "words", '"ram_bytes": 2097152', "ro", "nosuid", "nodev", "noexec", "noatime", "words",
     ]  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_what_fails_exits_as_mount_does(directory: Path) -> None:
         try() { mount -t fuse.xipfs "$@" || echo "exit $?"; }
         try absent mnt
         try image mnt -o ram=1
-        try image mnt -o noexec
+        try image mnt -o nodiratime
         mount -t fuse.xipfs image mnt -o observe=off
         mkdir other
         try image other -o observe=off
@@ -146,7 +146,7 @@ def test_what_fails_exits_as_mount_does(directory: Path) -> None:
         "exit 1",
         "mount.fuse.xipfs: ram=1 is less than one page; expected 4096 or more",
         "exit 1",
-        "mount.fuse.xipfs: unknown mount option 'noexec'; expected one of",
+        "mount.fuse.xipfs: unknown mount option 'nodiratime'; expected one of",
         "exit 1",
         "xipfs mount: image HERE/image is in use",
         "exit 32",

@@ -85,7 +85,7 @@ def _open_when_closed(image: Path, options: MountOptions) -> RecordedFilesystem:
 
 
 def _serve_open(live: Live, mountpoint: Path, on_ready: Callable[[str], None]) -> None:
-    operations = Operations(live.fs, live)
+    operations = Operations(live.fs, live, atime=not live.options.noatime)
     try:
         pyfuse3.init(operations, str(mountpoint), _fuse_options(live))
     except RuntimeError as error:
@@ -117,8 +117,7 @@ def _fuse_options(live: Live) -> set[str]:
         # The kernel checks permissions, always: allow_other alone would check nothing.
         "default_permissions",
     }
-    if live.options.allow_other:
-        words.add("allow_other")
+    words |= {word for word in ("allow_other", "noatime", "noexec") if getattr(live.options, word)}
     if live.fs.read_only:
         words.add("ro")
     return words

@@ -22,6 +22,10 @@ OBSERVE_MODES: Final[tuple[Observe, ...]] = ("auto", "tracefs", "requests", "off
 HELP: Final[dict[str, str]] = {
     "ro": "mount read-only; nothing is written to the image",
     "rw": "mount read-write (default)",
+    "noatime": "reading changes no access time",
+    "relatime": "reading changes it if it is older than the last change, or a day old (default)",
+    "noexec": "no program of the mount can be run",
+    "exec": "programs can be run (default)",
     "sync": "wait for the host's disk whenever something becomes durable, not at fsync only",
     "ram=SIZE": "page-cache RAM of the modelled machine (default 64M)",
     "dirty_background_ratio=PERCENT": "of ram=: dirty pages above it go home (default 10)",
@@ -39,12 +43,17 @@ HELP: Final[dict[str, str]] = {
     "allow_other": "let other users in (permissions are always checked)",
 }
 
+#: Words that say a default, and the field that they take back.
+_OPPOSITES: Final = {"rw": "ro", "relatime": "noatime", "exec": "noexec"}
+
 
 @dataclass(frozen=True)
 class MountOptions:
     """The parsed options of one mount; sizes in bytes, read-ahead in KiB (None: by observer)."""
 
     ro: bool = False
+    noatime: bool = False
+    noexec: bool = False
     sync: bool = False
     ram_bytes: int = 64 << 20
     dirty_background_ratio: int = 10
@@ -86,9 +95,7 @@ def _apply(options: MountOptions, name: str, value: str | None) -> MountOptions:
     if name in HELP:
         if value is not None:
             raise UsageError(f"mount option {name!r} takes no value, got {value!r}")
-        if name in ("ro", "rw"):
-            return replace(options, ro=name == "ro")
-        flag: dict[str, Any] = {name: True}
+        flag: dict[str, Any] = {_OPPOSITES.get(name, name): name not in _OPPOSITES}
         return replace(options, **flag)
     if value is None and name in _VALUED:
         raise UsageError(f"mount option {name!r} has no value", expected=f"{name}=VALUE")

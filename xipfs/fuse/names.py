@@ -70,10 +70,16 @@ class NameOperations(pyfuse3.Operations):
     control: ControlTree
     room: Room
 
-    def __init__(self, fs: Filesystem, hooks: RequestHooks) -> None:
+    def __init__(self, fs: Filesystem, hooks: RequestHooks, *, atime: bool = True) -> None:
+        """``atime``: whether reading changes access times."""
         super().__init__()
         self.fs = fs
         self.hooks = hooks
+        self._atime = atime
+
+    def _accessed(self, ino: int) -> None:
+        if self._atime:
+            self.fs.accessed(ino)
 
     def _refuse_reserved(self, parent: int, name: bytes, errno_: int) -> None:
         """The control directory's name is not the image's to use, and control files are fixed."""
@@ -220,7 +226,7 @@ class NameOperations(pyfuse3.Operations):
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> bytes:
         """READLINK."""
         target = self.fs.readlink(inode)
-        self.fs.accessed(inode)
+        self._accessed(inode)
         return target
 
     # Attributes

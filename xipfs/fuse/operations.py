@@ -37,8 +37,8 @@ class OpenFile:
 class Operations(NameOperations):
     """All handlers of one mount."""
 
-    def __init__(self, fs: Filesystem, hooks: RequestHooks) -> None:
-        super().__init__(fs, hooks)
+    def __init__(self, fs: Filesystem, hooks: RequestHooks, *, atime: bool = True) -> None:
+        super().__init__(fs, hooks, atime=atime)
         self.room = Room(fs, self._open_inodes)
         self._next_fh = 1
         self._files: dict[int, OpenFile | ControlHandle] = {}
@@ -116,7 +116,7 @@ class Operations(NameOperations):
             return await file.read(off, size)
         data = self.fs.read(file.ino, off, size)
         if not file.noatime:
-            self.fs.accessed(file.ino)
+            self._accessed(file.ino)
         self.hooks.page_io(file.pid, file.ino, off, len(data), write=False)
         return data
 
@@ -196,7 +196,7 @@ class Operations(NameOperations):
             self.control.readdir(start_id, token)
             return
         if start_id == 0:
-            self.fs.accessed(ino)
+            self._accessed(ino)
         for place, name in ((1, b"."), (2, b"..")):
             if start_id < place:
                 # The kernel takes no reference for these two.

@@ -179,6 +179,31 @@ def test_a_policy_that_fails_is_off_and_told(live: Mounts, tmp_path: Path) -> No
     assert "moves asked for" not in said
 
 
+def test_a_policy_that_does_not_return_is_off_and_the_mount_goes_on(
+    live: Mounts, tmp_path: Path
+) -> None:
+    """Whatever it waits for and whatever it catches."""
+    asleep, stubborn, file = (tmp_path / name for name in ("asleep.py", "stubborn.py", "bad.py"))
+    asleep.write_text("import time\ntime.sleep(1000)\n")
+    stubborn.write_text(
+        "while True:\n    try:\n        [None] * 1000\n    except Exception:\n        pass\n"
+    )
+    file.write_text(OF_A_DIRECTORY.replace("yield replace(move, ino=INO)", "while True: pass"))
+    mount = live.mount(None, *REQUESTS, "policy=fifo")
+    (mount / "a").write_bytes(bytes(11 * PAGE))
+    for loaded in (asleep, stubborn):
+        assert "PolicyTimeout('it took more than 3 s" in said(mount, str(loaded), code=2)
+        assert mount.cat_stats()["migration"]["policy"] == "fifo"
+    mount.expected_log = [f"ERROR policy {file} failed; it is off from now on"]
+    said(mount, str(file))
+    read(mount, "a")
+    told = mount.cat_stats()["migration"]
+    assert told["policy"] == "off"
+    failure = f"{file}: PolicyTimeout('it took more than 3 s for one decision')"
+    assert told["failure"] == failure
+    assert (mount / "a").read_bytes() == bytes(11 * PAGE)
+
+
 def test_a_read_only_mount_only_counts(live: Mounts) -> None:
     mount = live.mount()
     (mount / "file").write_bytes(bytes(11 * PAGE))

@@ -11,6 +11,7 @@ import trio
 from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
+from xipfs.fuse.patience import Patience
 from xipfs.memory.profiles import Profile
 from xipfs.migrate.decider import CHOSEN
 from xipfs.migrate.policy import Move
@@ -38,6 +39,7 @@ class Deciding(Steering):
 
     def __init__(self, fs: Filesystem, options: MountOptions, profile: Profile | None) -> None:
         _check_needs_no_future(options.policy)
+        self._patience = Patience()
         super().__init__(
             fs,
             options.policy,

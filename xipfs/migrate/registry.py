@@ -40,8 +40,13 @@ BUILT_IN: Final[dict[str, Any]] = {
 #: Policies that know the future, which only a replay does.
 REPLAY_ONLY: Final[dict[str, Any]] = {"belady": Belady}
 
+
+class PolicyTimeout(BaseException):
+    """Raised in a policy that does not return; no Exception, which it might catch and go on."""
+
+
 #: What a policy's code may end with: it must not end the mount with sys.exit() either.
-POLICY_FAILS: Final = (Exception, SystemExit)
+POLICY_FAILS: Final = (Exception, SystemExit, PolicyTimeout)
 
 Value = int | str
 """A parameter's value: most are whole numbers."""

@@ -5,14 +5,15 @@ the policy hears has one order: that in which things take effect. Moves and evic
 once; faults and requests at the next *decision point* (``charged``), merged by their times. No
 clock is read: each signal's time comes with it, and an eviction's is the latest that was heard.
 
-A policy that fails is replaced by ``off``, and every snapshot says so: a defect in it must not end
-the mount.
+A policy that fails, or on a live mount does not return, is replaced by ``off``, and every snapshot
+says so: a defect in it must not end the mount.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from xipfs.accounting.charges import Charge
@@ -33,6 +34,9 @@ class Steering:
 
     ``on_plan`` is told the moves that a signal has earned, ``on_would`` those of a dry policy.
     """
+
+    #: Around each call of the policy's code.
+    _patience: AbstractContextManager[None] = nullcontext()
 
     def __init__(
         self,
@@ -75,7 +79,9 @@ class Steering:
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
         """Go on with another policy, which starts knowing nothing. Raise UsageError."""
         ram_pages = self._fs.memory.ram_pages
-        self._decider = make_policy(name, values.items(), ram_pages)
+        with self._patience:
+            decider = make_policy(name, values.items(), ram_pages)
+        self._decider = decider
         self._dry = DryRun(self._decider, ram_pages) if dry else None
         self._failure = ""
 
@@ -139,7 +145,8 @@ class Steering:
         if self._dry is not None:
             return []
         try:
-            return self._decider.victims(count, self._fs.nr_resident_pages)
+            with self._patience:
+                return self._decider.victims(count, self._fs.nr_resident_pages)
         except POLICY_FAILS as error:
             self._fail(error)
             return []
@@ -147,7 +154,8 @@ class Steering:
     def _hear(self, signal: Signal) -> None:
         try:
             heard_by = self._dry or self._decider
-            moves = heard_by.hear(signal, self._fs.nr_resident_pages)
+            with self._patience:
+                moves = heard_by.hear(signal, self._fs.nr_resident_pages)
         except POLICY_FAILS as error:
             self._fail(error)
             return

@@ -143,6 +143,13 @@ def check_metrics(mount: LiveMount, stats: dict[str, Any]) -> None:
     ino = str(os.stat(mount / "file").st_ino)
     assert values["xipfs_migration_by_file_demoted_total", ino] == 4
     assert values["xipfs_migration_by_process_promoted_total", str(os.getpid())] == 11
+    assert [
+        [
+            values[f"xipfs_migration_by_page_{name}_total", *sorted((ino, str(page)))]
+            for name in ("promoted", "demoted", "pingpong", "failed", "refaults")
+        ]
+        for page in (3, 4)
+    ] == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
     assert values["xipfs_modelled_nvram_read_bytes_total", "pcm"] == 11 * PAGE
     steps = families["xipfs_migration_step_ns"]
     assert steps.type == "histogram"

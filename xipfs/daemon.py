@@ -132,6 +132,7 @@ async def _run(
             gid=os.getegid(),
             now_ns=SystemClock().realtime_ns(),
             snapshot=live.snapshot,
+            metrics=live.metrics,
             questions=live.questions(),
             commands=live.commands(),
             nursery=nursery,

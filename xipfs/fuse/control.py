@@ -4,7 +4,7 @@
 the kernel caches nothing of them:
 
 - ``stats.json``: one consistent snapshot, taken when the file is opened; ``metrics``: the same
-  as OpenMetrics text.
+  as OpenMetrics text, with the pages that migrated most.
 - ``pages.INO.json``, ``hottest.N.json`` and others (``Live.questions``): questions with a number in
   their name, answered the same way (and so on a read-only mount too).
 - ``control``, for what changes something: write one JSON object ``{"op": NAME, ...}``, then read
@@ -241,6 +241,7 @@ class ControlTree:
         gid: int,
         now_ns: int,
         snapshot: Callable[[], Awaitable[Json]],
+        metrics: Callable[[], Awaitable[Json]],
         questions: Mapping[str, Question],
         commands: Mapping[str, Command],
         nursery: trio.Nursery,
@@ -249,6 +250,7 @@ class ControlTree:
         self._gid = gid
         self._now_ns = now_ns
         self._snapshot = snapshot
+        self._metrics = metrics
         self._questions = list(questions.items())
         self._commands = commands
         self._nursery = nursery
@@ -296,7 +298,7 @@ class ControlTree:
         if ino == STATS_INO:
             return _snapshot_of(await self._snapshot())
         if ino == METRICS_INO:
-            return Snapshot(openmetrics(await self._snapshot()).encode())
+            return Snapshot(openmetrics(await self._metrics()).encode())
         if ino == COMMAND_INO:
             return Conversation(self._commands, self._nursery)
         place = (ino ^ DIR_INO) >> _QUESTION_SHIFT

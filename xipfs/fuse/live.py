@@ -38,6 +38,7 @@ from xipfs.fuse.worker import Turn, Worker
 from xipfs.fuse.writeback import Writeback
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.engine import Engine, runs
+from xipfs.migrate.history import LINES_SHOWN
 from xipfs.mm.rules import Rules
 from xipfs.options import MountOptions
 from xipfs.stats.fault_log import FaultLog
@@ -340,6 +341,10 @@ class Live:
         """Return the mount's figures, everything before this call included."""
         await self.drain_settled()
         return live_snapshot(self)
+
+    async def metrics(self) -> Json:
+        """Return the figures that OpenMetrics has: of single pages those that migrated most."""
+        return await self._moved(LINES_SHOWN)
 
     def questions(self) -> Mapping[str, Question]:
         """Return what ``.xipfs/NAME.NUMBER.json`` answers."""

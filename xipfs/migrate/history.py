@@ -24,6 +24,7 @@ from xipfs.trace.fault_batch import INDEX, INO, PID, TIME
 
 EVENTS_MAX: Final = 4096
 #: Files and processes in a snapshot by themselves: those that moved most; the rest is summed up.
+#: Of pages OpenMetrics has as many.
 LINES_SHOWN: Final = 50
 #: The reason of what no policy asked for.
 MANUAL: Final = "manual"

@@ -1,6 +1,6 @@
 """A snapshot as OpenMetrics text, for Prometheus and what speaks its language.
 
-The text is a view of ``stats.json`` and says nothing that is not there. Names: ``xipfs_`` and the
+The text is a view of ``stats.json`` and ``moved.N.json`` and says nothing that is not there. Names: ``xipfs_`` and the
 counter's own name; a counter ends in ``_total`` as the format demands. Times stay whole
 nanoseconds. What a medium would have taken has ``modelled`` in its name.
 Source: the OpenMetrics 1.0 specification; the tests read it with prometheus-client's parser.
@@ -62,7 +62,7 @@ def _sample(name: str, labels: Labels, value: float) -> str:
 
 
 def openmetrics(stats: Json) -> str:
-    """Return the text of a snapshot, as in ``stats.json``."""
+    """Return the text of a snapshot, as in ``stats.json``, and of the pages ``moved`` most."""
     text = _Text()
     mount = stats["mount"]
     info = {name: mount[name] for name in ("image", "label", "mountpoint", "rules")}
@@ -96,7 +96,7 @@ def openmetrics(stats: Json) -> str:
     _processes(text, stats["processes"])
     _cost(text, stats["cost"])
     _policy(text, stats["migration"])
-    _migration(text, stats["migration"])
+    _migration(text, stats["migration"], stats["moved"])
     return "\n".join([*text.lines, "# EOF"]) + "\n"
 
 
@@ -168,15 +168,16 @@ def _policy(text: _Text, migration: Json) -> None:
     )
 
 
-def _migration(text: _Text, migration: Json) -> None:
-    for table, keys in (
-        ("by_cause", ("policy", "reason", "to")),
-        ("by_file", ("ino",)),
-        ("by_process", ("pid",)),
+def _migration(text: _Text, migration: Json, pages: list[Json]) -> None:
+    for table, keys, shown in (
+        ("by_cause", ("policy", "reason", "to"), migration["by_cause"]),
+        ("by_file", ("ino",), migration["by_file"]),
+        ("by_process", ("pid",), migration["by_process"]),
+        ("by_page", ("ino", "index"), pages),
     ):
         lines = [
             ({key: "" if line[key] is None else line[key] for key in keys}, line)
-            for line in migration[table]
+            for line in shown
             # The sum of the other lines falls when one of them is shown: it is no counter.
             if any(line[key] is not None for key in keys)
         ]

@@ -1,8 +1,8 @@
 """A snapshot as OpenMetrics text, for Prometheus and what speaks its language.
 
-The text is a view of ``stats.json`` and ``moved.N.json`` and says nothing that is not there. Names: ``xipfs_`` and the
-counter's own name; a counter ends in ``_total`` as the format demands. Times stay whole
-nanoseconds. What a medium would have taken has ``modelled`` in its name.
+The text is a view of ``stats.json`` and ``moved.N.json`` and says nothing that is not there. Names:
+``xipfs_`` and the counter's own name; a counter ends in ``_total`` as the format demands. Times
+stay whole nanoseconds. What a medium would have taken has ``modelled`` in its name.
 Source: the OpenMetrics 1.0 specification; the tests read it with prometheus-client's parser.
 """
 

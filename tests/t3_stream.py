@@ -58,7 +58,7 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
 
 
 def begin() -> stream.Stream:
-    return stream.Stream(Mount(0, 1, Path("mnt"), "fuse.xipfs", "image"))
+    return stream.Stream(Mount(0, 1, Path("mnt"), "fuse.xipfs", "image", frozenset()))
 
 
 def told(reader: stream.Stream) -> list[tuple[str, Any]]:

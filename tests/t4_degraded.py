@@ -188,7 +188,7 @@ class Refusing(observing.TracefsObserver):
 
 
 def test_an_observer_that_cannot_start() -> None:
-    mount = Mount(0, 0, Path("/nowhere"), "image", "fuse.xipfs")
+    mount = Mount(0, 0, Path("/nowhere"), "image", "fuse.xipfs", frozenset())
     left, exact = observing.start_observing(parse_options([]), Refusing(), mount)
     assert (left.figures().mode, exact) == ("requests", False)
     assert left.figures().reason.startswith("cannot create the tracefs instance xipfs-1-0-G: No")

@@ -125,6 +125,35 @@ def test_a_line_of_fstab(directory: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_remount_changes_what_the_kernel_can(directory: Path) -> None:
+    said = run(
+        directory,
+        """
+        mount -t fuse.xipfs image mnt -o ram=1M,observe=off,default_permissions
+        try() { mount -o remount,$1 mnt || echo "exit $?"; findmnt -nro OPTIONS mnt | cut -d, -f1; }
+        try ro
+        echo no 2>&1 > mnt/file || echo refused
+        cat mnt/file
+        try rw,noexec
+        findmnt -nro OPTIONS mnt | grep -o noexec
+        echo more >> mnt/file
+        cat mnt/file
+        try noatime
+        try ram=2M,ro
+        umount mnt
+        """,
+    )
+    lines = [line for line in said.splitlines() if "Read-only" not in line]
+    told = "mount.fuse.xipfs: {} cannot be changed on a mount that is there; expected"
+    told += " exec, noexec, ro, rw; unmount it and mount it anew"
+    assert lines == [
+        *("ro", "refused", "words"),
+        *("rw", "noexec", "words", "more"),
+        *(told.format("noatime"), "exit 1", "rw"),
+        *(told.format("ram=2M"), "exit 1", "rw"),
+    ]
+
+
 def test_what_fails_exits_as_mount_does(directory: Path) -> None:
     said = run(
         directory,

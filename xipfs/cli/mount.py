@@ -20,7 +20,12 @@ from xipfs.fuse.mounts import FSTYPE, is_dead, mount_at, unmount
 from xipfs.options import HELP, parse_options
 
 #: What mount(8) passes on of an fstab line: options that are its own, and what every FUSE mount is.
-_OF_FSTAB: Final = {"nofail", "_netdev", "user", "users", "owner", "group", "nosuid", "nodev"}
+_OF_FSTAB: Final = {
+    *("nofail", "_netdev", "user", "users", "owner", "group"),
+    *("nosuid", "nodev", "default_permissions"),
+}
+#: What the kernel alone can change of a mount that is there.
+_BY_REMOUNT: Final = {"ro", "rw", "exec", "noexec"}
 #: What mount(8) exits with for wrong usage, for an interruption, and for a mount that failed.
 _EXITS: Final = {0: 0, EXIT_USAGE: 1, 130: 8}
 _FAILED: Final = 32
@@ -174,8 +179,30 @@ def mount_main() -> int:
         if args.fake:
             return 0
         words = [word for word in args.options.split(",") if word not in _OF_FSTAB]
+        if "remount" in words:
+            return _remount(parser.prog, args.directory, set(words) - {"remount"})
         place = ["--", args.image, args.directory]
         code = run_verb("mount", parser.prog, ["-o", ",".join(words), *place])
     except SystemExit as end:
         code = EXIT_USAGE if end.code else 0
     return _EXITS.get(code, _FAILED)
+
+
+def _remount(prog: str, directory: str, words: set[str]) -> int:
+    """Have the kernel change flags of a mount; the daemon hears nothing of it."""
+    try:
+        # mount(8) names what is there already, too.
+        others = words - _BY_REMOUNT - mount_at(Path(directory)).options
+        if others:
+            raise UsageError(
+                f"{', '.join(sorted(others))} cannot be changed on a mount that is there",
+                expected=", ".join(sorted(_BY_REMOUNT)),
+                remedy="unmount it and mount it anew",
+            )
+    except XipfsError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return _EXITS.get(error.exit_code, _FAILED)
+    words &= _BY_REMOUNT
+    # -i: not by way of a helper, which is where we are.
+    options = ",".join(["remount", *sorted(words)])
+    return subprocess.run(["mount", "-i", "-o", options, directory], check=False).returncode

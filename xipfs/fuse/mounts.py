@@ -28,13 +28,14 @@ _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo: device number, where, what image, read-only or not."""
+    """One line of mountinfo: device number, where, what image, with which of mount(8)'s options."""
 
     major: int
     minor: int
     mountpoint: Path
     source: str
     fstype: str
+    options: frozenset[str]
 
     @property
     def dev(self) -> int:
@@ -60,6 +61,7 @@ def mounts() -> list[Mount]:
                 Path(_unescape(fields[4])),
                 _unescape(tail[1]),
                 tail[0].decode(),
+                frozenset(b",".join([fields[5], tail[2]]).decode().split(",")),
             )
         )
     return found

@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from xipfs.trace import records
 from xipfs.trace.compiled import CompiledDecoder
 from xipfs.trace.formats import EventFormat, Field, PageFormat, parse_event, parse_page
 from xipfs.trace.records import SYSTEM_CALLS, TABLE, Tracepoint
-from xipfs.trace.ring import Decoder, PlainDecoder, Plan
+from xipfs.trace.ring import Decoder, PlainDecoder, Plan, sorted_rows
 
 DATA = Path(__file__).parent / "data" / "ring"
 FORMATS = json.loads((DATA / "formats.json").read_text())
@@ -126,7 +127,14 @@ def test_both_decoders_give_the_same_rows_for_any_cut_of_the_pages() -> None:
     pytest.importorskip("numba", reason="the compiled decoder needs numba")
     plain, compiled = PlainDecoder(PLAN), CompiledDecoder(PLAN)
     for pages in (PAGES, PAGES[:1], PAGES[1:], PAGES[:0], np.tile(PAGES, (21, 1))):
-        assert np.array_equal(plain.decode(pages), compiled.decode(pages))
+        rows = plain.decode(pages)
+        assert np.array_equal(rows, compiled.decode(pages))
+        rings = np.concatenate([rows[len(rows) // 2 :], rows[: len(rows) // 2]])
+        assert np.array_equal(sorted_rows(rings), compiled.merge(rings))
+    # A call with other types than when it was made would be compiled while records wait.
+    calls: Any = compiled._decode, compiled._merge
+    for code in calls:
+        assert len(code.signatures) == 1
 
 
 # Pages made by hand: one event type, 9, with fields of every size.

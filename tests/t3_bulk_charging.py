@@ -11,6 +11,7 @@ import os
 import random
 import secrets
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,6 +267,8 @@ def test_random_batches_compiled(tmp_path: Path, ram_pages: int) -> None:
     from xipfs.accounting import charge_code
 
     print(f"XIPFS_TEST_SEED={SEED}")
-    code = charge_code.run, charge_code.zap
+    code: Any = charge_code.run, charge_code.zap
     for number in range(2):
         assert check(SEED + number, code, tmp_path, ram_pages) > 300
+    # A call with other types than at the import would be compiled while faults wait.
+    assert [len(each.signatures) for each in code] == [1, 1]

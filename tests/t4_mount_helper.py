@@ -141,16 +141,23 @@ def test_a_remount_changes_what_the_kernel_can(directory: Path) -> None:
         try noatime
         try ram=2M,ro
         umount mnt
+        mount -r -t fuse.xipfs image mnt -o observe=off
+        try rw
+        try noexec
+        umount mnt
         """,
     )
     lines = [line for line in said.splitlines() if "Read-only" not in line]
+    anew = "unmount it and mount it anew"
     told = "mount.fuse.xipfs: {} cannot be changed on a mount that is there; expected"
-    told += " exec, noexec, ro, rw; unmount it and mount it anew"
+    told += f" exec, noexec, ro, rw; {anew}"
     assert lines == [
         *("ro", "refused", "words"),
         *("rw", "noexec", "words", "more"),
         *(told.format("noatime"), "exit 1", "rw"),
         *(told.format("ram=2M"), "exit 1", "rw"),
+        f"mount.fuse.xipfs: HERE/mnt was mounted read-only, or is so for damage; {anew}",
+        *("exit 1", "ro", "ro"),
     ]
 
 

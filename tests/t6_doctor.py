@@ -108,7 +108,9 @@ def test_too_old_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         False,
         "version 3.2.9, older than 3.3",
     )
-    assert found["pyfuse3"].get == "pip install --upgrade 'xipfs[mount]'"
+    assert found["pyfuse3"].get == (
+        "in xipfs's source tree: tools/setup, or pip install --upgrade '.[mount]'"
+    )
     assert (found["trio"].there, found["numba"].there) == (True, True)
     assert (found["pyarrow"].there, found["pyarrow"].found) == (False, "not installed")
 

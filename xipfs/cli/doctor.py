@@ -164,8 +164,8 @@ def _to_mount() -> list[Need]:
             "as root: modprobe fuse; chmod 666 /dev/fuse lets others mount too",
             needed=True,
         ),
-        _package("pyfuse3", "3.3", "nothing can be mounted", "xipfs[mount]", needed=True),
-        _package("trio", "0.24", "nothing can be mounted", "xipfs[mount]", needed=True),
+        _package("pyfuse3", "3.3", "nothing can be mounted", "mount", needed=True),
+        _package("trio", "0.24", "nothing can be mounted", "mount", needed=True),
         _command("fusermount3", "mounts cannot be ended", "apt-get install fuse3", needed=True),
         _allow_other(),
     ]
@@ -224,9 +224,9 @@ def _to_do_more() -> list[Need]:
             "it is taken as 64 KiB, the kernel's default",
             "as root: mount -t debugfs nodev /sys/kernel/debug (lockdown refuses it)",
         ),
-        _package("numba", "0.60", "events are decoded 30 times slower", "xipfs[fast]"),
+        _package("numba", "0.60", "events are decoded 30 times slower", "fast"),
         _compiled(),
-        _package("pyarrow", "15", "xipfs record, run -o and faults", "xipfs[trace]"),
+        _package("pyarrow", "15", "xipfs record, run -o and faults", "trace"),
     ]
 
 
@@ -274,7 +274,7 @@ def _package(name: str, least: str, lost: str, extra: str, *, needed: bool = Fal
         found = ""
     there = bool(found) and _version(found) >= _version(least)
     shown = f"version {found}" if there else f"version {found}, older than {least}"
-    get = f"pip install --upgrade '{extra}'"
+    get = f"in xipfs's source tree: tools/setup, or pip install --upgrade '.[{extra}]'"
     return Need(name, there, shown if found else "not installed", lost, get, needed)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xipfs.cli import compiling, run_verb
+from xipfs.cli.client import ask
 from xipfs.errors import EXIT_FAILURE, EXIT_USAGE, MountError, UsageError, XipfsError
 from xipfs.fuse.mounts import FSTYPE, is_dead, mount_at, unmount
 from xipfs.options import HELP, parse_options
@@ -191,12 +192,18 @@ def mount_main() -> int:
 def _remount(prog: str, directory: str, words: set[str]) -> int:
     """Have the kernel change flags of a mount; the daemon hears nothing of it."""
     try:
+        mount = mount_at(Path(directory))
         # mount(8) names what is there already, too.
-        others = words - _BY_REMOUNT - mount_at(Path(directory)).options
+        others = words - _BY_REMOUNT - mount.options
         if others:
             raise UsageError(
                 f"{', '.join(sorted(others))} cannot be changed on a mount that is there",
                 expected=", ".join(sorted(_BY_REMOUNT)),
+                remedy="unmount it and mount it anew",
+            )
+        if "rw" in words - mount.options and ask(mount, "stats.json")["mount"]["read_only"]:
+            raise UsageError(
+                f"{directory} was mounted read-only, or is so for damage",
                 remedy="unmount it and mount it anew",
             )
     except XipfsError as error:

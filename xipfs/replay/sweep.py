@@ -159,7 +159,8 @@ def _distributed() -> Any:
         return importlib.import_module("distributed")
     except ImportError:
         raise UsageError(
-            "--dask needs dask.distributed", remedy="install it with: pip install 'xipfs[sweep]'"
+            "--dask needs dask.distributed",
+            remedy="in xipfs's source tree: tools/setup, or pip install '.[sweep]'",
         ) from None
 
 

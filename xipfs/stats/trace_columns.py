@@ -105,7 +105,8 @@ def arrow() -> Any:
         import pyarrow.parquet
     except ImportError:
         raise TraceError(
-            "trace files need pyarrow", remedy="install it with: pip install 'xipfs[trace]'"
+            "trace files need pyarrow",
+            remedy="in xipfs's source tree: tools/setup, or pip install '.[trace]'",
         ) from None
     return pyarrow
 

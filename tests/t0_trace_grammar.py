@@ -66,7 +66,11 @@ class Script:
         self.adoptions: dict[int, Adoption] = {}
         self.output = Output()
         self.processes = Processes(self.output, self.people.get, self.maps.get)
-        self.grammar = Grammar(self.processes, self.adoptions.__getitem__)
+        #: What /proc says that threads wait in; the others are gone.
+        self.calls: dict[int, str] = {}
+        self.grammar = Grammar(
+            self.processes, self.adoptions.__getitem__, call_of=lambda tid: self.calls.get(tid, "")
+        )
         self.unfollowed = self.processes.unfollowed
 
     def row(self, kind: int, tid: int, *arguments: int) -> None:
@@ -1047,7 +1051,8 @@ def test_remap_file_pages_is_read_from_proc(script: Script) -> None:
         MapsLine(at, at + PAGE, 3, True, 20, FILE),
         MapsLine(at + PAGE, BASE + 32 * PAGE, 3, True, 5, FILE),
     ]
-    script.call("remap_file_pages", at, PAGE)
+    # The kernel takes whole pages of the size.
+    script.call("remap_file_pages", at, PAGE + 100)
     script.pf(at)
     script.fault(20)
     events = told + script.end()
@@ -1073,6 +1078,32 @@ def test_memory_that_others_get_at_is_in_doubt_and_changing_until_they_have_done
     script.row(records.FOREIGN_EXIT, 500, 0)
     clouds += only(script.events(), Cloud)
     assert clouds == [Cloud(4000, 1, FOREIGN), Cloud(5000, 1, FOREIGN)]
+    assert script.grammar.changing() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("call", "over"),
+    [("101 0x4 0x1 0x2", False), ("running", False), ("230 0x0", True), ("", True)],
+)
+def test_after_a_loss_proc_tells_whether_a_call_on_others_memory_is_over(
+    script: Script, monkeypatch: pytest.MonkeyPatch, call: str, over: bool
+) -> None:
+    """Its end may be among the lost records; what its thread does later is its own."""
+    monkeypatch.setattr("xipfs.trace.grammar._FOREIGN_CALLS", {"101"})
+    touched(script, 0)
+    script.row(records.FOREIGN_ENTER, 500, PID)
+    script.events()
+    script.calls[500] = "230 0x0"
+    script.grammar.bury(script.now)
+    assert script.grammar.changing() == frozenset({1}), "nothing was lost: there will be a record"
+    script.row(records.LOST, 0, 7)
+    script.events()
+    script.calls[500] = call
+    script.grammar.bury(script.now)
+    assert script.grammar.changing() == (frozenset() if over else frozenset({1}))
+    assert len(only(script.events(), Cloud)) == over
+    script.row(records.FOREIGN_EXIT, 500, 0)
+    assert len(only(script.events(), Cloud)) == (not over)
     assert script.grammar.changing() == frozenset()
 
 

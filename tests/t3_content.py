@@ -11,10 +11,11 @@ from imagecheck import check
 from media import RecordingMedium, new_medium, open_medium
 
 from xipfs.clock import ManualClock
-from xipfs.errors import FsError, ImageError
+from xipfs.errors import FsError, ImageError, NoBlocksError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind, WriteOrigin
 from xipfs.image.layout import MAX_FILE_BYTES
+from xipfs.memory.region import Buffer
 
 PAGE = 4096
 ROOT = 1
@@ -237,6 +238,59 @@ def test_a_block_that_a_wrong_bitmap_lent_out_is_not_served() -> None:
     fs.unlink(ROOT, b"other")
     with pytest.raises(ImageError, match=rf"block {block} at offset .* inode {ino} and was freed"):
         fs.read(ino, 0, PAGE)
+
+
+class CrowdedMedium(RecordingMedium):
+    """A medium whose host has no room for one block."""
+
+    crowded: int = -1
+
+    def store(self, offset: int, data: Buffer) -> None:
+        if offset // PAGE <= self.crowded <= (offset + len(data) - 1) // PAGE:
+            raise FsError(errno.ENOSPC, "the host has no room")
+        super().store(offset, data)
+
+
+def test_a_home_without_room_keeps_no_other_page_from_its_own() -> None:
+    medium = CrowdedMedium(bytes(new_medium(1400).now))
+    before = open_medium(medium)
+    inos = [make(before, PageKind.PAGECACHE, name) for name in (b"a", b"b")]
+    old = random.Random(5).randbytes(3 * PAGE)
+    for ino in inos:
+        before.write(ino, 0, old)
+    before.close()
+    fs = open_medium(medium)
+    middle = bytes(medium.now).index(old[PAGE : 2 * PAGE]) // PAGE
+    for ino in inos:
+        for page in range(3):
+            fs.write(ino, page * PAGE, b"new!" * 1024)
+    medium.crowded = middle
+    for _ in range(2):
+        with pytest.raises(FsError, match="the host has no room"):
+            fs.write_back(100)
+        assert fs.nr_dirty_pages == 1
+    for page in (0, 2):
+        fs.write(inos[0], page * PAGE, b"last" * 1024)
+    fs.write(inos[1], 0, b"last" * 1024)
+    with pytest.raises(FsError, match="the host has no room"):
+        fs.close()
+    again = open_medium(RecordingMedium(medium.durable))
+    kept = old[PAGE : 2 * PAGE]
+    assert bytes(again.read(inos[0], 0, 3 * PAGE)) == b"last" * 1024 + kept + b"last" * 1024
+    assert bytes(again.read(inos[1], 0, 3 * PAGE)) == b"last" * 1024 + b"new!" * 2048
+    assert not again._core.volume.was_clean
+
+
+def test_only_a_lack_of_blocks_can_end_by_itself(fs: Filesystem) -> None:
+    """Whoever waits for room must not wait for what no removal changes."""
+    ino = make(fs)
+    with pytest.raises(FsError) as attributes:
+        fs.setxattr(ino, b"user.long", bytes(5000))
+    assert (attributes.value.errno, type(attributes.value)) == (errno.ENOSPC, FsError)
+    fs.write(ino, 0, bytes(fs.statfs().blocks_free * PAGE))
+    with pytest.raises(NoBlocksError) as blocks:
+        fs.write(ino, 2000 * PAGE, bytes(256 * PAGE))
+    assert blocks.value.errno == errno.ENOSPC
 
 
 def test_names_need_room_too_and_fail_without_damage() -> None:

@@ -7,7 +7,9 @@ import collections
 import functools
 import gc
 import json
+import signal
 import tempfile
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from xipfs.errors import UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.fuse.deciding import Deciding
+from xipfs.fuse.patience import Patience
 from xipfs.migrate.decider import Decider, done, merged
 from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.parts import REMEMBERED_PAGES, Remembered, Residents, Watermarks
@@ -36,7 +39,14 @@ from xipfs.migrate.policy import (
     Seen,
     Signal,
 )
-from xipfs.migrate.registry import BUILT_IN, Value, about, make_policy, policies
+from xipfs.migrate.registry import (
+    BUILT_IN,
+    PolicyTimeout,
+    Value,
+    about,
+    make_policy,
+    policies,
+)
 from xipfs.options import parse_options
 from xipfs.replay.simulate import TRACES, Access, optimum, replay, seeded_trace
 
@@ -419,6 +429,43 @@ def test_a_policy_that_fails_is_off_from_then_on(tmp_path: Path) -> None:
         "off",
         f"{file}: ZeroDivisionError('division by zero')",
     )
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise SystemExit(3)", "SystemExit(3)"),
+        ("while True: pass", "PolicyTimeout('it took more than 0.05 s for one decision')"),
+        ("1 / 0", "ZeroDivisionError('division by zero')"),
+    ],
+)
+def test_a_policy_that_cannot_be_begun_is_refused(tmp_path: Path, body: str, why: str) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(
+        SPY.replace("    def plan", f"    def __post_init__(self):\n        {body}\n\n    def plan")
+    )
+    deciding = Deciding(open_medium(new_medium()), parse_options(["policy=fifo"]), None)
+    deciding._patience = Patience(0.05)
+    with pytest.raises(UsageError) as refused:
+        deciding.choose(str(file), {}, dry=False)
+    assert str(refused.value) == f"policy {file} cannot be begun: {why}"
+    assert deciding.describe()["policy"] == "fifo"
+
+
+def test_an_alarm_at_the_end_of_a_decision_is_in_time_or_nothing() -> None:
+    """Decisions that end around the limit, some while the alarm is being handled."""
+    patience, late = Patience(0.003), 0
+    for turn in range(800):
+        end_ns = time.perf_counter_ns() + 2_985_000 + turn % 40 * 1000
+        try:
+            with patience:
+                while time.perf_counter_ns() < end_ns:
+                    pass
+        except PolicyTimeout:
+            late += 1
+        assert not patience._inside
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert late > 0
 
 
 def test_an_eviction_s_time_is_one_that_a_recording_tells_too() -> None:

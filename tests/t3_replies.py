@@ -31,6 +31,10 @@ class Scene:
             look()
         return look is not None
 
+    def unfinished(self) -> set[int]:
+        askers = self.replies.askers()
+        return self.replies.unfinished(askers, self.replies.over(askers))
+
 
 @pytest.fixture
 def scene() -> Scene:
@@ -51,7 +55,7 @@ def test_only_what_is_new_of_a_mapped_file_is_acted_on(scene: Scene) -> None:
     assert scene.replies.serials == {INO: 4}
     scene.mapped.clear()
     assert scene.answer(1, size=1) is False
-    assert (scene.replies.serials, scene.replies.unfinished()) == ({}, set())
+    assert (scene.replies.serials, scene.unfinished()) == ({}, set())
 
 
 @pytest.mark.parametrize(
@@ -60,19 +64,71 @@ def test_only_what_is_new_of_a_mapped_file_is_acted_on(scene: Scene) -> None:
 )
 def test_it_is_done_once_the_thread_waits_elsewhere(scene: Scene, now: str, left: set[int]) -> None:
     scene.answer(1)
-    assert scene.replies.unfinished() == {INO}
+    assert scene.unfinished() == {INO}
     scene.calls[1] = now
-    assert scene.replies.unfinished() == left
+    assert scene.unfinished() == left
     scene.calls[1] = "running"
-    assert scene.replies.unfinished() == left, "what was proven stays proven"
+    assert scene.unfinished() == left, "what was proven stays proven"
 
 
 def test_before_its_call_was_read_nothing_is_proven(scene: Scene) -> None:
     attr = Attr(Ino(INO), 0, 0o100644, 1, 0, 0, 0, 0, 8, 0, 0, 0)
     look = scene.replies.to_act_on(1, attr)
     scene.calls[1] = SLEEP
-    assert scene.replies.unfinished() == {INO}
+    assert scene.unfinished() == {INO}
     assert look is not None
+
+
+def test_a_thread_that_does_not_wait_yet_is_looked_at_again(scene: Scene) -> None:
+    """Seen running, its very call would look like another one as soon as it waits."""
+    seen = [proc.RUNNING, proc.RUNNING, CUT]
+    replies = Replies(scene.mapped.__contains__, lambda _tid: seen.pop(0) if seen else CUT)
+    attr = Attr(Ino(INO), 0, 0o100644, 1, 0, 0, 0, 0, 8, 0, 0, 0)
+    look = replies.to_act_on(1, attr)
+    assert look is not None
+    look()
+    assert seen == []
+    askers = replies.askers()
+    assert replies.unfinished(askers, replies.over(askers)) == {INO}
+
+
+def test_one_that_never_waits_is_over_when_it_is_gone(scene: Scene) -> None:
+    scene.calls[1] = proc.RUNNING
+    scene.answer(1)
+    scene.calls[1] = SLEEP
+    assert scene.unfinished() == {INO}
+    del scene.calls[1]
+    assert scene.unfinished() == set()
+
+
+def test_all_that_have_acted_are_forgotten_at_once_and_others_are_not(scene: Scene) -> None:
+    for tid in (1, 2, 3, 4):
+        scene.calls[tid] = CUT
+        scene.answer(tid, size=tid)
+    askers = scene.replies.askers()
+    scene.calls |= dict.fromkeys((1, 2, 3), SLEEP)
+    over = scene.replies.over(askers)
+    # Meanwhile somebody asks, and the file is unmapped and mapped again.
+    scene.calls[5] = CUT
+    scene.answer(5, size=5)
+    assert scene.replies.unfinished(askers, over) == {INO}
+    assert [asker.tid for _, asker in scene.replies.askers()] == [4, 5]
+    scene.mapped.clear()
+    scene.answer(4)
+    assert scene.replies.unfinished(askers, over) == {INO}
+    assert scene.replies.askers() == []
+
+
+def test_nothing_is_kept_of_files_that_nobody_maps_any_more(scene: Scene) -> None:
+    for ino in (7, 8, 9):
+        scene.mapped.add(ino)
+        scene.answer(1, ino=ino)
+    scene.replies.emptied(9)
+    scene.mapped -= {8, 9}
+    scene.replies.forget_unmapped()
+    assert [ino for ino, _ in scene.replies.askers()] == [7]
+    assert scene.replies.serials == {7: 1}
+    assert scene.replies._told.keys() == {7}
 
 
 def test_who_asks_again_has_acted_on_the_answer_before(scene: Scene) -> None:
@@ -80,9 +136,9 @@ def test_who_asks_again_has_acted_on_the_answer_before(scene: Scene) -> None:
     scene.answer(2, size=0)
     scene.calls[1] = SLEEP
     scene.answer(2, size=1)
-    assert scene.replies.unfinished() == {INO}
+    assert scene.unfinished() == {INO}
     scene.calls[2] = SLEEP
-    assert scene.replies.unfinished() == set()
+    assert scene.unfinished() == set()
 
 
 def test_proc_tells_which_call_a_thread_waits_in() -> None:

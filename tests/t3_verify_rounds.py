@@ -75,7 +75,13 @@ class Around:
         self.mount = SimpleNamespace(dev=1)
         self.notifier = SimpleNamespace(in_flight=lambda: self.invalidated)
         self.dropped: set[int] = set()
-        self.replies = SimpleNamespace(unfinished=lambda: set(self.dropped), serials=Counter())
+        self.replies = SimpleNamespace(
+            forget_unmapped=lambda: None,
+            askers=list,
+            over=len,
+            unfinished=lambda _askers, _over: set(self.dropped),
+            serials=Counter(),
+        )
         self.observer = TracefsObserver()
         self.observer.changing = lambda: self.changing  # type: ignore[method-assign]
         self.invalidated: set[int] = set()

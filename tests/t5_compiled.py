@@ -90,6 +90,29 @@ def test_what_cannot_be_compiled_is_told_and_no_error(
     assert prepared() == [f"numba is not installed: {slower}"]
 
 
+def test_nothing_of_the_current_directory_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hashlib.py").write_text("open('was_here', 'w')\nraise SystemExit('ours')\n")
+    # It gets as far as its first import of ours that is not there.
+    monkeypatch.setattr(compiling, "_MAX_S", 3.0)
+    assert "ours" not in prepared()[1]
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_user_without_a_home_has_a_directory_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    assert compiling._directory() == tmp_path
+
+
 def test_another_source_or_a_file_that_is_gone_is_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

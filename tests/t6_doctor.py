@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from live import COMMAND, ENVIRONMENT, INSTANCES, Mounts, is_mounted, xipfs
 
 from xipfs.cli import doctor, main
 from xipfs.cli.bounded import within
-from xipfs.cli.doctor import as_text, clean, examine
+from xipfs.cli.doctor import _Cleaned, as_text, clean, examine
 from xipfs.errors import XipfsError
 from xipfs.trace import session, uffd
 from xipfs.trace.session import mount_tracefs
@@ -220,8 +221,29 @@ def test_a_machine_that_does_not_answer_is_an_error(
     assert "dmesg" in said.err
 
 
+def _write_half() -> None:
+    """End in the middle of the answer."""
+    (pipe,) = [fd for fd in range(3, 100) if _is_pipe(fd)][-1:]
+    os.write(pipe, b'["half')
+    os._exit(1)
+
+
+def _is_pipe(fd: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except OSError:
+        return False
+
+
 def test_a_step_that_fails_is_an_error_and_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(XipfsError, match="dividing failed: its process ended"):
         within(60, "dividing", lambda: 1 // 0)
     assert "ZeroDivisionError" in capfd.readouterr().err
+    with pytest.raises(XipfsError, match="writing half of it failed: its process ended"):
+        within(60, "writing half of it", _write_half)
+    cleaned = _Cleaned()
+    assert cleaned.done("one", lambda: 1) == 1
+    assert cleaned.done("two", lambda: 1 // 0) is None
+    assert cleaned.done("three", lambda: 3) == 3
+    assert cleaned.left == ["two: two failed: its process ended"]
     assert within(60, "listing", lambda: ["x" * 100_000]) == ["x" * 100_000]

@@ -68,6 +68,13 @@ class FsError(XipfsError):
         self.errno = errno_
 
 
+class NoBlocksError(FsError):
+    """The image has no free block; removing files can help."""
+
+    def __init__(self, what: str = "") -> None:
+        super().__init__(errno.ENOSPC, what)
+
+
 class OutOfFramesError(XipfsError):
     """No RAM frame is free and none could be evicted."""
 

@@ -42,9 +42,10 @@ def within(timeout_s: float, what: str, work: Callable[[], Any]) -> Any:
             piece = os.read(receiver, 1 << 16)
             if not piece:
                 os.waitpid(child, 0)
-                if not told:
-                    raise XipfsError(f"{what} failed: its process ended")
-                return json.loads(told)
+                try:
+                    return json.loads(told)
+                except ValueError:  # nothing, or the half of it
+                    raise XipfsError(f"{what} failed: its process ended") from None
             told += piece
     finally:
         os.close(receiver)

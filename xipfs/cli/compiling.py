@@ -71,7 +71,9 @@ def prepare(tell: Callable[[str], None]) -> None:
     start_s = time.monotonic()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__],
+            # Not what lies in the current directory: somebody else's may be called like ours.
+            [sys.executable, "-P", "-m", __name__],
+            cwd="/",
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -95,8 +97,10 @@ def _directory() -> Path | None:
     It takes the first of these that it can write to, and the same one for all of our modules.
     """
     given = os.environ.get("NUMBA_CACHE_DIR")
-    of_user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    choice = [_PACKAGE / "trace/__pycache__", Path(of_user, "numba")]
+    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    choice = [_PACKAGE / "trace/__pycache__"]
+    if not of_user.startswith("~"):  # a user without a home
+        choice.append(Path(of_user, "numba"))
     for directory in [Path(given), *choice] if given else choice:
         above = (directory, *directory.absolute().parents)
         # Not Path.exists, which raises where a directory above may not be searched.

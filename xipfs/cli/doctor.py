@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from xipfs.cli import compiling, preloading
 from xipfs.cli.bounded import TookTooLongError, within
-from xipfs.errors import EXIT_FAILURE, MountError, UsageError
+from xipfs.errors import EXIT_FAILURE, MountError, UsageError, XipfsError
 from xipfs.fuse.mounts import FSTYPE, is_dead, mounts, unmount
 from xipfs.trace import session, uffd
 
@@ -115,12 +115,14 @@ class _Cleaned:
         self.left: list[str] = []
 
     def done(self, what: str, work: Callable[[], Any]) -> Any:
-        """Return what ``work`` does; None if it takes too long, which is told."""
+        """Return what ``work`` does; None if it fails or takes too long, which is told."""
         try:
             return within(_STEP_S, what, work)
         except TookTooLongError:
             self.left.append(f"{what}, which did not answer within {_STEP_S:g} s")
-            return None
+        except XipfsError as error:
+            self.left.append(f"{what}: {error}")
+        return None
 
     def note(self, what: str, obstacle: str) -> None:
         """Tell that it was removed, or (``obstacle``) was not."""
@@ -262,7 +264,7 @@ def _compiled() -> Need:
         ready,
         "on disk" if ready else reason or "not on disk yet",
         compiling.WITHOUT if reason else "the next mount compiles it before it serves: some 20 s",
-        "see numba" if reason else f"{sys.executable} -m {compiling.__name__}",
+        "see numba" if reason else f"{sys.executable} -P -m {compiling.__name__}",
     )
 
 

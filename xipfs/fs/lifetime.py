@@ -52,20 +52,25 @@ class Lifetime:
     def close(self) -> None:
         """Write every dirty page home, mark the image clean, bring it to disk, drop the lock.
 
-        A damaged image is not marked clean.
+        A damaged image is not marked clean. Nor is one that a page did not get home to, for want of
+        room on the host: FsError is raised then, with all the rest at home and the lock dropped.
         """
         if self._closed:
             return
         core = self._core
-        if core.medium.writable:
-            core.cache.sync_all()
-            # Unlinked files that were still held end with the mount.
-            core.holds.clear()
-            if not core.damage:
-                self._reclaim.recover()
-                core.volume.set_mounted(False)
-            core.medium.sync()
-        self.abandon()
+        try:
+            if core.medium.writable:
+                try:
+                    core.cache.sync_all()
+                    # Unlinked files that were still held end with the mount.
+                    core.holds.clear()
+                    if not core.damage:
+                        self._reclaim.recover()
+                        core.volume.set_mounted(False)
+                finally:
+                    core.medium.sync()
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         """Drop everything as a crash of the process would: nothing is written any more."""

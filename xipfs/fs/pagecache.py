@@ -2,7 +2,8 @@
 
 A page is resident from its first touch until it is evicted, demoted or its file shrinks
 (fs/frame_table.py keeps which are). A dirty page is written home before its frame is dropped; its
-home was allocated with the first write, so that can not fail for want of space.
+home was allocated with the first write, so the image has the room (the host may not, whose disk is
+full, if the image file was made sparse again since).
 
 A page is pinned if anybody but the cache and the model's PTEs refers to it: its refcount then
 exceeds 1 + mapcount (rule P7). The model's PTEs of a victim are zapped through ``on_unmap``.
@@ -11,16 +12,16 @@ exceeds 1 + mapcount (rule P7). The model's PTEs of a victim are zapped through 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
 
 from xipfs.clock import Clock
-from xipfs.errors import OutOfFramesError
+from xipfs.errors import FsError, OutOfFramesError
 from xipfs.fs.dirty_frames import DirtyFrames
+from xipfs.fs.frame_runs import rows, runs, write_runs
 from xipfs.fs.frame_table import FILLED_BY_READ, FrameTable
 from xipfs.fs.frames_by_page import Numbers, Pfns
 from xipfs.image.layout import BLOCK_SHIFT
@@ -54,8 +55,6 @@ def nothing_of_run(_ino: Ino, _index: PageIndex, _count: int) -> None:
 #: How many evicted fills are remembered. They matter until the fault that caused the read is
 #: charged, some milliseconds; far more reads than this do not happen in that time.
 _EVICTED_FILLS_MAX: Final = 1 << 16
-#: Frames of one file that lie in shorter runs than this, on average, are gathered at once.
-_RUN_PAGES_MIN: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +176,13 @@ class PageCache:
             self._evict(short)
         pfns = self._memory.alloc_ram_run(pages.size)
         homes = homes[: pfns.size]
-        for start, stop in _runs(homes):
+        for start, stop in runs(homes):
             offset = int(homes[start]) << BLOCK_SHIFT
             source = np.frombuffer(
                 self._medium.load(offset, (stop - start) * PAGE_SIZE), np.uint8
             ).reshape(-1, PAGE_SIZE)
-            for part, rows in _rows(pfns[start:stop]):
-                self._memory.ram_frames[rows] = source[part]
+            for part, which in rows(pfns[start:stop]):
+                self._memory.ram_frames[which] = source[part]
         self._count_frames()
         self._frames.add_run(pfns, ino, pages[: pfns.size], homes)
         self.filled += pfns.size
@@ -234,17 +233,19 @@ class PageCache:
         return due.size
 
     def write_home(self, pfns: Pfns) -> None:
-        """Store and flush the dirty ones of ``pfns``, run by run; durable with the next fence."""
+        """Store and flush the dirty ones of ``pfns``, run by run; durable with the next fence.
+
+        Pages for which the medium has no room stay dirty; raise the first's FsError in the end.
+        """
         if not self._dirty:
             return
         dirty, homes = self._frames.by_home(self._dirty.among(pfns))
-        for start, stop in _runs(homes):
-            for part, rows in _rows(dirty[start:stop]):
-                offset = int(homes[start + part.start]) << BLOCK_SHIFT
-                self._medium.store(offset, self._memory.ram_frames[rows].reshape(-1).data)
-            self._medium.flush(int(homes[start]) << BLOCK_SHIFT, (stop - start) * PAGE_SIZE)
-        self._dirty.clear(dirty)
-        self.written_home += dirty.size
+        stored, failed = write_runs(self._medium, self._memory.ram_frames, dirty, homes)
+        clean = dirty[stored]
+        self._dirty.clear(clean)
+        self.written_home += clean.size
+        if failed is not None:
+            raise failed
 
     def sync_file(self, ino: int) -> None:
         """Write the file's dirty pages home, durably, with all that was flushed before."""
@@ -252,10 +253,19 @@ class PageCache:
         self._medium.fence()
 
     def sync_all(self) -> None:
-        """Write all dirty pages home, durably, with all that was flushed before."""
+        """Write all dirty pages home, durably, with all that was flushed before.
+
+        A file that cannot keeps no other from it; raise the first one's FsError in the end.
+        """
+        failed: FsError | None = None
         for ino in self.files():
-            self.write_home(self._frames.of_file(ino))
+            try:
+                self.write_home(self._frames.of_file(ino))
+            except FsError as error:
+                failed = failed or error
         self._medium.fence()
+        if failed is not None:
+            raise failed
 
     def take_evicted_fill(self, ino: int, index: int) -> bool:
         """Return whether a read filled the page, it was evicted, and nobody asked since."""
@@ -266,7 +276,7 @@ class PageCache:
 
     def unmap(self, ino: int, pages: Numbers) -> None:
         """Have the PTEs of ``pages``, which ascend, zapped."""
-        for start, stop in _runs(pages):
+        for start, stop in runs(pages):
             self.on_unmap(Ino(ino), PageIndex(int(pages[start])), stop - start)
 
     def pinned(self, pfns: Pfns) -> np.typing.NDArray[np.bool_]:
@@ -355,27 +365,3 @@ class PageCache:
                 if len(self._evicted_fills) > _EVICTED_FILLS_MAX:
                     self._evicted_fills.popitem(last=False)
             self.on_evict(ino, index)
-
-
-def _runs(numbers: Numbers) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the slices of ``numbers`` that count up by one.
-
-    >>> list(_runs(np.array([7, 8, 9, 4, 5])))
-    [(0, 3), (3, 5)]
-    """
-    if not numbers.size:
-        return
-    cuts = (numbers[1:] != numbers[:-1] + 1).nonzero()[0] + 1
-    yield from pairwise([0, *cuts.tolist(), numbers.size])
-
-
-def _rows(pfns: Pfns) -> Iterator[tuple[slice, slice | Pfns]]:
-    """Cut ``pfns`` into parts, each with the frames' rows: a slice, which copies nothing, if the
-    frames lie together; if they are scattered too much for that, all of them at once.
-    """
-    runs = list(_runs(pfns))
-    if len(runs) * _RUN_PAGES_MIN > pfns.size + _RUN_PAGES_MIN:
-        yield slice(0, pfns.size), pfns
-        return
-    for start, stop in runs:
-        yield slice(start, stop), slice(int(pfns[start]), int(pfns[start]) + stop - start)

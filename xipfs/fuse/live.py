@@ -183,9 +183,15 @@ class Live:
 
     async def before_attributes(self, tid: int, attr: Attr) -> None:
         """Note who will have pages dropped because of this answer."""
+        if not isinstance(self.observer, TracefsObserver):
+            return
         look = self.replies.to_act_on(tid, attr)
         if look is not None:
-            await trio.to_thread.run_sync(look)
+            try:
+                await trio.to_thread.run_sync(look)
+            except Exception as error:
+                # The call is not to blame; nothing is claimed of the file from here on.
+                self.background.failed("answers", error)
 
     def emptied(self, ino: int) -> None:
         """Hear of an O_TRUNC."""

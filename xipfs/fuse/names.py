@@ -123,8 +123,9 @@ class NameOperations(pyfuse3.Operations):
             await self._drop(ino, count)
 
     async def _drop(self, ino: int, count: int) -> None:
-        await self.hooks.before_change(ino)
-        self.fs.drop(ino, count)
+        with self.room.going(ino):
+            await self.hooks.before_change(ino)
+            self.fs.drop(ino, count)
 
     @handler
     @with_room
@@ -186,6 +187,7 @@ class NameOperations(pyfuse3.Operations):
         self._refuse_control(inode)
         attr = self.fs.link(inode, new_parent_inode, new_name)
         self.fs.hold(attr.ino)
+        await self.hooks.before_attributes(ctx.pid, attr)
         return entry_of(attr)
 
     @handler

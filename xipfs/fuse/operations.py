@@ -13,8 +13,9 @@ import os
 from dataclasses import dataclass
 
 import pyfuse3
+import trio
 
-from xipfs.errors import FsError
+from xipfs.errors import FsError, NoBlocksError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import WriteOrigin
 from xipfs.fuse.control import ControlHandle
@@ -138,12 +139,12 @@ class Operations(NameOperations):
 
     async def _write(self, ino: int, off: int, data: bytes, origin: WriteOrigin) -> int:
         """Write as much as there is room for, that included which is about to come back."""
-        done = 0
+        began_s, done = trio.current_time(), 0
         while True:
             try:
                 done += self.fs.write(ino, off + done, data[done:], origin=origin)
             except FsError as error:
-                if error.errno == errno.ENOSPC and await self.room.comes():
+                if isinstance(error, NoBlocksError) and await self.room.comes(began_s):
                     continue
                 if done:
                     return done

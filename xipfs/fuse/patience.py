@@ -33,10 +33,13 @@ class Patience:
         signal.setitimer(signal.ITIMER_REAL, self._limit_s, _AGAIN_S)
 
     def __exit__(self, *_: object) -> None:
-        # First: an alarm that comes from here on is too late, and must raise nothing.
         self._inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _alarm(self, _number: int, _frame: FrameType | None) -> None:
-        if self._inside:
+    def _alarm(self, _number: int, frame: FrameType | None) -> None:
+        if self._inside and (frame is None or frame.f_code not in _OWN):
             raise PolicyTimeout(f"it took more than {self._limit_s:g} s for one decision")
+
+
+#: Where an alarm must raise nothing: the policy's call has not begun yet, or has ended.
+_OWN: Final = {Patience.__enter__.__code__, Patience.__exit__.__code__}

@@ -78,9 +78,11 @@ class Verifier:
     ) -> tuple[dict[int, Look], dict[int, str], bool]:
         """Return good looks, why there is none of the others that live, and whether none moved."""
         books, replies = self._books, self._live.replies
-        serials = Counter(replies.serials)
+        replies.forget_unmapped()
+        serials, askers = Counter(replies.serials), replies.askers()
         # What was being dropped until now is dropped before the look, or may be at any time.
-        dropped = await trio.to_thread.run_sync(replies.unfinished)
+        over = await trio.to_thread.run_sync(replies.over, askers)
+        dropped = replies.unfinished(askers, over)
         await self._live.drain_settled()
         before = Counter(books.kernel.changes)
         wanted = {}

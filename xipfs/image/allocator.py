@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from xipfs.errors import FsError, ImageError
+from xipfs.errors import FsError, ImageError, NoBlocksError
 from xipfs.image import layout
 from xipfs.image.counters import Counters
 from xipfs.image.metadata import Metadata
@@ -57,14 +57,14 @@ class Allocator:
         """Mark ``count`` blocks used and return them as runs.
 
         The blocks hold whatever they held: the caller fills them before the commit links them.
-        Raises FsError: ENOSPC, or what ``Medium.reserve`` raises.
+        Raises NoBlocksError, or what ``Medium.reserve`` raises but for ENOSPC.
         """
         assert self._metadata.in_transaction
         if count > self._counters.free_blocks:
-            raise FsError(errno.ENOSPC)
+            raise NoBlocksError
         runs: list[Run] = []
         # The counter promised them: freed in this very transaction, or the image is damaged.
-        lacking = FsError(errno.ENOSPC)
+        lacking: FsError = NoBlocksError()
         missing = count
         position = self._cursor
         # One pass from the cursor to the end, one from the start up to where the first began.
@@ -77,7 +77,7 @@ class Allocator:
                 try:
                     taken, position = self._take(position, end, missing)
                 except FsError as error:
-                    lacking = error
+                    lacking = NoBlocksError(str(error)) if error.errno == errno.ENOSPC else error
                     break
                 for run in taken:
                     missing -= run[1]

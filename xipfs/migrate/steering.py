@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from xipfs.accounting.charges import Charge
-from xipfs.errors import FsError
+from xipfs.errors import FsError, UsageError
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind
 from xipfs.memory.profiles import Profile
@@ -79,8 +79,13 @@ class Steering:
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
         """Go on with another policy, which starts knowing nothing. Raise UsageError."""
         ram_pages = self._fs.memory.ram_pages
-        with self._patience:
-            decider = make_policy(name, values.items(), ram_pages)
+        try:
+            with self._patience:
+                decider = make_policy(name, values.items(), ram_pages)
+        except UsageError:
+            raise
+        except POLICY_FAILS as error:
+            raise UsageError(f"policy {name} cannot be begun: {error!r}") from None
         self._decider = decider
         self._dry = DryRun(self._decider, ram_pages) if dry else None
         self._failure = ""

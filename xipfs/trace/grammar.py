@@ -7,11 +7,12 @@ and the question when a fault is complete though its thread has done nothing sin
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from xipfs.trace import events, records
+from xipfs.trace import events, proc, records
 from xipfs.trace.fault_batch import ERROR_WRITE
 from xipfs.trace.faults import Faults
 from xipfs.trace.pids import Adoption
@@ -23,6 +24,12 @@ from xipfs.trace.vmas import Vma
 Row = Sequence[int]
 #: What ``Thread.pf_over`` says of a fault that was not found over: it waits, or may be.
 _ANSWERS: Final = {False: -1, None: 0}
+#: ptrace, process_vm_readv, process_vm_writev and process_madvise, as ``proc.call_of`` begins;
+#: of a machine that is not here their end is believed once the thread waits anywhere.
+_FOREIGN_CALLS: Final = {
+    "x86_64": {"101", "310", "311", "440"},
+    "aarch64": {"117", "270", "271", "440"},
+}.get(platform.machine(), set[str]())
 _OF_FILES: Final = frozenset({records.FAULT, records.MAP_PAGES})
 
 
@@ -45,6 +52,7 @@ class Grammar:
         processes: Processes,
         adoptions: Callable[[int], Adoption],
         fault_around_pages: int = 16,
+        call_of: Callable[[int], str] = proc.call_of,
     ) -> None:
         self._processes = processes
         self._threads = processes.threads
@@ -54,6 +62,9 @@ class Grammar:
         self._adoptions = adoptions
         #: Threads inside a call on another process's memory, and whose; 0: anybody's.
         self._foreign: dict[int, int] = {}
+        #: Of these, those whose end may be among lost records.
+        self._maybe_back: set[int] = set()
+        self._call_of = call_of
         #: (time, first page, page after) of what left the page cache since ``settle``, by inode.
         self._deleted: dict[int, list[tuple[int, int, int]]] = {}
         #: The last record of the oldest fault that ``settle`` did not report and that may be over.
@@ -166,13 +177,20 @@ class Grammar:
         )
 
     def bury(self, now_ns: int) -> None:
-        """End the threads whose exit made no record: untraced ones, and after a loss any."""
+        """End the threads whose exit made no record: untraced ones, and after a loss any.
+
+        And after a loss calls on other processes' memory.
+        """
         for thread in self._processes.vanished():
             self.faults.close(thread)
             # No second exit follows, not even of a leader that an exec was about to replace.
             thread.awaits_exit = False
             self._processes.exit(now_ns, thread)
         self._processes.forget_dead(now_ns)
+        for tid in sorted(self._maybe_back):
+            call = self._call_of(tid)
+            if call != proc.RUNNING and call.split(" ")[0] not in _FOREIGN_CALLS:
+                self._leave_foreign(now_ns, tid)
 
     def _unknown(self, row: Row, kind: int) -> Thread | None:
         traced = kind not in _OF_FILES
@@ -199,6 +217,7 @@ class Grammar:
                 self.faults.close(thread)
                 # Its end may be among them. If not, it will be a call seen only at its end.
                 self._calls.finish(thread)
+            self._maybe_back |= self._foreign.keys()
             self._emit(time_ns, events.Lost(time_ns, row[2]))
             for space in self._processes.lost(time_ns):
                 self._calls.resynchronise(time_ns, space)
@@ -208,13 +227,17 @@ class Grammar:
             self._foreign[row[1] >> 32] = row[2]
             self._cloud(time_ns, row[2])
         elif kind == records.FOREIGN_EXIT:
-            target = self._foreign.pop(row[1] >> 32, None)
-            if target is not None:
-                self._cloud(time_ns, target)
+            self._leave_foreign(time_ns, row[1] >> 32)
         elif kind == records.ADOPT:
             self._processes.adopt(self._adoptions(row[2]))
         else:
             raise AssertionError(f"row of unknown kind {kind}")
+
+    def _leave_foreign(self, time_ns: int, tid: int) -> None:
+        self._maybe_back.discard(tid)
+        target = self._foreign.pop(tid, None)
+        if target is not None:
+            self._cloud(time_ns, target)
 
     def _cloud(self, time_ns: int, pid: int) -> None:
         """Another process gets at the memory of thread ``pid``; 0: of whom is not known."""

@@ -391,10 +391,10 @@ class SystemCalls:
                 self._processes.zapped(space, first, stop)
 
     def _remap_file_pages(self, time_ns: int, thread: Thread, result: int) -> None:
-        start, size = thread.call_args[:2]
+        start, size = (word & PAGE_MASK for word in thread.call_args[:2])
         if result == 0:
             self._unfollowed["remap_file_pages"] += 1
-            self.remove(time_ns, thread.space, start & PAGE_MASK, (start & PAGE_MASK) + size)
+            self.remove(time_ns, thread.space, start, start + size)
             self.resynchronise(time_ns, thread.space)
             for vma in [v for v in thread.space.vmas.meeting(start, start + size) if v.ino]:
                 self._processes.tell(time_ns, thread.space, vma)  # it is populated already

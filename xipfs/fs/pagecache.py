@@ -6,7 +6,7 @@ home was allocated with the first write, so the image has the room (the host may
 full, if the image file was made sparse again since).
 
 A page is pinned if anybody but the cache and the model's PTEs refers to it: its refcount then
-exceeds 1 + mapcount (rule P7). The model's PTEs of a victim are zapped through ``on_unmap``.
+exceeds 1 + mapcount (rule R8). The model's PTEs of a victim are zapped through ``on_unmap``.
 """
 
 from __future__ import annotations

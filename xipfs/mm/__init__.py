@@ -35,7 +35,7 @@ What there is, by module:
                                    unmap_mapping_range, truncate_pagecache
     madvise, mlock                 madvise, msync, mlock, munlock, mlockall, munlockall
     gup, remote                    get_user_pages and those who call it for another process
-    audit                          check: recount everything (T1 to T11)
+    audit                          check: recount everything (T1 to T9)
     oracle                         recordings of real kernels, replayed and compared
 
 Addresses are bytes, page aligned where pages are meant; a pfn and a file page are numbers of

@@ -22,4 +22,4 @@ class KernelBug(XipfsError):  # noqa: N818  (a result that the kernel calls a bu
 
 
 class InvariantError(XipfsError):
-    """One of the invariants T1 to T11 does not hold; the message carries the counters."""
+    """One of the invariants T1 to T9 does not hold; the message carries the counters."""

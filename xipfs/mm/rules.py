@@ -32,10 +32,10 @@ from xipfs.mm.pte import PTE_DEVMAP, PTE_SPECIAL
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's answers; defaults are those of 6.1. Rule numbers stand beside each field."""
+    """One kernel's answers; defaults are those of 6.1. Rule numbers (RULES.md) stand beside."""
 
     name: str
-    #: Whether a pte_special architecture exists at all; else only the pfn tells (M2, I20).
+    #: Whether a pte_special architecture exists at all; else only the pfn tells (P9, I20).
     special_bit: bool = True
     #: ->nopfn is called for an empty PTE (I15 to I19).
     nopfn: bool = False
@@ -110,7 +110,7 @@ class Kernel:
     madv_cold: bool = True
     #: MADV_FREE and MADV_WIPEONFORK are known.
     madv_free: bool = True
-    #: MREMAP_DONTUNMAP is known: no, anonymous memory only, or any VMA (K11).
+    #: MREMAP_DONTUNMAP is known: no, or of any VMA (K11).
     mremap_dontunmap: Literal["no", "any"] = "any"
     #: A mapping of old size 0 of a private VMA is refused by mremap.
     mremap_private_dup: Literal["ok", "EINVAL"] = "EINVAL"

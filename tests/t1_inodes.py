@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import struct
+import zlib
 
 import pytest
 from media import RecordingMedium, new_medium
@@ -40,7 +42,8 @@ def test_a_record_keeps_every_field_at_its_extremes(
 ) -> None:
     inode = make(volume)
     inode.mode, inode.generation, inode.nlink = 0o147777, (1 << 32) - 1, (1 << 32) - 1
-    inode.uid = inode.gid = inode.rdev = (1 << 32) - 1
+    inode.uid = inode.gid = (1 << 32) - 2
+    inode.rdev = (1 << 32) - 1
     inode.height, inode.pagecache, inode.orphan = 4, True, True
     inode.size_bytes, inode.blocks, inode.entries = (1 << 48), (1 << 40), (1 << 64) - 1
     inode.atime_ns, inode.mtime_ns, inode.ctime_ns = -(1 << 63), (1 << 63) - 1, -1
@@ -61,6 +64,25 @@ def test_the_fields_are_where_the_specification_says() -> None:
     assert struct.unpack_from("<IIIIIIBBH", record, 4) == (0o100644, 2, 1, 1000, 100, 5, 2, 1, 0)
     assert struct.unpack_from("<Qqqq", record, 32) == (77, 1, -2, 3)
     assert struct.unpack_from("<8Q", record, 64) == (10, 11, 12, 13, 14, 15, 16, 0)
+
+
+@pytest.mark.parametrize("owner", ["uid", "gid"])
+def test_nobody_owns_an_inode(volume: Volume, medium: RecordingMedium, owner: str) -> None:
+    """Neither is such a record written, nor is one that somebody else wrote believed."""
+    inode = make(volume)
+    record = bytearray(pack_inode(inode))
+    at = {"uid": 16, "gid": 20}[owner]
+    record[at : at + 4] = b"\xff" * 4
+    record[:4] = zlib.crc32(record[4:], zlib.crc32(inode.ino.to_bytes(8, "little"))).to_bytes(
+        4, "little"
+    )
+    medium.store(volume.inodes.get(inode.ino).record_offset, bytes(record))
+    with pytest.raises(ImageError, match=f"inode {inode.ino} at offset .* is damaged"):
+        volume.inodes.get(inode.ino)
+    setattr(inode, owner, (1 << 32) - 1)
+    with pytest.raises(FsError) as refused:
+        pack_inode(inode)
+    assert refused.value.errno == errno.EINVAL
 
 
 def test_numbers_start_at_one_and_the_table_grows_a_block_at_a_time(volume: Volume) -> None:

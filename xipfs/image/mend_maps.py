@@ -16,7 +16,7 @@ from xipfs.errors import ImageError
 from xipfs.image import layout
 from xipfs.image.filemap import Entries, seal
 from xipfs.image.mending import FREE, PAGE, STRUCTURE, Mending, NoRoomError
-from xipfs.image.record import FILE_TYPES, Inode, pack_inode, unpack_inode
+from xipfs.image.record import FILE_TYPES, NO_ID, Inode, pack_inode, unpack_inode
 from xipfs.image.records import plain
 from xipfs.image.sound import (
     PAGE_LEVEL,
@@ -316,8 +316,8 @@ def salvaged(ino: int, raw: bytes, offset: int) -> Inode:
         mode=mode,
         generation=generation,
         nlink=nlink,
-        uid=uid,
-        gid=gid,
+        uid=0 if uid == NO_ID else uid,
+        gid=0 if gid == NO_ID else gid,
         rdev=rdev,
         height=min(height, layout.MAX_HEIGHT),
         pagecache=kind == 1,

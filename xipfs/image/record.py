@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import stat
 import struct
@@ -9,7 +10,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from xipfs.errors import ImageError
+from xipfs.errors import FsError, ImageError
 from xipfs.image import layout
 from xipfs.image.metadata import Block
 
@@ -25,8 +26,11 @@ FILE_TYPES: Final = {
 }
 
 
-#: Of a record's fields after its checksum: mode, height, kind, flags, size, blocks.
-_CHECKED: Final = (0, 6, 7, 8, 9, 14)
+#: Of a record's fields after its checksum: mode, uid, gid, height, kind, flags, size, blocks.
+_CHECKED: Final = (0, 3, 4, 6, 7, 8, 9, 14)
+#: As an owner: nobody, by the kernel's own convention (INVALID_UID, INVALID_GID). What belongs to
+#: it not even root may open.
+NO_ID: Final = (1 << 32) - 1
 #: Decoded records: some 600 bytes each.
 _RECORDS_KEPT: Final = 1024
 
@@ -70,8 +74,11 @@ def _seed(ino: int) -> int:
 def pack_inode(inode: Inode) -> bytes:
     """Return the record's 128 bytes, checksum included; raise ImageError for what cannot be.
 
-    A count leaves its range only if the image had a wrong one before.
+    A count leaves its range only if the image had a wrong one before. Raise FsError(EINVAL) for an
+    owner that is nobody.
     """
+    if NO_ID in (inode.uid, inode.gid):
+        raise FsError(errno.EINVAL, f"inode {inode.ino} cannot belong to id {NO_ID}")
     try:
         body = _pack_body(inode)
     except struct.error as error:
@@ -127,8 +134,9 @@ def _fields(ino: int, record: bytes) -> tuple[Any, ...] | None:
     Kept, since one operation reads the same inode several times.
     """
     crc, *fields, zero = layout.INODE.unpack(record)
-    mode, height, kind, flags, size, blocks = (fields[at] for at in _CHECKED)
-    sound = kind <= 1 and flags <= 1 and height <= layout.MAX_HEIGHT and zero == 0
+    mode, uid, gid, height, kind, flags, size, blocks = (fields[at] for at in _CHECKED)
+    sound = NO_ID not in (uid, gid)
+    sound = sound and kind <= 1 and flags <= 1 and height <= layout.MAX_HEIGHT and zero == 0
     sound = sound and (mode == 0 or mode & ~0o7777 in FILE_TYPES)
     sound = sound and size <= layout.MAX_FILE_BYTES and blocks <= layout.MAX_BLOCKS
     if zlib.crc32(record[4:], _seed(ino)) != crc or not sound:

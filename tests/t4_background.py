@@ -133,6 +133,14 @@ def _fault_on_xip(mount: LiveMount) -> None:
     with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as mapped:
         os.close(descriptor)
         assert mapped[0] == ord("c")
+        # It has planned when the page has moved, or when that has failed.
+        wait_until(
+            "the policy",
+            lambda: (
+                "P" in mount.letters("cold")
+                or mount.cat_stats()["background"]["failures"].get("policy")
+            ),
+        )
     xipfs("migrate", mount / "cold", "--to", "xip", check=False)
 
 

@@ -28,6 +28,12 @@ import xipfs
 
 _NOTE: Final = "xipfs-compiled.json"
 _MAX_S: Final = 300.0
+_CHILD: Final = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from xipfs.cli.compiling import compile_missing
+compile_missing()
+"""
 _TRACING: Final = "/sys/kernel/tracing"
 _PACKAGE: Final = Path(xipfs.__path__[0])
 _PARTS: Final = ("trace", "accounting", "mm", "memory")
@@ -71,8 +77,9 @@ def prepare(tell: Callable[[str], None]) -> None:
     start_s = time.monotonic()
     try:
         done = subprocess.run(
-            # Not what lies in the current directory: somebody else's may be called like ours.
-            [sys.executable, "-P", "-m", __name__],
+            # Of this very package, and with nothing of the current directory, in which somebody
+            # else's files may be called like ours.
+            [sys.executable, "-P", "-c", _CHILD, str(_PACKAGE.parent)],
             cwd="/",
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -155,7 +162,11 @@ def _compile() -> None:
     note.replace(directory / _NOTE)
 
 
+def compile_missing() -> None:
+    """Compile what is not on disk, in this process."""
+    if not is_ready():
+        _compile()
+
+
 if __name__ == "__main__":
-    if is_ready():
-        sys.exit(0)
-    _compile()
+    compile_missing()

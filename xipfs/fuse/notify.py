@@ -30,6 +30,8 @@ from xipfs.units import PAGE_SHIFT
 _NOTIFY_INVAL_INODE: Final = 2
 _HEADER: Final = struct.Struct("=IiQ")  # len, error (the notification's code), unique (0)
 _INVAL_INODE: Final = struct.Struct("=Qqq")  # ino, off, len (0: to the end)
+#: An invalidation of so few pages takes some microseconds, unless it has to wait.
+_SHORT_PAGES: Final = 16
 
 
 def session_fd() -> int:
@@ -104,7 +106,8 @@ class Notifier:
             # Not abandoned on cancel: half an invalidation would leave a mark that lies.
             told = self._causes.begin(ino, first, count, cause, time.monotonic_ns())
             users = self._users(ino)
-            in_use = await self._worker.run(self._drop, ino, first, count, users)
+            short = count <= _SHORT_PAGES
+            in_use = await self._worker.run(self._drop, ino, first, count, users, short=short)
             told.ended_ns = time.monotonic_ns()
         self.invalidations += 1
         return in_use

@@ -6,11 +6,15 @@ call (a cache of threads, names, contexts): for one page's migration that is mos
 Most calls take some ten microseconds, less than the way through trio's loop and back, on which the
 two threads are in each other's way (the interpreter's lock). So the trio thread stands still for a
 call, but only for ``PATIENCE_S``: what the call may wait for is a request that this thread serves.
+
+A processor that sleeps takes long to be woken, in a virtual machine longer than such a call takes.
+Since the caller stands still, a call that is known to be short can have the caller's processor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import threading
@@ -23,6 +27,8 @@ import trio
 T = TypeVar("T")
 #: As long as a request or two take that others wait for meanwhile.
 PATIENCE_S: Final = 0.0002
+#: PyDLL: it takes no time, so the interpreter's lock is kept.
+_getcpu: Final = ctypes.PyDLL(None).sched_getcpu
 
 
 @dataclass
@@ -76,15 +82,21 @@ class Worker:
         self._calls: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
         self._done_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._turn = Turn()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._processors = os.sched_getaffinity(0)
+        #: The processor that it is kept on, or None.
+        self._kept_on: int | None = None
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
 
-    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def run(self, function: Callable[..., T], *arguments: Any, short: bool = False) -> T:
         """Return what ``function`` returns in the thread; what it raises is raised here.
 
         A call that has begun is waited for, also by a task that was cancelled meanwhile. No
-        checkpoint: who calls many times in a row lets others run in between.
+        checkpoint: who calls many times in a row lets others run in between. A ``short`` call has
+        the caller's processor, any other its own.
         """
         async with self._turn:
+            self._keep_on(_getcpu() if short else None)
             call = _Call(function, arguments)
             call.finished.acquire()
             self._calls.put(call)
@@ -93,6 +105,16 @@ class Worker:
         if call.error is not None:
             raise call.error
         return call.result  # type: ignore[return-value]  # set when done and without error
+
+    def _keep_on(self, processor: int | None) -> None:
+        if processor == self._kept_on:
+            return
+        allowed = self._processors if processor is None else {processor}
+        # Where that is not to be had it runs anywhere.
+        with contextlib.suppress(OSError):
+            assert self._thread.native_id is not None
+            os.sched_setaffinity(self._thread.native_id, allowed)
+            self._kept_on = processor
 
     async def _wait_for(self, call: _Call[Any]) -> None:
         # Either we see here that it is done, or the thread sees that it is awaited.

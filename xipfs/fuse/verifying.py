@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ATTEMPTS: Final = 5
-#: Until the next attempt when a fault or a call was under way; twice as long each time.
-_BUSY_PAUSE_S: Final = 0.01
+#: Until the next attempt when one was in vain: a fault or a call was under way, or pages came and
+#: went. Twice as long each time.
+_PAUSE_S: Final = 0.01
 _REPAIR_INTERVAL_S: Final = 0.1
 _AUDIT_INTERVAL_S: Final = 1.0
 #: A larger address space is left to ``xipfs verify``: 32 MiB of pagemap a second are enough.
@@ -162,8 +163,8 @@ class Verifier:
                 verify.learn(books, number, result)
             if whole or (pid is not None and not restless):
                 break
-            if {BUSY, INVALIDATED}.intersection(restless.values()):
-                await trio.sleep(_BUSY_PAUSE_S * 2**attempt)
+            if restless:
+                await trio.sleep(_PAUSE_S * 2**attempt)
         return self._answer(results, rss, restless, counts, copies, broken)
 
     def _answer(

@@ -356,11 +356,11 @@ class _Call:
             books.ledger.charge_many(number, pid, comm, counters)
             tids, _ = _numbered(cells[:, cells_of.TID])
             books.runs.faults(number, pid, sums[loop.FAULTS], sums[loop.MAPPED])
-            kinds = ((loop.AROUND_PRIVATE, False), (loop.AROUND_SHARED, True))
-            for kind, shared in kinds:
+            perhaps = False
+            for kind, shared in ((loop.AROUND_PRIVATE, False), (loop.AROUND_SHARED, True)):
                 unsure = sums[kind + loop.UNSURE]
                 books.runs.around(number, pid, sums[kind], shared=shared, unsure=unsure)
-            perhaps = any(sums[kind + loop.UNSURE] for kind, _ in kinds)
+                perhaps = perhaps or unsure > 0
             changes = sums[loop.CHANGES]
             books.kernel.faulted(number, pid, tids, copied, changes, unsure=perhaps)
 

@@ -102,7 +102,7 @@ class CachedPages:
                 del self._answered[old_ino, old_index]
                 added_ns = self.get(old_ino, old_index)
                 if added_ns is not None and added_ns < answered_ns:
-                    self._store(old_ino, old_index, SETTLED)
+                    self.settle(old_ino, old_index)
 
     def add(self, ino: int, index: int, time_ns: int) -> None:
         """The page was added at ``time_ns``."""
@@ -141,6 +141,7 @@ class CachedPages:
 
     def _drop(self, ino: int) -> None:
         tables = self.tables.pop(ino)
-        tables.replace(0, _END, 0)
+        if not self.whole:
+            tables.replace(0, _END, 0)
         tables.free(0, _END)
         del self._counts[ino]

@@ -22,7 +22,6 @@ from xipfs.mm.bug import KernelBug
 from xipfs.mm.fault import handle_mm_fault
 from xipfs.mm.flags import FAULT_FLAG_WRITE, VM_FAULT_ERROR
 from xipfs.mm.mm_struct import MmStruct
-from xipfs.mm.vma import Vma
 from xipfs.mm.zap import zap_page_range
 from xipfs.trace import pagemap
 from xipfs.units import PAGE_SHIFT, PAGE_SIZE
@@ -141,13 +140,13 @@ def learn(books: Accountant, number: int, result: Comparison) -> None:
     for address, state in result.learned:
         mm = books.mms[number]
         books.kernel.learn(number, address, state)
-        vma = mm.find_vma(address)
-        assert vma is not None
-        if state == FILE:
-            _learn_cached(books, vma, address)
+        if state == FILE and not books.kernel.cached.whole:
+            _learn_cached(books, mm, address)
         if (maps_what(mm, address) == MAPS_ANON) == (state == ANON):
             continue
         books.unfollowed["private copies found or missed in pagemap, not charged"] += 1
+        vma = mm.find_vma(address)
+        assert vma is not None
         if state != ANON:
             zap_page_range(vma, address, address + PAGE_SIZE)
             continue
@@ -161,8 +160,10 @@ def learn(books: Accountant, number: int, result: Comparison) -> None:
             books.unfollowed[f"kernel BUG by the rules: {bug.condition}"] += 1
 
 
-def _learn_cached(books: Accountant, vma: Vma, address: int) -> None:
+def _learn_cached(books: Accountant, mm: MmStruct, address: int) -> None:
     """Note that a page which is mapped is cached, if nothing has told whether it is."""
+    vma = mm.find_vma(address)
+    assert vma is not None, hex(address)
     assert vma.file is not None, vma
     assert isinstance(vma.file.name, int), vma
     page = vma.file.name, vma.pgoff_of(address)

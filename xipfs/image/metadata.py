@@ -1,12 +1,11 @@
-"""Structure blocks read through an overlay, changed in transactions.
+"""Structure blocks, changed in transactions.
 
 Within a transaction every change goes to a private copy of its block, so that later reads of the
 same operation see it and an exception drops it without a trace. What the journal gets is the lines
 that changed, not the blocks: an operation's cost does not grow with anything but what it touches.
 
 File data never passes through here: it is stored in place, in blocks of its own, before the
-transaction that links them commits. Hence a read-only mount of an image that was not cleanly
-unmounted can keep the pending transaction as a permanent overlay and write nothing.
+transaction that links them commits.
 """
 
 from __future__ import annotations

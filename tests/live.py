@@ -161,6 +161,14 @@ class LiveMount:
         answer: Json = json.loads(done.stdout)
         return answer
 
+    def whereabouts(self) -> str:
+        """Return where each task and thread of the daemon is, as its log has it on SIGUSR1."""
+        before = len(self.log.read_text())
+        signal.pidfd_send_signal(self._pidfd, signal.SIGUSR1)
+        # One write, so whatever is there is all of it.
+        wait_until("the daemon's whereabouts", lambda: "SIGUSR1:" in self.log.read_text()[before:])
+        return self.log.read_text()[before:]
+
     # The end
 
     def running(self) -> bool:

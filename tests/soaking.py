@@ -204,6 +204,8 @@ class Soak:
             for stack in sorted(Path(f"/proc/{pid}/task").glob("*/stack")):
                 with contextlib.suppress(OSError):
                     stacks.append(f"{stack}:\n{stack.read_text()}")
+        with contextlib.suppress(AssertionError):  # it may say nothing any more
+            stacks.append(self.mount.whereabouts())
         self.mount.abort()
         raise SoakError(f"nothing moved for {STUCK_S} s:\n" + "\n".join(stacks))
 

@@ -28,6 +28,7 @@ from xipfs.fuse.mounts import FSTYPE, Mount, closing_daemons, mount_at, unmount
 from xipfs.fuse.observing import choose_observer
 from xipfs.fuse.operations import Operations
 from xipfs.fuse.recording import RecordedFilesystem
+from xipfs.fuse.whereabouts import tell_on_signal
 from xipfs.options import MountOptions
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def _fuse_options(live: Live) -> set[str]:
 async def _run(
     live: Live, operations: Operations, mount: Mount, on_ready: Callable[[str], None]
 ) -> None:
+    tell_on_signal()
     async with trio.open_nursery() as nursery:
         operations.control = ControlTree(
             uid=os.geteuid(),

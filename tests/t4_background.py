@@ -57,7 +57,7 @@ def arm(number, frame):
         setattr(target, name, failing)
     order.unlink()
 
-signal.signal(signal.SIGUSR1, arm)
+signal.signal(signal.SIGUSR2, arm)
 """
 OPTIONS = (
     "observe=tracefs,ram=400K,hint=100,dirty_expire_ms=50,dirty_writeback_ms=20",
@@ -75,7 +75,7 @@ class FailingMount(ScriptedMount):
     def arm(self, target: str, times: int) -> None:
         """Let ``target`` (module:Class.function) fail that often; "" makes all as it was."""
         self._again.unlink(missing_ok=True)
-        self.obey(signal.SIGUSR1, f"{target} {times}" if target else "")
+        self.obey(signal.SIGUSR2, f"{target} {times}" if target else "")
 
     @property
     def _again(self) -> Path:
@@ -124,7 +124,13 @@ def _read_anew(mount: LiveMount) -> None:
 
 
 def _open_from_a_new_process(mount: LiveMount) -> None:
-    subprocess.run(["cat", mount / "cold"], stdout=subprocess.DEVNULL, check=True)
+    """Until one opens before its fork's record is read: from that it would be known already."""
+
+    def told() -> bool:
+        subprocess.run(["cat", mount / "cold"], stdout=subprocess.DEVNULL, check=True)
+        return "following" in mount.cat_stats()["background"]["failures"]
+
+    wait_until("a process that was not known", told, 30)
 
 
 def _fault_on_xip(mount: LiveMount) -> None:

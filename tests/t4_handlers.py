@@ -52,7 +52,7 @@ def arm(number, frame):
     order.unlink()
     sys.settrace(trace if wanted else None)
 
-signal.signal(signal.SIGUSR1, arm)
+signal.signal(signal.SIGUSR2, arm)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -70,7 +70,7 @@ class Broken:
         """Let the next call of ``handler`` fail; with the empty name none."""
         self.order.with_suffix(".new").write_text(handler)
         self.order.with_suffix(".new").rename(self.order)
-        os.kill(self.daemon.pid, signal.SIGUSR1)
+        os.kill(self.daemon.pid, signal.SIGUSR2)
         wait_until("the daemon is armed", lambda: not self.order.exists())
 
 

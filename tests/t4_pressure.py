@@ -57,7 +57,7 @@ def begin(live, *arguments):
         order.unlink()
 
     token = trio.lowlevel.current_trio_token()
-    signal.signal(signal.SIGUSR1, lambda number, frame: token.run_sync_soon(obey))
+    signal.signal(signal.SIGUSR2, lambda number, frame: token.run_sync_soon(obey))
 
 Live.start = begin
 """
@@ -115,7 +115,7 @@ class PinningMount(ScriptedMount):
 
     def pin(self, how: str) -> None:
         """``pin`` every resident frame, or ``unpin`` them."""
-        self.obey(signal.SIGUSR1, how)
+        self.obey(signal.SIGUSR2, how)
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ unmapped, so what maps it meanwhile comes through 1 and 2 again first. A page th
 work on is not invalidated at 1 and not moved at 3 (trace/direct_io.py), and tried again as often.
 
 Step 3 keeps other requests waiting, so it is bounded: by ``CHUNK_PAGES`` while other requests come,
-and the next chunk then waits ``_GIVE_WAY`` times as long as this one kept them; by ``IDLE_PAGES``
-while none do, which is the larger since each chunk has its own transaction and its own books.
+and the next chunk then waits ``_GIVE_WAY`` times as long as this one kept them, at most
+``_GIVE_WAY_MAX_S``; by ``IDLE_PAGES`` while none do, which is the larger since each chunk has its
+own transaction and its own books.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ _GONE: Final = (errno.ENOENT, errno.EISDIR, errno.EINVAL)
 _PASS_PAUSE_S: Final = 0.001
 #: Others get at least this many times the time that a bulk move takes from them.
 _GIVE_WAY: Final = 8
+#: But no longer than this: a chunk takes some milliseconds, and one that took seconds was itself
+#: kept waiting, by the host's disk or for a processor. Eight times that would be a standstill.
+_GIVE_WAY_MAX_S: Final = 0.4
 #: A request that waited for a chunk to end is with its handler after so many turns of the loop.
 _TURNS_TO_A_HANDLER: Final = 3
 
@@ -279,4 +283,4 @@ class Migrator:
         for _ in range(_TURNS_TO_A_HANDLER):
             await trio.lowlevel.checkpoint()
         if self._requests != before:
-            await trio.sleep(took_ns * _GIVE_WAY / 1e9)
+            await trio.sleep(min(took_ns * _GIVE_WAY / 1e9, _GIVE_WAY_MAX_S))

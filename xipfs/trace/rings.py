@@ -14,6 +14,7 @@ they do, and a pump may come late on a busy machine.
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections import deque
@@ -67,13 +68,16 @@ class Rings:
         self._stamps = self._buffer.view(np.uint64)[:, 0]
         self._pumped_pages = 0
         self._rings: list[_Ring] = []
+        self._unread = select.poll()
         #: KiB a CPU, by instance.
         self.buffer_kib: dict[Path, int] = {}
         try:
             for instance in instances:
                 self.buffer_kib[instance] = int((instance / "buffer_size_kb").read_text())
                 for cpu in sorted((instance / "per_cpu").iterdir()):
-                    self._rings.append(_Ring(cpu / "trace_pipe_raw"))
+                    ring = _Ring(cpu / "trace_pipe_raw")
+                    self._rings.append(ring)
+                    self._unread.register(ring.fd, select.POLLIN)
         except OSError:
             self.close()
             raise
@@ -96,7 +100,10 @@ class Rings:
             taken, whole = 0, False
             while not whole and self._pumped_pages + CHUNK_PAGES <= self._pumped_pages_max:
                 with self._lock:
-                    count, whole = self._take(ring, until_ns)
+                    count, whole = self._fill(ring.fd, until_ns)
+                    if count:
+                        ring.pumped.append(self._buffer[:count].copy())
+                        self._pumped_pages += count
                 taken += count
             fullest[ring.instance] = max(fullest[ring.instance], taken)
         for instance, pages in fullest.items():
@@ -104,22 +111,13 @@ class Rings:
                 self._enlarge(instance)
 
     def empty(self) -> bool:
-        """Return whether there is nothing to read, in any ring; what a look takes is kept."""
-        for ring in self._rings:
-            with self._lock:
-                if ring.pumped:
-                    return False
-                if self._take(ring, time.monotonic_ns())[0]:
-                    return False
-        return True
+        """Return whether there is nothing to read, in any ring.
 
-    def _take(self, ring: _Ring, until_ns: int) -> tuple[int, bool]:
-        """Keep a ring's next sub-buffers; return how many, and whether all to ``until_ns`` are."""
-        count, whole = self._fill(ring.fd, until_ns)
-        if count:
-            ring.pumped.append(self._buffer[:count].copy())
-            self._pumped_pages += count
-        return count, whole
+        One call for all rings, where to read of each costs ten times as much (see
+        ``Instance.configure`` for when the kernel calls a ring readable).
+        """
+        with self._lock:  # or ``pump`` may have what was looked for on its way
+            return not any(ring.pumped for ring in self._rings) and not self._unread.poll(0)
 
     def read(self, decoder: Decoder, until_ns: int) -> tuple[list[Rows], int]:
         """Return rows, those of one ring in time order, and a time not above ``until_ns``.

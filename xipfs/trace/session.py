@@ -160,6 +160,8 @@ class Instance:
         """Set clock and buffers; nothing is enabled yet."""
         self.write("trace_clock", "mono")
         self.write("buffer_size_kb", str(BUFFER_KIB))
+        # poll(2) calls a ring readable when it has anything, not when it is half full.
+        self.write("buffer_percent", "0")
 
     def enable(self, point: Tracepoint, condition: str) -> None:
         """Enable one event under a filter (empty: none)."""

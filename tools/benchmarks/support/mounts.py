@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.context import Context
-from benchmarks.support.system import BenchError, run
+from benchmarks.support.system import BenchError, cpu_seconds, run
 
 _PATIENCE_S = 60.0
+#: Nobody works who took less than a tenth of this from the processor, for so long.
+_IDLE_S = 0.2
 #: VM_READAHEAD_PAGES of the kernel, in KiB: what a mount has that nobody configures.
 DEFAULT_READAHEAD_KIB = 128
 
@@ -69,10 +71,10 @@ def xipfs(
     ]
     with _serving(context, command, directory) as mounted:
         try:
-            # Requests are answered once the observer runs; what it compiles lazily is then loaded.
             mounted.xipfs_stats()
         except OSError as error:
             raise BenchError(f"{directory} does not answer: {error}; {_log(directory)}") from None
+        _wait_until_idle(mounted.pid)
         _check_readahead(directory, readahead_kib)
         yield mounted
 
@@ -122,6 +124,18 @@ def _wait_for_mount(daemon: subprocess.Popen[bytes], directory: Path) -> None:
         if time.monotonic() > deadline:
             raise BenchError(f"{daemon.args!r} has mounted nothing within {_PATIENCE_S:g} s")
         time.sleep(0.01)
+
+
+def _wait_until_idle(pid: int) -> None:
+    """Return when a daemon has loaded its compiled code, which takes it half a second."""
+    deadline = time.monotonic() + _PATIENCE_S
+    before_s, spent_s = cpu_seconds(pid), _IDLE_S
+    while spent_s > _IDLE_S / 10:
+        if time.monotonic() > deadline:
+            raise BenchError(f"the daemon (pid {pid}) is still at work after {_PATIENCE_S:g} s")
+        time.sleep(_IDLE_S)
+        now_s = cpu_seconds(pid)
+        before_s, spent_s = now_s, now_s - before_s
 
 
 def _log(directory: Path) -> str:

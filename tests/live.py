@@ -4,6 +4,8 @@ A defect can leave a program inside a page fault that nobody answers; such a pro
 interrupted, and if it is pytest itself, no timeout of pytest's helps. So every mount has a watchdog
 process of its own that aborts the mount's connection when the test takes too long: the fault then
 ends in SIGBUS, the call in ENOTCONN.
+
+SIGTERM interrupts as Ctrl-C does, so that a test run or a tool that is ended unmounts first.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +41,9 @@ _PR_SET_PDEATHSIG = 1
 _LOG_LINE = re.compile(r"\S+ \S+ xipfs\[\d+\] INFO ")
 
 Json = dict[str, Any]
+
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def xipfs(

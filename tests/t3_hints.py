@@ -79,7 +79,8 @@ def test_marks_go_with_the_address_space_the_mapping_and_fault_around(scene: Sce
     scene.file("PPXX")
     scene.run(scene.map(4), *(scene.fault(page) for page in range(4)))
     scene.books.mark_hints(10)
-    scene.run(ev.CacheAdd(0, scene.ino, 0, 2), ev.Around(0, MM, PID, BASE, scene.ino, 0, 1))
+    scene.run(ev.CacheDelete(1, scene.ino, 0, 2), ev.CacheAdd(2, scene.ino, 0, 2))
+    scene.run(ev.Around(2 * 10**9, MM, PID, BASE, scene.ino, 0, 1))
     assert len(scene.books.hints) == 2, "pages 0 and 1 were mapped without a fault"
     # Unmapped and mapped anew: the model has no PTE there, the fault is an ordinary one.
     scene.run(ev.Unmap(0, MM, BASE, BASE + 4 * PAGE), scene.map(4))
@@ -107,3 +108,22 @@ def test_a_page_mapped_around_before_its_invalidation_answers_the_hint_all_the_s
     invalidation.ended_ns = 14
     assert answers == [True, True]
     assert scene.books.ledger.total.pgfault == 2
+
+
+def test_a_page_that_another_process_is_reading_is_not_mapped_around(scene: Scene) -> None:
+    """Both miss it: one reads, and until it has a processor the other's fault-around passes by."""
+    scene.file("XX")
+    other = MM + 1
+    for mm in (MM, other):
+        scene.run(scene.map(2, mm=mm), scene.fault(0, mm=mm), scene.fault(1, mm=mm))
+    scene.books.mark_hints(10)
+    invalidation = scene.books.causes.begin(scene.ino, 0, 2, HINT, 10)
+    scene.run(ev.CacheDelete(11, scene.ino, 0, 2))
+    invalidation.ended_ns = 12
+    scene.run(ev.CacheAdd(13, scene.ino, 0, 2))
+    scene.books.kernel.cached.answered(scene.ino, range(2), 14)
+    # The other's own window comes first: it had to wait for page 0, so its fault goes on after it.
+    window = ev.Around(15, other, PID + 1, BASE, scene.ino, 0, 1)
+    later = [scene.fault(page, mm=mm) for mm in (other, MM) for page in (0, 1)]
+    assert hints(scene, window, *later) == [True] * 4
+    assert (scene.books.ledger.total.pgfault, scene.books.ledger.total.pgfault_hint) == (4, 4)

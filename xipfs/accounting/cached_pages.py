@@ -33,6 +33,8 @@ from xipfs.units import PAGE_SHIFT
 SETTLED: Final = 1
 ABSENT: Final = -1
 _END: Final = 1 << 62
+#: A thread whose READ was answered has a processor after this time, on a busy machine too.
+_WOKEN_NS: Final = 20_000_000
 
 
 class CachedPages:
@@ -64,6 +66,14 @@ class CachedPages:
     def unsure(self, ino: int, index: int) -> bool:
         """Return whether nothing tells if the page, for which ``get`` returns None, is cached."""
         return not self.whole and self._entry(ino, index) == 0
+
+    def is_fresh(self, ino: int, index: int, now_ns: int) -> bool:
+        """Return whether the page was added so lately that it may be locked for its READ still.
+
+        The thread that reads it unlocks it, once it has been woken by our answer.
+        """
+        added_ns = self.get(ino, index)
+        return bool(added_ns) and now_ns - added_ns < _WOKEN_NS
 
     def in_window(self, ino: int, index: int, now_ns: int) -> int:
         """Return what a fault-around at ``now_ns`` made of a page that was not mapped.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xipfs.accounting.kernel_states import UNKNOWN
+from xipfs.accounting.kernel_states import FILE, UNKNOWN
 from xipfs.mm.fault import filemap_map_pages
 from xipfs.mm.flags import VM_MAYSHARE
 from xipfs.mm.vma import Vma
@@ -35,6 +35,8 @@ def map_around(books: Accountant, event: ev.Around) -> dict[int, int]:
 
 
 def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> dict[int, int]:
+    pages, now_ns = range(event.first, event.last + 1), event.time_ns
+    fresh = {page for page in pages if books.kernel.cached.is_fresh(event.ino, page, now_ns)}
     mapped = books.kernel.around(event, vma)
     shared = bool(vma.flags & VM_MAYSHARE)
     unsure = sum(state >= UNKNOWN for state in mapped.values())
@@ -46,11 +48,14 @@ def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> dict[int, int]:
     books.around_pages += filemap_map_pages(
         vma, [(page, pfn) for page, pfn in frames if pfn is not None]
     )
-    # Mapped without a fault, so none will answer a hint or a move.
-    books.hints.forget(event.mm, (vma.address_of(page) for page in cached))
-    for page in cached:
-        address = vma.address_of(page)
-        books.causes.forget(event.mm, address, address + PAGE_SIZE)
+    # Mapped without a fault, so none will answer a hint or a move. Where that is not sure marks stay:
+    # of a page that two processes miss, one reads it, the other's fault-around may pass it by. (A
+    # mark whose page was mapped all the same goes with the next fault there, which finds no PTE.)
+    for page in mapped:
+        if mapped[page] == FILE and page not in fresh:
+            address = vma.address_of(page)
+            books.hints.forget(event.mm, [address])
+            books.causes.forget(event.mm, address, address + PAGE_SIZE)
     tables = vma.mm.tables
     if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
         books.unfollowed[BLIND_WINDOWS] += 1

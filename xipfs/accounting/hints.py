@@ -9,7 +9,7 @@ fault at such an address then finds a PTE that lets it pass: a *hint fault*. It 
 
 A fault that the model's PTE does not let pass (a first write to a page mapped for reading) would
 have come anyway and is charged as ever. A mark is gone with the first fault at its address, with
-a fault-around over it (no fault will come), and with its address space.
+a fault-around that surely mapped it (no fault will come), and with its address space.
 """
 
 from __future__ import annotations

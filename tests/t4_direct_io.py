@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import needs
@@ -18,21 +19,46 @@ from xipfs.trace.direct_io import pages_in_flight
 
 pytestmark = [needs("root", "fuse")]
 
-#: Maps FILE shared and reads two pages of SOURCE, past the page cache, into its pages 3 and 4.
+#: Maps pages 3 and 4 of FILE shared and reads two pages of SOURCE, past the page cache, into them.
+#: With "fork" a child does, and its parent waits.
 READER = """
 import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)
-mapped = mmap.mmap(fd, 8 * 4096)
-view = memoryview(mapped)[3 * 4096 : 5 * 4096]
+view = memoryview(mmap.mmap(fd, 2 * 4096, offset=3 * 4096))
+how = sys.argv[3]
+if how == "fork" and os.fork():
+    os.wait()
+    os._exit(0)
 source = os.open(sys.argv[2], os.O_RDONLY | os.O_DIRECT)
 print("ready", flush=True)
 sys.stdin.readline()
-assert (os.preadv(source, [view], 0) if sys.argv[3] == "vector" else os.readv(source, [view])) == 8192
+assert (os.readv(source, [view]) if how == "plain" else os.preadv(source, [view], 0)) == 8192
+os.close(source)
 print("done", flush=True)
 sys.stdin.readline()
-assert bytes(view) == os.pread(source, 8192, 0), "what was read is not in the mapping"
+plain = os.open(sys.argv[2], os.O_RDONLY)
+assert bytes(view) == os.pread(plain, 8192, 0), "what was read is not in the mapping"
 print("same", flush=True)
-"""  # noqa: E501
+"""
+
+#: Reads pages of SOURCE at random past the page cache into FILE's, mapped, and looks for their
+#: bytes at once; for so many seconds.
+HASTY = """
+import mmap, os, random, sys, time
+fd, length = os.open(sys.argv[1], os.O_RDWR), 8 * 4096
+view = memoryview(mmap.mmap(fd, length))
+direct = os.open(sys.argv[2], os.O_RDONLY | os.O_DIRECT)
+data = open(sys.argv[2], "rb").read()
+lost = reads = 0
+end_s = time.monotonic() + float(sys.argv[3])
+print("ready", flush=True)
+while time.monotonic() < end_s:
+    at, to = random.randrange(len(data) // 4096) * 4096, random.randrange(8) * 4096
+    assert os.preadv(direct, [view[to : to + 4096]], at) == 4096
+    reads += 1
+    lost += view[to : to + 4096] != data[at : at + 4096]
+print(reads, lost, flush=True)
+"""
 
 
 class Reading:
@@ -144,3 +170,43 @@ def test_a_read_that_ends_meanwhile_is_no_failure(two: tuple[LiveMount, LiveMoun
         if any(event["passes"] > 1 and not event["failed"] for event in events):
             return
     pytest.fail("no migration met the end of a read in 20 attempts")
+
+
+def test_a_child_s_read_is_seen_without_the_kernel_s_events(
+    two: tuple[LiveMount, LiveMount],
+) -> None:
+    mount, source = two
+    reading = Reading(mount, source, "fork")
+    try:
+        wait_until("the read", lambda: in_flight(mount, reading.process.pid) == {3, 4})
+        assert mount.migrate("file", "pagecache")["failed"] == {"direct_io": 2}
+        reading.go_on()
+        reading.expect("done")
+        reading.say()
+        reading.expect("same")
+    finally:
+        reading.close()
+
+
+@pytest.mark.parametrize("observe", ["off", pytest.param("tracefs", marks=needs("tracefs"))])
+def test_reads_of_a_fast_device_lose_no_byte(live: Mounts, tmp_path: Path, observe: str) -> None:
+    """They begin and end thousands of times a second, so no look at threads finds them all."""
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(256 * PAGE))
+    mount = live.mount(None, f"observe={observe}")
+    (mount / "file").write_bytes(bytes(8 * PAGE))
+    words = [sys.executable, "-c", HASTY, str(mount / "file"), str(source), "5"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        refused, turn = 0, 0
+        ino = (mount / "file").stat().st_ino
+        while reader.poll() is None:
+            turn += 1
+            to = "pagecache" if turn % 2 else "xip"
+            for answer in request(mount.mount, "migrate", ino=ino, to=to):
+                refused += answer.get("result", {"failed": {}})["failed"].get("direct_io", 0)
+        reads, lost = map(int, reader.stdout.read().split())
+    assert reads > 1000
+    assert lost == 0
+    assert refused > 0

@@ -73,7 +73,7 @@ class CachedPages:
         The thread that reads it unlocks it, once it has been woken by our answer.
         """
         added_ns = self.get(ino, index)
-        return bool(added_ns) and now_ns - added_ns < _WOKEN_NS
+        return added_ns is not None and added_ns > 0 and now_ns - added_ns < _WOKEN_NS
 
     def in_window(self, ino: int, index: int, now_ns: int) -> int:
         """Return what a fault-around at ``now_ns`` made of a page that was not mapped.

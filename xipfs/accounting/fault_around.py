@@ -48,9 +48,9 @@ def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> dict[int, int]:
     books.around_pages += filemap_map_pages(
         vma, [(page, pfn) for page, pfn in frames if pfn is not None]
     )
-    # Mapped without a fault, so none will answer a hint or a move. Where that is not sure marks stay:
-    # of a page that two processes miss, one reads it, the other's fault-around may pass it by. (A
-    # mark whose page was mapped all the same goes with the next fault there, which finds no PTE.)
+    # Mapped without a fault, so none will answer a hint or a move. Where that is not sure marks
+    # stay: of two processes that miss a page one reads it, and the other's fault-around may pass it
+    # by. (If it was mapped all the same, its mark goes with the next fault, which finds no PTE.)
     for page in mapped:
         if mapped[page] == FILE and page not in fresh:
             address = vma.address_of(page)

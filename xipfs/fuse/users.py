@@ -31,5 +31,5 @@ class Users:
             del self._openers[ino]
 
     def of(self, ino: int) -> set[int]:
-        """Return the processes; one that is not observed and got at it by fork is not known."""
+        """Return the processes; one that is not observed and inherited it by fork is not known."""
         return {*self._openers.get(ino, ()), *self._accountant.pids_mapping(ino)}

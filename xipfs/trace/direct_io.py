@@ -2,17 +2,20 @@
 
 A direct read or write (O_DIRECT) pins the pages of its buffer for as long as the device takes. If
 that buffer is a shared mapping of a file and the file's page leaves the page cache meanwhile, what
-the device delivers can go to a page that nobody will see again: an invalidation looks at no pins
-(rule R10). The kernel's own migration sees them in the page's count and refuses; from outside, the
-call itself can be seen: /proc/PID/task/TID/syscall names it, with its buffer, for every thread
-that waits inside one.
+the device delivers goes to a page that nobody will see again: an invalidation looks at no pins
+(rule R10). The kernel's own migration sees them in the page's count and refuses. From outside they
+cannot be seen in time: a thread that waits in the call can (/proc/PID/task/TID/syscall), but the
+call may begin after the look, on a fast device thousands of times a second; and requests that no
+thread waits for (io_uring, libaio) name their buffers nowhere.
 
-Requests that no thread waits for (io_uring, libaio) name their buffers nowhere. Whether a process
-can have such is seen, though: by its io_uring descriptor, or libaio's ring among its mappings. All
-that it maps shared and writable is then taken to be referred to. (A read into a private mapping
-goes to a copy, and what is only written from keeps its bytes, in the cache or not.)
+So what counts is whether a process can have such a request: by a descriptor with O_DIRECT, by its
+io_uring, or by libaio's ring among its mappings. All that it maps shared and writable is then
+taken to be referred to. What is only written from keeps its bytes, in the cache or not, and a read
+into a private mapping goes to a copy: of those the calls are looked at that threads wait in.
 
-Not seen is a request that begins between this look and the invalidation that follows it.
+Not seen are a descriptor that is opened between this look and the invalidation that follows it,
+and without the kernel's events a process that got the file over a socket, or by a parent that has
+ended since.
 """
 
 from __future__ import annotations
@@ -39,20 +42,21 @@ _IO_URING: Final = "anon_inode:[io_uring]"
 
 
 def pages_in_flight(pids: Iterable[int], dev: int, ino: int) -> set[int]:
-    """Return the pages of ``ino`` on ``dev`` that direct I/O of these processes refers to.
+    """Return the pages of ``ino`` on ``dev`` that direct I/O of these processes may refer to.
 
-    ``dev`` as in ``proc.read_maps``. A thread id stands for its process.
+    That of their descendants too. ``dev`` as in ``proc.read_maps``. A thread id stands for its
+    process.
     """
     found: set[int] = set()
-    for pid in pids:
+    for pid in proc.heirs_of(pids):
         text = proc.read_maps_text(pid)
         shared = [each for each in proc.parse_maps(text, dev) if each.ino == ino and each.shared]
         if not shared:
             continue  # what a private mapping holds for I/O is its own copy
         buffers = [span for tid in proc.tids_of(pid) for span in _direct_buffers(pid, tid)]
-        asynchronous = _AIO_RING in text or _has_io_uring(pid)
+        at_any_time = _AIO_RING in text or _can_read_past_the_cache(pid)
         for mapping in shared:
-            if asynchronous and mapping.prot & proc.PROT_WRITE:
+            if at_any_time and mapping.prot & proc.PROT_WRITE:
                 pages = mapping.end - mapping.start >> PAGE_SHIFT
                 found.update(range(mapping.pgoff, mapping.pgoff + pages))
                 continue
@@ -72,20 +76,29 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _has_io_uring(pid: int) -> bool:
-    """Return whether the process has a descriptor of an io_uring."""
+def _can_read_past_the_cache(pid: int) -> bool:
+    """Return whether the process has a descriptor with O_DIRECT, or one of an io_uring."""
     try:
-        directory = f"/proc/{pid}/fd/"
-        return any(_points_to(directory + name, _IO_URING) for name in os.listdir(directory))
+        names = os.listdir(f"/proc/{pid}/fd")
     except OSError:
         return False
+    return any(_is_direct(pid, name) or _points_to(pid, name, _IO_URING) for name in names)
 
 
-def _points_to(link: str, target: str) -> bool:
+def _points_to(pid: int, name: str, target: str) -> bool:
     try:
-        return os.readlink(link) == target
+        return os.readlink(f"/proc/{pid}/fd/{name}") == target
     except OSError:
         return False  # closed meanwhile
+
+
+def _is_direct(pid: int, name: str) -> bool:
+    try:
+        info = _read(f"/proc/{pid}/fdinfo/{name}").splitlines()
+    except OSError:
+        return False  # closed meanwhile
+    flags = next((line.split()[1] for line in info if line.startswith(b"flags:")), b"0")
+    return bool(int(flags, 8) & os.O_DIRECT)
 
 
 def _direct_buffers(pid: int, tid: int) -> list[tuple[int, int]]:
@@ -98,9 +111,7 @@ def _direct_buffers(pid: int, tid: int) -> list[tuple[int, int]]:
         vector = number in _VECTORS
         if not vector and number not in _BUFFERS:
             return []
-        info = _read(f"/proc/{pid}/fdinfo/{fd}").splitlines()
-        flags = next(line for line in info if line.startswith(b"flags:"))
-        if not int(flags.split()[1], 8) & os.O_DIRECT:
+        if not _is_direct(pid, str(fd)):
             return []
         if not vector:
             return [(address, address + count)]
@@ -108,5 +119,5 @@ def _direct_buffers(pid: int, tid: int) -> list[tuple[int, int]]:
             memory.seek(address)
             data = memory.read(min(count, _IOVECS_MAX) * _IOVEC.size)
         return [(base, base + size) for base, size in _IOVEC.iter_unpack(data) if size]
-    except (OSError, ValueError, StopIteration, struct.error):
+    except (OSError, ValueError, struct.error):
         return []  # it is gone, or the call is over

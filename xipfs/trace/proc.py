@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -99,6 +100,31 @@ def tids_of(pid: int) -> set[int]:
         return {int(name) for name in os.listdir(_PROC / str(pid) / "task")}
     except OSError:
         return set()
+
+
+def heirs_of(pids: Iterable[int]) -> set[int]:
+    """Return the processes of these threads with their descendants: they may have inherited a file.
+
+    All processes there are if one of ``pids`` is gone: whoever has what it had descends from nobody
+    now.
+    """
+    found: set[int] = set()
+    pending = list(pids)
+    while pending:
+        pid = pending.pop()
+        tids = tids_of(pid)
+        if not tids and pid not in found:
+            return {int(name) for name in os.listdir(_PROC) if name.isdigit()}
+        found.add(pid)
+        for tid in tids:
+            try:
+                children = (_PROC / str(pid) / "task" / str(tid) / "children").read_text().split()
+            except OSError:
+                continue
+            new = {int(child) for child in children} - found
+            found |= new
+            pending += new
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import mmap
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,14 +76,18 @@ class Worker:
     def _mark(self, page: int) -> bytes:
         return b"COW%05d" % (self.number * 1000 + page)
 
-    def run(self, deadline: float) -> None:
-        """Do random operations until ``deadline`` (time.monotonic), then check everything."""
+    def run(self, deadline: float, alive: Callable[[], None]) -> None:
+        """Do random operations until ``deadline`` (time.monotonic), then check everything.
+
+        ``alive`` is called after each of them.
+        """
         choices = (self.store, self.store, self.write, self.check, self.check, self.cut, self.fork)
         while time.monotonic() < deadline:
             operation = self.chance.choice(choices)
             operation()
             name = operation.__name__
             self.operations[name] = self.operations.get(name, 0) + 1
+            alive()
         self.check_all()
 
     def _own_lines(self) -> tuple[int, list[int]]:

@@ -1,7 +1,7 @@
 """The soak: four processes change and check shared files while random ranges of them migrate.
 
-Used by ``tools/soak`` for minutes and by ``t4_soak.py`` for one. Every wait is bounded: when
-nothing has moved for ``STUCK_S`` the kernel stacks of all concerned are told, the connection is
+Used by ``tools/soak`` for minutes and by ``t4_soak.py`` for one. Every wait is bounded: when one of
+them has done nothing for ``STUCK_S`` the kernel stacks of all concerned are told, the connection is
 aborted and the soak fails. After each leg of at most ``LEG_S`` all stand still and the kernel's
 page tables are compared (with tracefs). At the end the image is mounted anew and holds exactly
 what its writers knew last.
@@ -41,6 +41,8 @@ from xipfs.cli.client import RequestError, request
 Progress = Callable[[float, "Outcome"], None]
 STUCK_S = 30.0
 LEG_S = 60.0
+#: Its place among those that are heard, behind the workers.
+_MIGRATOR = WORKERS
 
 
 @dataclass
@@ -60,8 +62,16 @@ class Outcome:
 def _work(number: int, directory: Path, seed: int, pipe: Connection) -> None:
     worker = Worker(number, directory, seed)
     try:
+        told_s = 0.0
+
+        def alive() -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s > 1:
+                told_s = time.monotonic()
+                pipe.send(("alive",))
+
         while seconds := pipe.recv():
-            worker.run(time.monotonic() + seconds)
+            worker.run(time.monotonic() + seconds, alive)
             pipe.send(("done", worker.operations))
         # The mappings were there while the page tables were compared.
         worker.check_all()
@@ -139,29 +149,38 @@ class Soak:
         self.processes[-1].join(STUCK_S)
 
     def _leg(self, before_s: float, progress: Progress) -> None:
-        """Wait until every worker is done with the leg."""
-        start = moved_at = time.monotonic()
-        done: set[int] = set()
+        """Wait until every worker is done with the leg; none, nor the migrator, may stand still."""
+        start = time.monotonic()
+        heard = dict.fromkeys([*range(WORKERS), _MIGRATOR], start)
+        running = set(range(WORKERS))
         self.outcome.operations.clear()
-        while len(done) < WORKERS:
-            for number, pipe in enumerate(self.pipes):
-                if number not in done and pipe.poll(0.02):
-                    for name, count in self._message(pipe, "done")[1].items():
-                        self._add(self.outcome.operations, name, count)
-                    done.add(number)
+        while running:
+            for number in sorted(running):
+                if self.pipes[number].poll(0.02):
+                    heard[number] = time.monotonic()
+                    self._progress_of(number, running)
             while self.migrator.poll():
                 self._count(self.migrator.recv())
-                moved_at = time.monotonic()
+                heard[_MIGRATOR] = time.monotonic()
             progress(before_s + time.monotonic() - start, self.outcome)
-            if time.monotonic() - moved_at > STUCK_S:
-                self.give_up()
+            for number in (*running, _MIGRATOR):
+                if time.monotonic() - heard[number] > STUCK_S:
+                    who = "the migrator" if number == _MIGRATOR else f"worker {number}"
+                    self.give_up(who)
+
+    def _progress_of(self, number: int, running: set[int]) -> None:
+        message = self._message(self.pipes[number], "alive", "done")
+        if message[0] == "done":
+            running.discard(number)
+            for name, count in message[1].items():
+                self._add(self.outcome.operations, name, count)
 
     def _rest(self) -> None:
         """Have the migrator stand still."""
         self.migrator.send("rest")
         while True:
             if not self.migrator.poll(STUCK_S):
-                self.give_up()
+                self.give_up("the migrator")
             result = self.migrator.recv()
             if "resting" in result:
                 return
@@ -181,10 +200,10 @@ class Soak:
         """End the workers; return what each knew last and its tail."""
         self.outcome.vmstat = self.mount.cat_stats()["vmstat"]
         last = []
-        for pipe in self.pipes:
+        for number, pipe in enumerate(self.pipes):
             pipe.send(0)
             if not pipe.poll(STUCK_S):
-                self.give_up()
+                self.give_up(f"worker {number}")
             last.append(self._message(pipe, "last")[1:])
         for process in self.processes:
             process.join(STUCK_S)
@@ -197,7 +216,7 @@ class Soak:
                 process.kill()
                 process.join(5)
 
-    def give_up(self) -> None:
+    def give_up(self, who: str) -> None:
         """Tell where everybody stands, abort the connection, fail."""
         stacks = []
         for pid in [self.mount.pid, *(process.pid for process in self.processes)]:
@@ -207,15 +226,15 @@ class Soak:
         with contextlib.suppress(AssertionError):  # it may say nothing any more
             stacks.append(self.mount.whereabouts())
         self.mount.abort()
-        raise SoakError(f"nothing moved for {STUCK_S} s:\n" + "\n".join(stacks))
+        raise SoakError(f"{who} did nothing for {STUCK_S} s:\n" + "\n".join(stacks))
 
     @staticmethod
-    def _message(pipe: Connection, expected: str) -> Any:
+    def _message(pipe: Connection, *expected: str) -> Any:
         try:
             message = pipe.recv()
         except EOFError:
             raise SoakError("a worker died") from None
-        if message[0] != expected:
+        if message[0] not in expected:
             raise SoakError(message[1])
         return message
 

@@ -15,7 +15,9 @@ OWN = """
 description = "d"
 source = "s"
 read_latency_ns = 35
+read_unit_bytes = 16
 write_latency_ns = 40
+write_unit_bytes = 32
 read_bytes_per_s = 1000
 write_bytes_per_s = 500
 endurance_writes = 0
@@ -30,24 +32,59 @@ def test_the_shipped_ones_each_with_a_source() -> None:
         assert profile.read_latency_ns > 0
 
 
-def test_time_is_latency_by_access_and_bytes_by_bandwidth() -> None:
+def test_time_is_latency_by_access_and_bandwidth_for_the_bytes_beyond_its_unit() -> None:
     profile = dataclasses.replace(
         load_profile("dram"),
         read_latency_ns=100,
+        read_unit_bytes=64,
         read_bytes_per_s=1_000_000_000,
         write_latency_ns=7,
+        write_unit_bytes=256,
         write_bytes_per_s=500_000_000,
     )
-    assert profile.read_ns(3, 4096) == 4396
+    # 3 units are 192 bytes; 3,904 more at 1 ns.
+    assert profile.read_ns(3, 4096) == 4204
     assert profile.read_ns(0, 0) == 0
-    assert profile.write_ns(2, 128) == 270
+    # 2 units are 512 bytes; 512 more at 2 ns.
+    assert profile.write_ns(2, 1024) == 14 + 1024
+    assert profile.write_ns(2, 512) == 14
+    assert profile.write_ns(2, 64) == 14, "less than the units: no time comes back"
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "size_bytes", "time_ns"),
+    [
+        ("nor", True, 32, 325),  # 100 + 15 * 15
+        ("nor", True, 4096, 41_600),  # 128 pages of 32 bytes
+        ("nor", False, 512, 340_000),
+        ("nor", False, 4096, 2_720_000),  # 8 buffers
+        ("pcm", True, 64, 55),
+        ("pcm", True, 4096, 3_520),  # 64 array reads
+        ("pcm", False, 64, 150),
+        ("pcm", False, 4096, 9_600),
+        ("optane", True, 64, 305),
+        ("optane", True, 4096, 915),  # 4,032 bytes at 6.6 GB/s: 610.9
+        ("optane", False, 64, 62),
+        ("optane", False, 4096, 1_815),  # 4,032 bytes at 2.3 GB/s: 1,753.04
+        ("dram", True, 64, 101),
+        ("dram", True, 4096, 290),  # 4,032 bytes at 21.3 GB/s: 189.3
+        ("dram", False, 64, 57),
+        ("cxl", True, 64, 181),
+        ("cxl", False, 64, 137),
+    ],
+)
+def test_one_access_takes_what_the_source_says(
+    name: str, read: bool, size_bytes: int, time_ns: int
+) -> None:
+    profile = load_profile(name)
+    assert (profile.read_ns if read else profile.write_ns)(1, size_bytes) == time_ns
 
 
 def test_one_of_the_users_own(tmp_path: Path) -> None:
     file = tmp_path / "media.toml"
     file.write_text(OWN)
     name = f"{file}:mram"
-    assert load_profile(name) == Profile(name, "d", "s", 35, 40, 1000, 500, 0)
+    assert load_profile(name) == Profile(name, "d", "s", 35, 16, 40, 32, 1000, 500, 0)
 
 
 @pytest.mark.parametrize(

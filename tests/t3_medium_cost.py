@@ -43,6 +43,7 @@ def test_fills_flushes_frames_and_their_times() -> None:
     profile = dataclasses.replace(
         load_profile("pcm"),
         read_latency_ns=1000,
+        read_unit_bytes=1024,
         read_bytes_per_s=4096,
         write_latency_ns=10,
         write_bytes_per_s=64,
@@ -52,9 +53,11 @@ def test_fills_flushes_frames_and_their_times() -> None:
     # fsync writes the one dirty page home and fences once.
     assert after["nvram_written_bytes"] - after_write["nvram_written_bytes"] == PAGE
     assert after["nvram_fences"] - after_write["nvram_fences"] == 1
-    assert after["read_ns_estimated"] == 3 * 1000 + 3 * 10**9
-    lines = after["nvram_written_bytes"] // 64
-    assert after["write_ns_estimated"] == after["nvram_fences"] * 10 + lines * 10**9
+    # Of each page 3,072 bytes are beyond the unit, at 4,096 bytes a second.
+    assert after["read_ns_estimated"] == 3 * 1000 + 2_250_000_000
+    # A line takes a second, but for the first of each fence.
+    lines, fences = after["nvram_written_bytes"] // 64, after["nvram_fences"]
+    assert after["write_ns_estimated"] == fences * 10 + (lines - fences) * 10**9
     hottest = after["wear"]["hottest"][0]
     assert hottest["cell_writes_mean"] == hottest["line_writes"] / 64
     assert after["wear"]["endurance_used_hottest"] == round(hottest["cell_writes_mean"] / 1000, 9)

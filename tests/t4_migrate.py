@@ -310,8 +310,8 @@ def test_a_dry_policy_counts_what_it_would_move_and_moves_nothing(live: Mounts) 
     dry = migration["dry_run"]
     assert (dry["modelled"], dry["promoted"], dry["medium"]) == (True, 41, "pcm")
     assert dry["cost"]["nvram_read_bytes"] == 41 * PAGE
-    # 41 reads of 55 ns and 4096 bytes at 1 GB/s, and the transactions.
-    assert dry["cost"]["ns_estimated"] > 41 * (55 + 4096)
+    # 41 pages of 64 lines at 55 ns, and the transactions.
+    assert dry["cost"]["ns_estimated"] > 41 * 3520
     lines = xipfs("events", mount.directory).stdout.splitlines()
     assert all(" to pagecache (fifo: first fault): 1 would move" in line for line in lines)
     assert len(lines) == 41
@@ -346,15 +346,15 @@ def test_a_dry_run_by_hand(live: Mounts) -> None:
     mount.migrate("file", "pagecache", "3-4")
     words = ("migrate", mount / "file", "--to", "pagecache", "--dry-run", "--pages", "2-9")
     done = xipfs(*words).stdout.replace(str(mount.directory), "MNT")
-    # 6 pages: 6 times 305 ns and 24,576 bytes at 6.6 GB/s are 5,553 ns; 4 fences of 62 ns and
-    # 640 bytes at 2.3 GB/s are 526 ns. A line: 314 against 84 ns; 89 against 60 ns.
+    # 6 pages: 6 times 305 ns and 24,192 bytes at 6.6 GB/s are 5,495 ns; 4 fences of 62 ns and
+    # 384 bytes at 2.3 GB/s are 414 ns. A line: 305 against 101 ns; 62 against 57 ns.
     assert done == (
         "MNT: 6 pages would move to pagecache, 2 already there, nothing was moved\n"
         "  MNT/file pages 2-2 (manual)\n"
         "  MNT/file pages 5-9 (manual)\n"
         "modelled: 24576 bytes read from NVRAM, 640 written, 4 fences\n"
         "RAM +24576 bytes, struct pages +384 bytes, 0 pages evicted\n"
-        "modelled on optane: 0.006 ms; from RAM a later load is 230 ns faster, a store 29\n"
+        "modelled on optane: 0.006 ms; from RAM a later load is 204 ns faster, a store 5\n"
     )
     answer = json.loads(xipfs("migrate", "-r", mount.directory, *words[2:5], "--json").stdout)
     assert (answer["would_move"], answer["already"], answer["dry_run"]) == (39, 2, True)

@@ -4,6 +4,12 @@ The region is a file in the host's memory and costs what that costs. A profile s
 accesses would have cost on another medium. It is arithmetic on counts, changes nothing that
 happens, and every figure made from it is labelled as modelled.
 
+The latency is the time until an access has moved its first unit: what the source moved when it
+measured it (a line of 64 bytes, the 512 bytes of NOR's write buffer). Bandwidth counts only for the
+bytes beyond, so that no byte's time is counted twice, and one unit takes what the source says. Sums
+know only how many accesses and bytes there were: what an access leaves of its unit is filled with
+bytes of larger ones, so a sum over sizes on both sides of a unit is a lower bound.
+
 A user's own profile is a table of a TOML file with the fields of ``media.toml``, named as
 ``FILE:TABLE``; the path is absolute, since a daemon has no directory of its user's.
 """
@@ -22,13 +28,15 @@ SHIPPED: Final = Path(__file__).with_name("media.toml")
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One medium; ``endurance_writes`` is rewrites of a cell, 0 where they are not limited."""
+    """One medium; ``media.toml`` says what each field means."""
 
     name: str
     description: str
     source: str
     read_latency_ns: int
+    read_unit_bytes: int
     write_latency_ns: int
+    write_unit_bytes: int
     read_bytes_per_s: int
     write_bytes_per_s: int
     endurance_writes: int
@@ -37,17 +45,19 @@ class Profile:
         """Return the time of ``accesses`` reads of together ``size_bytes``, one after another.
 
         >>> load_profile("optane").read_ns(1, 4096)
-        925
+        915
         """
-        return accesses * self.read_latency_ns + size_bytes * 10**9 // self.read_bytes_per_s
+        beyond_bytes = max(size_bytes - accesses * self.read_unit_bytes, 0)
+        return accesses * self.read_latency_ns + beyond_bytes * 10**9 // self.read_bytes_per_s
 
     def write_ns(self, fences: int, size_bytes: int) -> int:
         """Return the time of ``fences`` that wait for together ``size_bytes`` flushed before them.
 
         >>> load_profile("nor").write_ns(1, 512)
-        681333
+        340000
         """
-        return fences * self.write_latency_ns + size_bytes * 10**9 // self.write_bytes_per_s
+        beyond_bytes = max(size_bytes - fences * self.write_unit_bytes, 0)
+        return fences * self.write_latency_ns + beyond_bytes * 10**9 // self.write_bytes_per_s
 
 
 def shipped_names() -> list[str]:

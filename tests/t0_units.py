@@ -8,6 +8,7 @@ from xipfs.errors import EXIT_USAGE, UsageError
 from xipfs.units import (
     PAGE_MASK,
     PAGE_SIZE,
+    format_ns,
     format_size,
     pages_of,
     parse_page_range,
@@ -83,6 +84,26 @@ def test_several_ranges() -> None:
 )
 def test_sizes_for_people(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("time_ns", "text"),
+    [
+        (0, "0 ns"),
+        (999, "999 ns"),
+        (1_000, "1 us"),
+        (5_909, "5.909 us"),
+        (-46_500, "-46.5 us"),
+        (999_949, "999.9 us"),
+        (999_950, "1 ms"),  # not 1000 us
+        (340_000_000, "340 ms"),
+        (12_345_000_000, "12.35 s"),
+        (9_999_600_000_000, "10000 s"),
+        (123_456_000_000_000, "123456 s"),
+    ],
+)
+def test_times_for_people(time_ns: int, text: str) -> None:
+    assert format_ns(time_ns) == text
 
 
 def test_pages() -> None:

@@ -90,6 +90,23 @@ def format_size(size_bytes: int) -> str:
     return f"{value:.4g} PiB"
 
 
+def format_ns(time_ns: int) -> str:
+    """Return ``time_ns`` in the largest unit up to seconds that leaves a number of 1 or more.
+
+    >>> format_ns(5909)
+    '5.909 us'
+    >>> format_ns(0)
+    '0 ns'
+    """
+    value = float(time_ns)
+    for unit in ("ns", "us", "ms"):
+        # What rounds to 1000 is 1 of the next unit.
+        if abs(value) < 999.95:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} s" if abs(value) < 9999.5 else f"{value:.0f} s"
+
+
 def pages_of(size_bytes: int) -> int:
     """Return how many pages hold ``size_bytes`` bytes (rounded up)."""
     return (size_bytes + PAGE_SIZE - 1) >> PAGE_SHIFT

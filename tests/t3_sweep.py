@@ -153,6 +153,22 @@ def test_a_sweep_from_the_command_line_and_again(tmp_path: Path) -> None:
     assert "holds the results of another sweep" in done.stderr
 
 
+def test_times_are_labelled_as_modelled_on_their_medium(tmp_path: Path) -> None:
+    trace, results = write_trace(tmp_path / "t.parquet", STREAM), tmp_path / "r.jsonl"
+    rows = grid(trace, results, "--jobs", "1", "--medium", "pcm")
+    assert [(row.get("modelled"), row.get("medium")) for row in rows[:3]] == [
+        (None, None),  # the bound has no figures of a cost
+        (True, "pcm"),
+        (True, "pcm"),
+    ]
+    words = ("--policies", "off,fifo,belady", "--ram", "4K,64K", "--medium", "pcm", "-o", results)
+    head, columns, _bound, _off, fifo, *_ = xipfs("sweep", trace, *words).stdout.splitlines()
+    assert head == f"{trace}: 3 touches; est. time: modelled on pcm"
+    assert columns.endswith(" pingpong  est. time")
+    # Two pages of 64 lines read at 55 ns; two transactions write 8 lines each, at 150 ns.
+    assert fifo.endswith("        0    9.44 us")
+
+
 OWN = """
 from dataclasses import dataclass
 from xipfs.migrate.policy import FAULT, promote

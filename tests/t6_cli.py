@@ -195,10 +195,17 @@ def test_stat_tells_the_cost_on_a_named_medium(live: Mounts) -> None:
     assert cost["write_ns_estimated"] == fences * 340_000 + beyond_bytes * 10**9 // 1_505_882
     told = said(mount, "stat", "MNT")
     assert "modelled cost on nor, one access after another\n" in told
+    assert f"\nnvram_fences          {fences:14}\n" in told
     assert f"write_ns_estimated    {cost['write_ns_estimated']:14}" in told
     assert "struct_page_bytes            1048576  (1 MiB)\n" in told
     reached, blocks = next(iter(cost["wear"]["blocks_by_line_writes"].items()))
     assert f"wear: blocks          {blocks:14}  with {reached} line writes\n" in told
+    hottest = cost["wear"]["hottest"][0]
+    assert (
+        f"hottest block         {hottest['block']:14}  ({hottest['line_writes']} line writes)\n"
+        f"  writes a cell       {hottest['line_writes'] / 64:14.1f}"
+        "  (mean over the block's 64 lines)\n"
+    ) in told + "\n"
     assert "S29GL01GS" in cost["medium_source"]
 
 

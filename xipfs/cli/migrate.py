@@ -17,7 +17,7 @@ from xipfs.cli.progress import progress_bar
 from xipfs.errors import EXIT_FAILURE, MountError, UsageError
 from xipfs.fuse.mounts import Mount
 from xipfs.migrate.refusals import PASSES_MAX, errnos_of
-from xipfs.units import parse_page_ranges
+from xipfs.units import format_ns, parse_page_ranges
 
 #: Files of one request to the daemon: it answers with progress over all of them.
 BATCH_FILES: Final = 1000
@@ -123,14 +123,14 @@ def _dry_text(outcome: Json) -> str:
         f"{cost['nvram_written_bytes']} written, {cost['nvram_fences']} fences"
     )
     lines.append(
-        f"RAM {outcome['ram_bytes_more']:+d} bytes, struct pages "
+        f"modelled: RAM {outcome['ram_bytes_more']:+d} bytes, struct pages "
         f"{outcome['struct_page_bytes_more']:+d} bytes, {outcome['would_evict']} pages evicted"
     )
     if outcome["medium"] is not None:
         load_ns, store_ns = saved["load_ns_estimated"], saved["store_ns_estimated"]
         lines.append(
-            f"modelled on {outcome['medium']}: {cost['ns_estimated'] / 1e6:.3f} ms; from RAM a "
-            f"later load is {load_ns} ns faster, a store {store_ns}"
+            f"modelled on {outcome['medium']}: {format_ns(cost['ns_estimated'])}; from RAM a "
+            f"later load is {format_ns(load_ns)} faster, a store {format_ns(store_ns)}"
         )
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.replay.choice import DELAY_NS, Choice
 from xipfs.replay.outcome import outcome, replay_file
-from xipfs.units import PAGE_SIZE, format_size, parse_size
+from xipfs.units import PAGE_SIZE, format_ns, format_size, parse_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +110,10 @@ def named(policy: str, values: Json) -> str:
 
 
 def _cost_lines(cost: Json) -> list[str]:
-    names = ["nvram_read_bytes", "nvram_written_bytes", "ram_frame_seconds"]
-    names += [name for name in ("read_ns_estimated", "write_ns_estimated") if name in cost]
+    names = ("nvram_read_bytes", "nvram_written_bytes", "nvram_fences", "ram_frame_seconds")
     medium = "" if cost["medium"] is None else f" on {cost['medium']}"
-    return [f"modelled cost{medium}", *(f"{name:22}{cost[name]:14}" for name in names)]
+    lines = [f"modelled cost{medium}", *(f"{name:22}{cost[name]:14}" for name in names)]
+    for name in ("read_ns_estimated", "write_ns_estimated"):
+        if name in cost:
+            lines.append(f"{name:22}{cost[name]:14}  ({format_ns(cost[name])})")
+    return lines

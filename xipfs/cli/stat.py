@@ -14,7 +14,7 @@ from xipfs.cli.client import Json, ask, ask_text
 from xipfs.cli.fault_table import incomplete_lines
 from xipfs.errors import UsageError
 from xipfs.fuse.mounts import mount_of
-from xipfs.units import format_size
+from xipfs.units import format_ns, format_size
 
 #: Column heading, counter of ``vmstat``; under 80 columns together.
 COLUMNS: Final = (
@@ -152,8 +152,8 @@ def _policy_lines(migration: Json) -> list[str]:
     )
     if dry["medium"] is not None:
         lines.append(
-            f"  on {dry['medium']}: {cost['ns_estimated'] / 1e6:.3f} ms spent, "
-            f"{saved['ns_estimated'] / 1e6:.3f} ms saved"
+            f"  modelled on {dry['medium']}: {format_ns(cost['ns_estimated'])} spent, "
+            f"{format_ns(saved['ns_estimated'])} saved"
         )
     return lines
 
@@ -171,18 +171,18 @@ def _cost_lines(cost: Json) -> list[str]:
     lines = ["", f"modelled cost on {cost['medium']}, one access after another"]
     for name in ("nvram_read_bytes", "nvram_written_bytes"):
         lines.append(f"{name:22}{cost[name]:14}  ({format_size(cost[name])})")
+    lines.append(f"{'nvram_fences':22}{cost['nvram_fences']:14}")
     for name in ("read_ns_estimated", "write_ns_estimated"):
-        lines.append(f"{name:22}{cost[name]:14}  ({cost[name] / 1e6:.3f} ms)")
+        lines.append(f"{name:22}{cost[name]:14}  ({format_ns(cost[name])})")
     lines.append(f"{'ram_frame_seconds':22}{cost['ram_frame_seconds']:14}")
     total = cost["struct_page_bytes_total"]
     lines.append(f"{'struct_page_bytes':22}{total:14}  ({format_size(total)})")
     for reached, blocks in cost["wear"]["blocks_by_line_writes"].items():
         lines.append(f"{'wear: blocks':22}{blocks:14}  with {reached} line writes")
     for hot in cost["wear"]["hottest"][:1]:
-        lines.append(
-            f"{'hottest block':22}{hot['block']:14}  "
-            f"({hot['line_writes']} line writes, {hot['cell_writes_mean']:.1f} a cell)"
-        )
+        mean = hot["cell_writes_block_mean"]
+        lines.append(f"{'hottest block':22}{hot['block']:14}  ({hot['line_writes']} line writes)")
+        lines.append(f"{'  writes a cell':22}{mean:14.1f}  (mean over the block's 64 lines)")
     return lines
 
 

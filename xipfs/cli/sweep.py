@@ -24,7 +24,7 @@ from xipfs.replay.choice import DELAY_NS
 from xipfs.replay.sweep import Results, Told, locally, on_dask
 from xipfs.replay.trace import recorded
 from xipfs.stats.trace_file import TraceReader
-from xipfs.units import PAGE_SHIFT, format_size
+from xipfs.units import PAGE_SHIFT, format_ns, format_size
 
 #: Column heading, figure; the share of touches in RAM and of the bound come before them.
 COLUMNS = (
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         results.close()
     rows = _rows(cells, results, errors)
-    print(json.dumps(rows, indent=2) if args.json else as_text(args.trace, rows))
+    print(json.dumps(rows, indent=2) if args.json else as_text(args.trace, args.medium, rows))
     for (policy, _, ram_bytes), error in errors.items():
         print(f"{policy}, RAM {format_size(ram_bytes)}: {error}", file=sys.stderr)
     return int(bool(errors))
@@ -154,14 +154,14 @@ def _rows(cells: list[Cell], results: Results, errors: dict[Key, str]) -> list[J
     return rows
 
 
-def as_text(trace: Path, rows: list[Json]) -> str:
-    """Return the table, under 100 columns."""
+def as_text(trace: Path, medium: str | None, rows: list[Json]) -> str:
+    """Return the table, under 100 columns; with a medium's time under 110."""
     touches = next((row["touches"] for row in rows if "touches" in row), 0)
-    estimated = any("read_ns_estimated" in row for row in rows)
-    lines = [f"{trace}: {touches} touches"]
+    about = "" if medium is None else f"; est. time: modelled on {medium}"
+    lines = [f"{trace}: {touches} touches{about}"]
     heads = [f"{'RAM':>9} {'policy':20}{'in RAM':>8}{'%bound':>7}"]
     heads += [f"{head:>9}" for head, _ in COLUMNS]
-    lines.append("".join(heads) + (f"{'est. ms':>10}" if estimated else ""))
+    lines.append("".join(heads) + (f"{'est. time':>11}" if medium else ""))
     for row in rows:
         name, *values = row["policy"].split(",")
         shown = ",".join([Path(name).name, *values])
@@ -173,6 +173,6 @@ def as_text(trace: Path, rows: list[Json]) -> str:
         cells = "".join(f"{row.get(name, ''):>9}" for _, name in COLUMNS)
         spent = ""
         if "read_ns_estimated" in row:
-            spent = f"{(row['read_ns_estimated'] + row['write_ns_estimated']) / 1e6:>10.3f}"
+            spent = f"{format_ns(row['read_ns_estimated'] + row['write_ns_estimated']):>11}"
         lines.append(f"{start}{row['touches_in_ram']:>8}{share:>7}{cells}{spent}".rstrip())
     return "\n".join(lines)

@@ -8,7 +8,7 @@ The latency is the time until an access has moved its first unit: what the sourc
 measured it (a line of 64 bytes, the 512 bytes of NOR's write buffer). Bandwidth counts only for the
 bytes beyond, so that no byte's time is counted twice, and one unit takes what the source says. Sums
 know only how many accesses and bytes there were: what an access leaves of its unit is filled with
-bytes of larger ones, so a sum over sizes on both sides of a unit is a lower bound.
+bytes of larger ones, so a sum over sizes on both sides of a unit comes out low.
 
 A user's own profile is a table of a TOML file with the fields of ``media.toml``, named as
 ``FILE:TABLE``; the path is absolute, since a daemon has no directory of its user's.

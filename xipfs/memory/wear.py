@@ -1,9 +1,9 @@
 """How often each block of the region was written: the lines that were flushed, counted by block.
 
 A cell wears when its line reaches the medium, which is at a flush and not at a store. Counts are
-kept by block, 4 bytes each: a count by line would cost 64 times as much. So a block's *cell
-writes* are the mean over its 64 lines; a line that is written more often than its neighbours wears
-faster than that. Blocks that were never written near have no counts at all: neither memory nor a
+kept by block, 4 bytes each: a count by line would cost 64 times as much. So what is known of a
+cell's writes is the mean over its block's 64 lines; a line that had all of them had 64 times that.
+Blocks that were never written near have no counts at all: neither memory nor a
 snapshot's time grows with the region's size.
 """
 

@@ -108,6 +108,7 @@ def _figures(answer: Mapping[str, Any]) -> Figures:
     figures = {name: answer["replay"][name] for name in ("touches", "touches_in_ram")}
     figures |= {name: vmstat[name] for name in (*names, "pgevict")}
     figures |= {name: migration[name] for name in ("refaults", "pingpong")}
+    figures |= {name: cost[name] for name in ("modelled", "medium")}
     figures |= {
         name: value
         for name, value in cost.items()

@@ -24,7 +24,8 @@ def cost(fs: Filesystem, profile: Profile | None) -> dict[str, Any]:
     """Return counts, wear by block and, where a medium was named, its estimated times.
 
     Everything is since the mount. ``*_ns_estimated`` are sums over accesses one after another;
-    ``cell_writes_mean`` is a block's line writes spread over its lines.
+    ``cell_writes_block_mean`` is a block's line writes spread over its 64 lines: one line may
+    have had them all, 64 times the mean.
     """
     cache, stored = fs.cache_statistics(), fs.medium.statistics()
     wear = fs.medium.wear.statistics()
@@ -46,7 +47,7 @@ def cost(fs: Filesystem, profile: Profile | None) -> dict[str, Any]:
                 {
                     "block": block,
                     "line_writes": writes,
-                    "cell_writes_mean": writes / LINES_PER_BLOCK,
+                    "cell_writes_block_mean": writes / LINES_PER_BLOCK,
                 }
                 for block, writes in wear.hottest
             ],
@@ -58,5 +59,5 @@ def cost(fs: Filesystem, profile: Profile | None) -> dict[str, Any]:
         if profile.endurance_writes:
             most = wear.hottest[0][1] / LINES_PER_BLOCK if wear.hottest else 0.0
             share = most / profile.endurance_writes
-            answer["wear"]["endurance_used_hottest"] = round(share, _SHARE_DIGITS)
+            answer["wear"]["endurance_used_hottest_block_mean"] = round(share, _SHARE_DIGITS)
     return answer

@@ -58,10 +58,10 @@ def test_time_is_latency_by_access_and_bandwidth_for_the_bytes_beyond_its_unit()
         ("nor", True, 4096, 41_600),  # 128 pages of 32 bytes
         ("nor", False, 512, 340_000),
         ("nor", False, 4096, 2_720_000),  # 8 buffers
-        ("pcm", True, 64, 55),
-        ("pcm", True, 4096, 3_520),  # 64 array reads
-        ("pcm", False, 64, 150),
-        ("pcm", False, 4096, 9_600),
+        ("pcm", True, 64, 156),  # 101 + 55
+        ("pcm", True, 4096, 3_621),  # 101 and 64 array reads
+        ("pcm", False, 64, 207),  # 57 + 150
+        ("pcm", False, 4096, 9_657),
         ("optane", True, 64, 305),
         ("optane", True, 4096, 915),  # 4,032 bytes at 6.6 GB/s: 610.9
         ("optane", False, 64, 62),

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from media import new_medium, open_medium
 
 from xipfs.accounting.charges import PteKind
 from xipfs.fs.filesystem import Filesystem
-from xipfs.fs.types import PageKind
+from xipfs.fs.types import PageKind, PageState
 from xipfs.memory.profiles import load_profile
+from xipfs.migrate.decider import COMMON, Decider
 from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.engine import IDLE_PAGES, Engine, cut
 from xipfs.migrate.estimate import Would, would_move
-from xipfs.migrate.policy import EVICTED, FAULT, MOVED, Signal
+from xipfs.migrate.policy import (
+    DONE,
+    EVICTED,
+    FAULT,
+    MOVED,
+    READ,
+    TOUCHES,
+    WRITE,
+    Move,
+    Page,
+    Seen,
+    Signal,
+    demote,
+    promote,
+)
 from xipfs.migrate.registry import make_policy
 from xipfs.stats.cost import cost
 
@@ -110,10 +126,29 @@ def test_what_is_there_already_what_is_pinned_and_what_would_be_evicted() -> Non
     fs.memory.refcount[pfn] -= 1
 
 
+def test_a_demotion_gives_back_the_frames_that_there_are() -> None:
+    """Of 8 pages 2 are a hole, 4 resident; a fresh mount has none resident."""
+    medium = new_medium()
+    fs = open_medium(medium)
+    ino = file_of(fs, 3)
+    fs.write(ino, 5 * PAGE, bytes(3 * PAGE))
+    fs.move(ino, range(8), PageKind.PAGECACHE)
+    for used in (6, 0):
+        would, told = would_move(fs, [(ino, [range(8)])], PageKind.XIP)
+        assert (told["would_move"], told["already"], fs.nr_resident_pages) == (6, 0, used)
+        answer = would.cost(None, 64)
+        assert answer["ram_bytes_more"] == -used * PAGE
+        assert answer["struct_page_bytes_more"] == -used * 64
+        fs = open_medium(medium)
+    before = cost(fs, None)
+    assert len(fs.move(ino, range(8), PageKind.XIP).moved) == 6
+    assert would.cost(None, 64)["cost"] == spent(fs, before)
+
+
 def test_the_arithmetic_of_costs_and_savings() -> None:
     would = Would(
-        promoted=10, demoted=2, written_home=1, commits=1, commit_lines=12, evicted=3,
-        reads_in_ram=7, writes_in_ram=5, touches_of_medium=2,
+        promoted=10, demoted=4, frames_back=2, written_home=1, commits=1, commit_lines=12,
+        evicted=3, reads_in_ram=7, writes_in_ram=5, touches_of_medium=2,
     )  # fmt: skip
     profile = dataclasses.replace(
         load_profile("optane"),
@@ -136,22 +171,72 @@ def test_the_arithmetic_of_costs_and_savings() -> None:
     assert answer["modelled"] is True
 
 
-def touch(ms: int, page: int, *, kind: PteKind = PteKind.XIP, write: bool = False) -> Signal:
-    return Signal(ms * MS, FAULT, 1, 7, page, kind, write)
+Where = dict[int, PageState]
+FREE = PageState(PageKind.XIP, resident=False, dirty=False, pfn=None)
+HOLE = PageState(PageKind.HOLE, resident=False, dirty=False, pfn=None)
+ASLEEP = PageState(PageKind.PAGECACHE, resident=False, dirty=False, pfn=None)
+CLEAN = PageState(PageKind.PAGECACHE, resident=True, dirty=False, pfn=None)
+DIRTY = PageState(PageKind.PAGECACHE, resident=True, dirty=True, pfn=None)
+
+
+def touch(
+    ms: int,
+    page: int,
+    *,
+    kind: PteKind = PteKind.XIP,
+    write: bool = False,
+    source: str = FAULT,
+) -> Signal:
+    return Signal(ms * MS, source, 1, 7, page, kind, write)
+
+
+def dry_run(policy: Decider, ram_pages: int, where: Where | None = None) -> DryRun:
+    """Return a dry run over file 7, whose pages are XIP unless ``where`` says otherwise."""
+    pages = {} if where is None else where
+
+    def look(page: Page) -> PageState | None:
+        return pages.get(page[1], FREE) if page[0] == 7 else None
+
+    return DryRun(policy, ram_pages, look)
+
+
+def decided(dry: DryRun, ram_pages_used: int, *signals: Signal) -> list[tuple[int, str]]:
+    """Return what is moved at a decision point that is told of ``signals``."""
+    for signal in signals:
+        dry.hear(signal, ram_pages_used)
+    return [(move.index, move.to.value) for move in dry.carry_out(ram_pages_used)]
+
+
+@dataclass
+class Scripted:
+    """Plans the moves that it is given, at the touch of their number."""
+
+    SIGNALS: ClassVar[frozenset[str]] = DONE | TOUCHES
+    plans: list[list[Move]]
+    heard: list[tuple[str, int, str]] = field(default_factory=list)
+
+    def plan(self, signal: Signal, _seen: Seen) -> list[Move]:
+        self.heard.append((signal.source, signal.index, signal.kind.value))
+        return self.plans.pop(0) if signal.source in TOUCHES and self.plans else []
+
+
+def scripted(*plans: list[Move]) -> tuple[Scripted, Decider]:
+    policy = Scripted(list(plans))
+    return policy, Decider("scripted", policy, COMMON, 16, "")
 
 
 def test_a_dry_policy_goes_on_as_if_its_moves_were_made() -> None:
-    dry = DryRun(make_policy("fifo", [], 4), 4)
+    dry = dry_run(make_policy("fifo", [], 4), 4)
     made = [
-        [(move.index, move.to.value) for move in dry.hear(signal, 2)]
+        decided(dry, 2, signal)
         for signal in (touch(1, 1), touch(2, 1), touch(3, 2, write=True), touch(4, 2, write=True))
     ]
     assert made == [[(1, "pagecache")], [], [(2, "pagecache")], []]
     assert (dry.would.reads_in_ram, dry.would.writes_in_ram) == (1, 1)
     # Two frames are really in use, so a third page takes the oldest one's place.
-    dry.hear(touch(5, 3), 2)
+    decided(dry, 2, touch(5, 3))
     assert (list(dry.resident), dry.would.evicted) == ([(7, 2), (7, 3)], 1)
-    dry.hear(touch(6, 4), 2)
+    decided(dry, 2, touch(6, 4))
     assert dry.would.written_home == 1, "page 2 was written while it was there"
     assert dry.moves == {("pagecache", "first fault"): 4}
     # What really happens to a page ends what was imagined of it.
@@ -161,10 +246,120 @@ def test_a_dry_policy_goes_on_as_if_its_moves_were_made() -> None:
 
 
 def test_a_page_demoted_in_imagination_is_touched_on_the_medium() -> None:
-    dry = DryRun(make_policy("clock", [("high", 75), ("low", 50), ("stay_ms", 0)], 4), 4)
+    policy = make_policy("clock", [("high", 75), ("low", 50), ("stay_ms", 0)], 4)
+    dry = dry_run(policy, 4, dict.fromkeys(range(3), CLEAN))
     for page in range(3):
-        dry.hear(Signal(MS, MOVED, 0, 7, page, PteKind.PAGECACHE), page + 1)
+        decided(dry, page + 1, Signal(MS, MOVED, 0, 7, page, PteKind.PAGECACHE))
     assert (dry.would.demoted, dry.would.promoted) == (1, 0), "at the third of four frames"
-    made = dry.hear(touch(3, 0, kind=PteKind.PAGECACHE), 3)
-    assert [(move.index, move.to.value) for move in made] == [(0, "pagecache"), (1, "xip")]
+    made = decided(dry, 3, touch(3, 0, kind=PteKind.PAGECACHE))
+    assert made == [(0, "pagecache"), (1, "xip")]
     assert (dry.would.touches_of_medium, dry.would.promoted) == (1, 1)
+
+
+def test_what_cannot_move_is_not_counted_and_told_as_a_real_run_tells_it() -> None:
+    """Page 1 is a hole, 2 in RAM already, 3 beyond the end; file 8 is not there; 0 is XIP."""
+    plan = [promote((7, index), "all") for index in range(4)]
+    plan += [promote((8, 0), "all"), promote((8, 1), "all"), demote((7, 4), "back")]
+    policy, decider = scripted(plan)
+    dry = dry_run(decider, 16, {1: HOLE, 2: CLEAN, 3: HOLE})
+    assert decided(dry, 1, touch(1, 0)) == [(0, "pagecache")]
+    assert dry.moves == {("pagecache", "all"): 1}
+    assert dry.failed == {"gone": 2}
+    assert (dry.would.promoted, dry.would.demoted, dry.would.commits) == (1, 0, 1)
+    assert dry.would.cost(None, 64)["cost"]["nvram_read_bytes"] == 4096
+    assert dry.would.cost(None, 64)["ram_bytes_more"] == 4096
+    assert policy.heard == [
+        ("fault", 0, "xip"),
+        ("moved", 0, "pagecache"),
+        *(("refused", index, "pagecache") for index in (1, 2, 3, 0, 1)),
+        ("refused", 4, "xip"),
+    ]
+    assert decider.statistics().moves_under_way == 0
+
+
+def test_a_policy_that_asks_for_a_refused_page_for_ever_does_not_keep_the_mount() -> None:
+    @dataclass
+    class Stubborn:
+        SIGNALS: ClassVar[frozenset[str]] = DONE | TOUCHES
+
+        def plan(self, signal: Signal, _seen: Seen) -> list[Move]:
+            return [promote(signal.page, "again")]
+
+    decider = Decider("stubborn", Stubborn(), COMMON, 16, "")
+    dry = dry_run(decider, 16, {0: HOLE})
+    assert decided(dry, 0, touch(1, 0)) == []
+    assert decider.statistics().asked == 17, "16 turns, and the next one's plan"
+    assert dry.would.promoted == 0
+
+
+def test_only_resident_pages_give_a_frame_back() -> None:
+    """Three of five have a frame, one of them is dirty; two sleep."""
+    where = {0: CLEAN, 1: DIRTY, 2: ASLEEP, 3: ASLEEP, 4: CLEAN}
+    _, decider = scripted([demote((7, index), "cold") for index in range(5)])
+    dry = dry_run(decider, 16, where)
+    assert len(decided(dry, 3, touch(1, 0, kind=PteKind.PAGECACHE))) == 5
+    assert (dry.would.demoted, dry.would.frames_back, dry.would.written_home) == (5, 3, 1)
+    told = dry.would.cost(None, 64)
+    assert (told["ram_bytes_more"], told["struct_page_bytes_more"]) == (-3 * 4096, -3 * 64)
+
+
+def test_frames_in_imagination_through_demotion_and_back() -> None:
+    """RAM has two frames, both in use: one page away makes room for one, without an eviction."""
+    plans = [[demote((7, 0), "cold")], [promote((7, 5), "hot")], [promote((7, 0), "hot")]]
+    _, decider = scripted(*plans)
+    dry = dry_run(decider, 2, {0: CLEAN, 1: CLEAN})
+    decided(dry, 2, touch(1, 9))
+    decided(dry, 2, touch(2, 9))
+    assert (dry.would.frames_back, dry.would.promoted, dry.would.evicted) == (1, 1, 0)
+    decided(dry, 2, touch(3, 9))
+    assert (dry.would.promoted, dry.would.evicted, list(dry.resident)) == (2, 1, [])
+
+
+def test_a_page_that_left_with_its_file_frees_its_frame() -> None:
+    where: Where = {}
+    dry = dry_run(make_policy("fifo", [], 2), 2, where)
+    decided(dry, 0, touch(1, 0), touch(1, 1))
+    assert list(dry.resident) == [(7, 0), (7, 1)]
+    where[0] = HOLE
+    decided(dry, 0, touch(2, 2))
+    assert (list(dry.resident), dry.would.evicted) == ([(7, 1), (7, 2)], 0)
+    assert dry.would.cost(None, 64)["ram_bytes_more"] == 2 * 4096
+
+
+def test_a_touch_counts_once_whatever_signals_it_makes() -> None:
+    """The READ and the fault that caused it, told at one decision point or at two."""
+    for together in (True, False):
+        dry = dry_run(make_policy("clock", [], 64), 64)
+        for page in range(16):
+            signals = [touch(page, page, source=READ), touch(page, page)]
+            for part in [signals] if together else [[each] for each in signals]:
+                decided(dry, 0, *part)
+        assert (dry.would.promoted, dry.would.reads_in_ram) == (16, 0)
+        assert dry.would.cost(load_profile("pcm"), 64)["saved"]["ns_estimated"] == 0
+    # Another process touches page 3, which the kernel has; then it had to be read again.
+    decided(dry, 0, touch(20, 3))
+    assert dry.would.reads_in_ram == 1
+    decided(dry, 0, touch(21, 3, source=READ), touch(21, 3))
+    assert dry.would.reads_in_ram == 2
+
+
+def test_a_store_through_a_mapping_counts_once() -> None:
+    """Its READ, its fault, and the WRITE that brings it home are one write."""
+    dry = dry_run(make_policy("clock", [], 64), 64)
+    decided(dry, 0, touch(1, 0))
+    store = [touch(2, 0, source=READ), touch(2, 0, write=True)]
+    decided(dry, 0, *store, touch(3, 0, source=WRITE, write=True))
+    assert (dry.would.reads_in_ram, dry.would.writes_in_ram) == (0, 1)
+    decided(dry, 0, touch(4, 0, source=WRITE, write=True))
+    assert (dry.would.reads_in_ram, dry.would.writes_in_ram) == (0, 2), "of write(2)"
+
+
+def test_what_a_decision_point_plans_moves_together() -> None:
+    """32 neighbours: 4 lines of entries, 7 with the records, and the counters' line."""
+    dry = dry_run(make_policy("fifo", [], 64), 64)
+    decided(dry, 0, *(touch(1, page) for page in range(32)))
+    # The header, 5 lines and 2 records of 24 bytes as 6 lines, the mark, 5 lines, the mark.
+    assert (dry.would.commits, dry.would.commit_lines) == (1, 14)
+    assert dry.would.cost(None, 64)["cost"]["nvram_fences"] == 4
+    decided(dry, 0, touch(2, 40), touch(2, 42))
+    assert dry.would.commits == 3, "no neighbours: two jobs"

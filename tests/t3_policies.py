@@ -48,7 +48,14 @@ from xipfs.migrate.registry import (
     policies,
 )
 from xipfs.options import parse_options
-from xipfs.replay.simulate import TRACES, Access, optimum, replay, seeded_trace
+from xipfs.replay.simulate import (
+    TRACES,
+    Access,
+    optimum,
+    replay,
+    seeded_trace,
+    where_all_is,
+)
 
 MS = 1_000_000
 INO = 7
@@ -141,9 +148,10 @@ def moves_back(trace: list[Access], within_ms: int, *values: tuple[str, Value]) 
     """Return how many of clock's moves are of a page that moved less than ``within_ms`` before."""
     last_ns: dict[int, int] = {}
     count = 0
-    run = DryRun(made("clock", *values), 200)
+    run = DryRun(made("clock", *values), 200, where_all_is)
     for time_ns, page, write in trace:
-        for move in run.hear(Signal(time_ns, FAULT, 1, 1, page, PteKind.XIP, write), 0):
+        run.hear(Signal(time_ns, FAULT, 1, 1, page, PteKind.XIP, write), 0)
+        for move in run.carry_out(0):
             count += time_ns - last_ns.get(move.index, -(10**12)) < within_ms * MS
             last_ns[move.index] = time_ns
     return count

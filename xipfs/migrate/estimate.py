@@ -1,11 +1,11 @@
 """What moves would cost and save: modelled, by the arithmetic of ``stats/cost.py``.
 
-A promotion reads the page from the region and takes a frame with its struct page; a demotion gives
-both back and writes a dirty page home, which the first fence of the transaction makes durable. Each
-chunk of a move commits its kinds by one transaction. Not counted is what an eviction writes home:
-nobody knows yet which page will have to go. What a page in RAM saves is a medium's access at each
-later touch: at least one line of 64 bytes. That is all that is counted, since nobody sees how much
-of a page a program uses.
+A promotion reads the page from the region and takes a frame with its struct page. A demotion gives
+both back, if the page is resident, and writes a dirty one home, which the first fence of the
+transaction makes durable. Each chunk of a move commits its kinds by one transaction. Not counted is
+what an eviction writes home: nobody knows yet which page will have to go. What a page in RAM saves
+is a medium's access at each later touch: at least one line of 64 bytes. That is all that is
+counted, since nobody sees how much of a page a program uses.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class Would:
     promoted: int = 0
     demoted: int = 0
     written_home: int = 0
+    frames_back: int = 0
+    """Frames that demoted pages gave back; those that were not resident had none."""
     commits: int = 0
-    """Transactions; of a policy at most so many: what it plans in quick order moves together."""
+    """Transactions; of a policy those of plans carried out at once, each before the next one."""
     commit_lines: int = 0
     """Lines of 64 bytes that the transactions flush."""
     evicted: int = 0
@@ -67,7 +69,7 @@ class Would:
         fences = self.commits * FENCES
         read_bytes = self.promoted * PAGE_SIZE
         written_bytes = self.written_home * PAGE_SIZE + self.commit_lines * LINE_SIZE
-        frames = self.promoted - self.demoted - self.evicted
+        frames = self.promoted - self.frames_back - self.evicted
         answer: dict[str, Any] = {
             "modelled": True,
             "medium": None if profile is None else profile.name,
@@ -115,6 +117,7 @@ def would_move(
                 frames = {index: fs.page(ino, index) for index in wanted}
                 moving = [i for i, state in frames.items() if not _is_pinned(fs, state.pfn)]
                 would.written_home += sum(frames[index].dirty for index in moving)
+                would.frames_back += sum(frames[index].resident for index in moving)
             pinned += len(wanted) - len(moving)
             for part in cut(range(len(wanted)), step):
                 of_step = set(wanted[part.start : part.stop])

@@ -17,13 +17,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from xipfs.accounting.charges import Charge
-from xipfs.errors import FsError, UsageError
+from xipfs.errors import FsError, ImageError, UsageError
 from xipfs.fs.filesystem import Filesystem
-from xipfs.fs.types import PageKind
+from xipfs.fs.types import PageKind, PageState
 from xipfs.memory.profiles import Profile
 from xipfs.migrate.decider import done, merged
 from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, Page, PteKind, Signal
+from xipfs.migrate.refusals import errnos_of
 from xipfs.migrate.registry import POLICY_FAILS, make_policy
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,12 @@ class Steering:
             "would_move": [
                 {"to": to, "reason": reason, "count": count} for (to, reason), count in moves
             ],
-            "dry_run": vars(would) | would.cost(self._profile, self._fs.memory.struct_page_bytes),
+            "dry_run": {
+                **vars(would),
+                "failed": dict(self._dry.failed),
+                "failed_errno": errnos_of(self._dry.failed),
+                **would.cost(self._profile, self._fs.memory.struct_page_bytes),
+            },
         }
 
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
@@ -87,7 +93,7 @@ class Steering:
         except POLICY_FAILS as error:
             raise UsageError(f"policy {name} cannot be begun: {error!r}") from None
         self._decider = decider
-        self._dry = DryRun(self._decider, ram_pages) if dry else None
+        self._dry = DryRun(self._decider, ram_pages, self._where) if dry else None
         self._failure = ""
 
     def foresee(self, touches: Iterable[tuple[int, Page]]) -> None:
@@ -121,6 +127,7 @@ class Steering:
         for signal in merged(requests, charges):
             self._now_ns = max(self._now_ns, signal.time_ns)
             self._hear(signal)
+        self._carry_out_dry()
 
     def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
         """Hear of pages that have moved just now."""
@@ -129,9 +136,13 @@ class Steering:
             return  # it listens to nothing, so it has planned nothing
         for index in pages:
             self._hear(done(now_ns, MOVED, Move(ino, index, to, "")))
+        self._carry_out_dry()
 
     def evicted(self, ino: int, index: int) -> None:
-        """Hear of a page that lost its frame."""
+        """Hear of a page that lost its frame, in the middle of what it was lost for.
+
+        A dry policy's plan waits for the next decision point: no page can be looked at now.
+        """
         if not self._decider.signals:
             return
         self._hear(Signal(self._now_ns, EVICTED, 0, ino, index, PteKind.PAGECACHE))
@@ -157,16 +168,38 @@ class Steering:
             return []
 
     def _hear(self, signal: Signal) -> None:
+        used, moves = self._fs.nr_resident_pages, []
         try:
-            heard_by = self._dry or self._decider
             with self._patience:
-                moves = heard_by.hear(signal, self._fs.nr_resident_pages)
+                if self._dry is not None:
+                    self._dry.hear(signal, used)
+                else:
+                    moves = self._decider.hear(signal, used)
         except POLICY_FAILS as error:
             self._fail(error)
             return
-        told = self.on_would if self._dry else self.on_plan
-        if moves and told is not None:
-            told(moves)
+        if moves and self.on_plan is not None:
+            self.on_plan(moves)
+
+    def _carry_out_dry(self) -> None:
+        """Imagine what a dry policy has planned: a mount that is idle begins with it now."""
+        if self._dry is None:
+            return
+        try:
+            with self._patience:
+                made = self._dry.carry_out(self._fs.nr_resident_pages)
+        except POLICY_FAILS as error:
+            self._fail(error)
+            return
+        if made and self.on_would is not None:
+            self.on_would(made)
+
+    def _where(self, page: Page) -> PageState | None:
+        """Return where a page is, None if no such page can be; this is no touch."""
+        try:
+            return self._fs.page(*page)
+        except (FsError, ImageError):  # no such file, or a damaged map: no page of it can move
+            return None
 
     def _fail(self, error: BaseException) -> None:
         log.exception("policy %s failed; it is off from now on", self._decider.name)

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from xipfs.accounting.charges import PteKind
+from xipfs.fs.types import PageKind, PageState
 from xipfs.migrate.decider import Decider
 from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.history import PINGPONG_NS
 from xipfs.migrate.page_moves import PageMoves
-from xipfs.migrate.policy import FAULT, Signal
+from xipfs.migrate.policy import FAULT, Page, Signal
 
 _INO = 1
 
@@ -47,13 +48,19 @@ class Outcome:
     ``PINGPONG_NS``."""
 
 
+def where_all_is(_page: Page) -> PageState:
+    """Return where every page really is: no move is more than imagined."""
+    return PageState(PageKind.XIP, resident=False, dirty=False, pfn=None)
+
+
 def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Outcome:
     """Run the stream through the policy."""
     decider.foresee((access.time_ns, (_INO, access.page)) for access in accesses)
-    run = DryRun(decider, ram_frames)
+    run = DryRun(decider, ram_frames, where_all_is)
     pages, pingpong = PageMoves(PINGPONG_NS), 0
     for time_ns, page, write in accesses:
-        for move in run.hear(Signal(time_ns, FAULT, 1, _INO, page, PteKind.XIP, write), 0):
+        run.hear(Signal(time_ns, FAULT, 1, _INO, page, PteKind.XIP, write), 0)
+        for move in run.carry_out(0):
             pingpong += pages.moved(_INO, [move.index], move.to, time_ns, 0)
     would = run.would
     return Outcome(

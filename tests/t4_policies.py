@@ -16,6 +16,7 @@ from prometheus_client.openmetrics import parser
 pytestmark = [needs("root", "fuse")]
 
 REQUESTS = ("observe=requests", "readahead=0")
+README = Path(__file__).parents[1] / "README.md"
 
 
 def said(mount: LiveMount, *words: str, code: int = 0) -> str:
@@ -243,3 +244,59 @@ def test_a_dry_run_foretells_what_the_move_then_costs(live: Mounts) -> None:
                 os.pwrite(file.fileno(), b"dirty", page * PAGE)
     assert told["cost"]["nvram_fences"] == 2 * 4
     assert told["cost"]["nvram_written_bytes"] > 86 * PAGE, "dirty pages went home"
+
+
+def test_a_dry_run_foretells_what_becomes_of_holes_and_of_pages_without_frames(
+    live: Mounts,
+) -> None:
+    """256 of 512 pages have a frame, 40 are holes; after a mount none has a frame."""
+    mount = live.mount(None, "ram=1M")
+    path = mount / "file"
+    with open(path, "wb") as file:
+        file.write(bytes(range(256)) * 16 * 300)
+        file.seek(340 * PAGE)
+        file.write(bytes(range(256)) * 16 * 212)
+    assert mount.migrate("file", "pagecache")["moved"] == 512
+    for resident in (256, 0):
+        if not resident:
+            assert mount.migrate("file", "pagecache")["moved"] == 512
+            mount = live.remount(mount, "ram=1M")
+        words = ("migrate", mount / "file", "--to", "xip", "--json")
+        told = json.loads(xipfs(*words, "--dry-run").stdout)
+        before = mount.cat_stats()
+        moved = json.loads(xipfs(*words).stdout)
+        after = mount.cat_stats()
+        names = ("nvram_read_bytes", "nvram_written_bytes", "nvram_fences")
+        assert told["cost"] == {n: after["cost"][n] - before["cost"][n] for n in names}
+        assert (told["would_move"], told["already"]) == (moved["moved"], moved["already"])
+        assert moved["moved"] == 512
+        assert told["ram_bytes_more"] == -resident * PAGE
+        assert before["vmstat"]["nr_resident_pages"] == resident
+        assert after["vmstat"]["nr_resident_pages"] == 0
+
+
+def test_a_dry_policy_counts_only_pages_that_are_there(live: Mounts, tmp_path: Path) -> None:
+    """README's own policy asks for groups of 8; a file has 3 pages, another's page 1 is a hole."""
+    example = README.read_text().split("```python\n")
+    (groups,) = [part.split("```")[0] for part in example if "class Groups" in part]
+    file = tmp_path / "groups.py"
+    file.write_text(groups)
+    mount = live.mount()
+    (mount / "short").write_bytes(bytes(3 * PAGE))
+    with open(mount / "sparse", "wb") as sparse:
+        sparse.write(bytes(PAGE))
+        sparse.seek(2 * PAGE)
+        sparse.write(bytes(PAGE))
+    for name, pages, bytes_read in (("short", 3, 12288), ("sparse", 2, 8192)):
+        mount = live.remount(mount, *REQUESTS, f"policy={file}", "dry")
+        (mount / name).read_bytes()
+        migration = mount.cat_stats()["migration"]
+        dry = migration["dry_run"]
+        assert (dry["promoted"], dry["cost"]["nvram_read_bytes"]) == (pages, bytes_read)
+        assert dry["ram_bytes_more"] == bytes_read
+        assert [row["count"] for row in migration["would_move"]] == [pages]
+        assert said(mount, str(file)).startswith("MNT: policy ")
+        mount = live.remount(mount, *REQUESTS, f"policy={file}")
+        (mount / name).read_bytes()
+        wait_until("they move", lambda: mount.vmstat()["pgpromote_success"] == pages)  # noqa: B023
+        assert mount.migrate(name, "xip")["moved"] == pages

@@ -86,3 +86,16 @@ def test_clock_demotes_what_its_hand_finds_untouched(live: Mounts) -> None:
         assert json.loads(verified.stdout)["pages_compared"] > 0
     reasons = {row["reason"] for row in mount.cat_stats()["migration"]["by_cause"]}
     assert reasons == {"first touch", "RAM above 75 %, not touched since the hand passed"}
+
+
+def test_a_dry_policy_counts_a_load_once(live: Mounts) -> None:
+    """The READ and the fault of a load are one touch; it earned the promotion, and saves none."""
+    mount = cold(live, 16, "readahead=0", "policy=clock,dry,medium=pcm")
+    with (
+        open(mount / "file", "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        assert all(mapped[page * PAGE + 9] == 9 for page in range(16))
+    dry = mount.cat_stats()["migration"]["dry_run"]
+    assert (dry["promoted"], dry["reads_in_ram"], dry["writes_in_ram"]) == (16, 0, 0)
+    assert dry["saved"]["ns_estimated"] == 0

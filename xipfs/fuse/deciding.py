@@ -69,15 +69,36 @@ class Deciding(Steering):
         self.note("decide")
         super().charged(charges)
 
+    def describe(self) -> dict[str, Any]:
+        """Return the policy's part of ``stats.json``; what a dry one has planned is imagined."""
+        super()._decided()
+        return super().describe()
+
+    def _decided(self) -> None:
+        """Leave a dry policy's plan to the next turn, as others are left to theirs."""
+        if self._dry is not None:
+            self._planned.set()
+
     def _planned_more(self, moves: list[Move]) -> None:
         self._plan += moves
         self._planned.set()
 
-    async def carry_out(self, move_all: Callable[[list[Move]], Awaitable[object]]) -> None:
+    async def carry_out(
+        self,
+        move_all: Callable[[list[Move]], Awaitable[object]],
+        drain: Callable[[], Awaitable[object]],
+    ) -> None:
         """Carry out plans for ever; what is planned meanwhile moves together, at the next turn."""
         while True:
             await self._planned.wait()
             self._planned = trio.Event()
+            if (dry := self._dry) is not None:
+                # Each job of a real turn drains, and so tells the policy of what the next is for.
+                for _ in dry.begin():
+                    await drain()
+                if dry is self._dry:
+                    self._imagine(dry.finish)
+                continue
             moves, self._plan = self._plan, []
             try:
                 # Damage that was met ends all changes: the policy hears that its moves failed.

@@ -145,8 +145,7 @@ class Live:
             start("hints", self.hinter.run)
         elif self.options.hint_pages_per_s:
             log.info("hint= needs observe=tracefs: no page is taken away")
-        if not self.fs.read_only:
-            start("policy", self.deciding.carry_out, self.migrator.move_all)
+        start("policy", self.deciding.carry_out, self.migrator.move_all, self.drain_for_move)
 
     # Hooks of the request handlers
 

@@ -1,4 +1,4 @@
-"""A policy whose moves are only imagined: made at decision points, in no machine but this one.
+"""A policy whose moves are only imagined: in turns, in no machine but this one.
 
 What it hears is what happened, with the kinds that its pages would have had. So it goes on as it
 would have, and the touches of its pages tell what the moves were worth. As on a mount, what a
@@ -39,7 +39,7 @@ from xipfs.migrate.policy import (
 
 #: Reasons that are told apart; more are counted together.
 _REASONS_MAX: Final = 256
-#: Plans that follow each other at one decision point: one made at the end of a move is the next.
+#: Turns that follow each other at once: what is planned at the end of a move is the next one's.
 #: What a policy plans for ever, at each refusal anew, must not keep the mount waiting.
 _TURNS_MAX: Final = 16
 
@@ -55,6 +55,7 @@ class DryRun:
         self._ram_pages = ram_pages
         self._really = look
         self._plan: list[Move] = []
+        self._turn: list[Move] = []
         self._now_ns = 0
         #: Pages promoted in imagination, oldest first: whether they were written since.
         self.resident: OrderedDict[Page, bool] = OrderedDict()
@@ -71,7 +72,7 @@ class DryRun:
         """Pages that would have been refused, by reason."""
 
     def hear(self, signal: Signal, ram_pages_used: int) -> None:
-        """Tell the policy; what it plans waits for ``carry_out``."""
+        """Tell the policy; what it plans waits for its turn."""
         self._now_ns = max(self._now_ns, signal.time_ns)
         if signal.source in TOUCHES:
             signal = self._imagined(signal)
@@ -83,18 +84,30 @@ class DryRun:
                 self._away.forget(signal.page)
         self._tell(signal, ram_pages_used)
 
+    def begin(self) -> list[Job]:
+        """Take what was planned since the last call as one turn; return its jobs."""
+        self._turn += self._plan
+        self._plan = []
+        return jobs_of(self._turn)
+
+    def finish(self, ram_pages_used: int) -> list[Move]:
+        """Imagine the turn; return the moves made. What is planned meanwhile is the next turn's."""
+        moves, self._turn = self._turn, []
+        made: list[Move] = []
+        for job in jobs_of(moves):
+            made += self._move(job, ram_pages_used)
+        for move in moves:
+            if self._decider.is_under_way(move):
+                self._tell(done(self._now_ns, REFUSED, move), ram_pages_used)
+        return made
+
     def carry_out(self, ram_pages_used: int) -> list[Move]:
-        """Imagine what was planned since the last call; return the moves made."""
+        """Imagine all that was planned, turn after turn; return the moves made."""
         made: list[Move] = []
         for _ in range(_TURNS_MAX):
-            moves, self._plan = self._plan, []
-            if not moves:
+            if not self.begin():
                 break
-            for job in jobs_of(moves):
-                made += self._move(job, ram_pages_used)
-            for move in moves:
-                if self._decider.is_under_way(move):
-                    self._tell(done(self._now_ns, REFUSED, move), ram_pages_used)
+            made += self.finish(ram_pages_used)
         return made
 
     def _tell(self, signal: Signal, ram_pages_used: int) -> None:

@@ -127,7 +127,7 @@ class Steering:
         for signal in merged(requests, charges):
             self._now_ns = max(self._now_ns, signal.time_ns)
             self._hear(signal)
-        self._carry_out_dry()
+        self._decided()
 
     def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
         """Hear of pages that have moved just now."""
@@ -136,7 +136,7 @@ class Steering:
             return  # it listens to nothing, so it has planned nothing
         for index in pages:
             self._hear(done(now_ns, MOVED, Move(ino, index, to, "")))
-        self._carry_out_dry()
+        self._decided()
 
     def evicted(self, ino: int, index: int) -> None:
         """Hear of a page that lost its frame, in the middle of what it was lost for.
@@ -181,13 +181,16 @@ class Steering:
         if moves and self.on_plan is not None:
             self.on_plan(moves)
 
-    def _carry_out_dry(self) -> None:
-        """Imagine what a dry policy has planned: a mount that is idle begins with it now."""
-        if self._dry is None:
-            return
+    def _decided(self) -> None:
+        """Go on after a decision point: what a dry policy has planned is imagined at once."""
+        if self._dry is not None:
+            self._imagine(self._dry.carry_out)
+
+    def _imagine(self, moves_of: Callable[[int], list[Move]]) -> None:
+        """Have the moves of a dry policy imagined, and told of."""
         try:
             with self._patience:
-                made = self._dry.carry_out(self._fs.nr_resident_pages)
+                made = moves_of(self._fs.nr_resident_pages)
         except POLICY_FAILS as error:
             self._fail(error)
             return

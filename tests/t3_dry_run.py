@@ -7,11 +7,14 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import trio
+import trio.testing
 from media import new_medium, open_medium
 
-from xipfs.accounting.charges import PteKind
+from xipfs.accounting.charges import Charge, PteKind
 from xipfs.fs.filesystem import Filesystem
 from xipfs.fs.types import PageKind, PageState
+from xipfs.fuse.deciding import Deciding
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.decider import COMMON, Decider
 from xipfs.migrate.dry_run import DryRun
@@ -33,6 +36,7 @@ from xipfs.migrate.policy import (
     promote,
 )
 from xipfs.migrate.registry import make_policy
+from xipfs.options import parse_options
 from xipfs.stats.cost import cost
 
 PAGE = 4096
@@ -363,3 +367,52 @@ def test_what_a_decision_point_plans_moves_together() -> None:
     assert dry.would.cost(None, 64)["cost"]["nvram_fences"] == 4
     decided(dry, 0, touch(2, 40), touch(2, 42))
     assert dry.would.commits == 3, "no neighbours: two jobs"
+
+
+def test_a_dry_policy_takes_turns_as_a_real_one_does() -> None:
+    """What the drain of a turn's job tells of is planned for the next turn."""
+    fs = open_medium(new_medium())
+    ino = file_of(fs, 8)
+    deciding = Deciding(fs, parse_options(["policy=fifo", "dry"]), None)
+
+    def faults(pages: range) -> None:
+        deciding.charged(Charge(1, 1, ino, at, PteKind.XIP, False, False, 0) for at in pages)
+
+    to_come = [range(4, 7), range(7, 8)]
+
+    async def drain() -> None:
+        if to_come:
+            faults(to_come.pop(0))
+
+    async def move_all(_moves: list[Move]) -> None:
+        raise AssertionError("nothing moves")
+
+    async def live() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(deciding.carry_out, move_all, drain)
+            faults(range(4))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+
+    trio.run(live)
+    dry = deciding.describe()["dry_run"]
+    assert (dry["promoted"], dry["commits"]) == (8, 3), "pages 0-3, 4-6 and 7"
+    faults(range(8))
+    assert deciding.describe()["dry_run"]["reads_in_ram"] == 8
+
+
+def test_a_dry_policy_looks_at_the_pages_themselves() -> None:
+    """Page 3 is a hole, page 4 in RAM, and inode 99 is not there."""
+    fs = open_medium(new_medium())
+    ino = file_of(fs, 3)
+    fs.write(ino, 4 * PAGE, bytes(PAGE))
+    fs.move(ino, range(4, 5), PageKind.PAGECACHE)
+    deciding = Deciding(fs, parse_options(["policy=fifo", "dry"]), None)
+    pages = [(ino, index) for index in (0, 1, 2, 3, 4, 5, 10**6)] + [(99, 0), (ino, 1 << 60)]
+    deciding.charged(Charge(1, 1, *page, PteKind.XIP, False, False, 0) for page in pages)
+    told = deciding.describe()
+    assert told["would_move"] == [{"to": "pagecache", "reason": "first fault", "count": 3}]
+    dry = told["dry_run"]
+    assert (dry["failed"], dry["failed_errno"]) == ({"gone": 2}, {"gone": "ENOENT"})
+    assert dry["cost"]["nvram_read_bytes"] == dry["ram_bytes_more"] == 12288
+    assert told["moves_under_way"] == 0

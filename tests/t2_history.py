@@ -10,7 +10,7 @@ import pytest
 
 from xipfs.accounting.charges import Charge, ChargeBatch, PteKind
 from xipfs.fs.types import PageKind
-from xipfs.migrate.books import Table
+from xipfs.migrate.books import MoveCounts, Table
 from xipfs.migrate.history import PINGPONG_NS, ChunkEvent, Histogram, History
 from xipfs.migrate.page_moves import PageMoves
 from xipfs.migrate.policy import Move
@@ -36,6 +36,38 @@ def test_the_ring_is_bounded_and_counts_what_it_lost() -> None:
     assert history.since(5000) == ([], 0, 5000)
     events, lost, _ = history.since(4998)
     assert ([each.time_ns for each in events], lost) == ([4998, 4999], 0)
+
+
+def test_the_ring_is_bounded_in_runs_and_origins_too() -> None:
+    history = History()
+    for number in range(20):
+        told = event(number)
+        # 3999 runs and one origin: 16 events have 64,000 parts, 17 would have 68,000.
+        told.moved_runs = [(2 * run, 1) for run in range(3999)]
+        told.by = {(None, "manual", 0): MoveCounts(demoted=3999)}
+        history.record(told)
+    events, lost, next_number = history.since(0)
+    assert ([each.time_ns for each in events], lost) == (list(range(4, 20)), 4)
+    for number in range(20, 4200):
+        history.record(event(number))
+    assert history.since(next_number)[1:] == (4200 - 4096 - 20, 4200)
+
+
+def test_an_event_tells_which_pages_moved_whose_they_were_and_which_came_back() -> None:
+    history = History()
+    plan = {page: promotion(page, "tpp", "a" if page < 6 else "b", 70) for page in range(9)}
+    history.moved(2, [3, 8], PageKind.XIP, 1 * SECOND)
+    told = ChunkEvent(2 * SECOND, 2, 1, 8, "pagecache", "a, b", "tpp")
+    history.moved(2, [2, 3, 4, 6, 8], PageKind.PAGECACHE, 2 * SECOND, plan, told)
+    history.moved(2, [1], PageKind.PAGECACHE, 20 * SECOND, plan, told)
+    history.refused(2, [5, 7], PageKind.PAGECACHE, plan, told)
+    shown = told.describe()
+    assert (shown["moved"], shown["moved_bytes"], shown["pingpong"]) == (6, 6 * 4096, 2)
+    assert shown["moved_runs"] == [(2, 3), (6, 1), (8, 1), (1, 1)], "in the order in which they did"
+    assert shown["by"] == [
+        {"policy": "tpp", "reason": "a", "pid": 70, "moved": 4, "failed": 1, "pingpong": 1},
+        {"policy": "tpp", "reason": "b", "pid": 70, "moved": 2, "failed": 1, "pingpong": 1},
+    ]
 
 
 def promotion(index: int, policy: str, reason: str, pid: int) -> Move:
@@ -73,6 +105,7 @@ def test_moves_are_counted_by_cause_file_and_process() -> None:
     file = {"promoted": 2, "demoted": 1, "moved_bytes": 3 * 4096, "failed": 1, "refaults": 1}
     assert told["by_file"] == [{"ino": 2, **file, "pingpong": 1}]
     assert {row["pid"]: row for row in told["by_process"]} == {
+        0: {"pid": 0} | none | one | {"demoted": 1, "moved_bytes": 2 * 4096, "pingpong": 1},
         70: {"pid": 70} | none | one,
         71: {"pid": 71} | none | {"failed": 1},
         72: {"pid": 72} | none | {"refaults": 1},
@@ -93,6 +126,9 @@ def test_what_a_dry_policy_would_move_is_told_and_counts_nowhere() -> None:
     told = [(each.first, each.last, each.would_move, each.moved, each.policy) for each in events]
     assert told == [(6, 7, 2, 0, "fifo"), (9, 9, 1, 0, "fifo")]
     assert all(event.dry for event in events)
+    nothing = {"moved": 0, "failed": 0, "pingpong": 0}
+    origin = {"policy": "fifo", "reason": "why", "pid": 70}
+    assert [event.describe()["by"] for event in events] == [[origin | nothing]] * 2
     figures = history.describe()
     assert (figures["chunks"], figures["by_cause"], figures["by_file"]) == (0, [], [])
 
@@ -114,7 +150,8 @@ def test_a_snapshot_sums_up_the_files_that_it_does_not_show() -> None:
     # 2 + 3 + ... + 11
     assert (told["by_file"][-1]["promoted"], told["by_file_left_off"]) == (65, 10)
     assert sum(row["promoted"] for row in told["by_file"]) == sum(range(2, 62))
-    assert (told["by_process"], told["by_process_left_off"]) == ([], 0)
+    processes = [(row["pid"], row["promoted"]) for row in told["by_process"]]
+    assert (processes, told["by_process_left_off"]) == ([(0, sum(range(2, 62)))], 0)
     table: Table[int] = Table(lines_max=2)
     for key in range(5):
         table.line(key).failed += 1

@@ -105,6 +105,10 @@ def test_events_and_statistics_name_policy_reason_and_process(live: Mounts) -> N
     events = [json.loads(line) for line in lines]
     assert {(event["policy"], event["reason"]) for event in events} == {("fifo", "first fault")}
     assert sum(event["moved"] for event in events) == 11
+    earned = {line["pid"] for event in events for line in event["by"]}
+    assert (earned, sum(n for event in events for _, n in event["moved_runs"])) == (
+        {os.getpid()}, 11,
+    )  # fmt: skip
     shown = xipfs("events", mount.directory).stdout.splitlines()
     assert " to pagecache (fifo: first fault): " in shown[0]
     mount.migrate("file", "xip", "0-3")
@@ -115,9 +119,10 @@ def test_events_and_statistics_name_policy_reason_and_process(live: Mounts) -> N
     assert by_cause[None, "manual"]["demoted"] == by_cause[None, "manual"]["pingpong"] == 4
     (file,) = migration["by_file"]
     assert (file["ino"], file["moved_bytes"]) == (ino, 15 * PAGE)
-    (process,) = migration["by_process"]
+    process, nobody = migration["by_process"]
     assert (process["pid"], process["promoted"]) == (os.getpid(), 11)
     assert process["comm"]
+    assert (nobody["pid"], nobody["comm"], nobody["demoted"]) == (0, "(no process)", 4)
     assert [(page["ino"], page["index"]) for page in stats["moved"]] == [(ino, 0), (ino, 1)]
     assert max(stats["ram_pages_used"]["max"]) == 11
     text = xipfs("stat", mount.directory, "--moved", "1").stdout

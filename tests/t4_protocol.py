@@ -170,9 +170,52 @@ def test_a_move_by_hand_beside_a_policy_s_plan_is_nobody_else_s(tmp_path: Path) 
     told = steps.migrator.history.describe()
     by_cause = {row["policy"]: (row["reason"], row["promoted"]) for row in told["by_cause"]}
     assert by_cause == {None: ("manual", 4), "tpp": ("manual", 4)}
-    assert [(row["pid"], row["promoted"]) for row in told["by_process"]] == [(70, 4)]
+    assert [(row["pid"], row["promoted"]) for row in told["by_process"]] == [(0, 4), (70, 4)]
     events, _, _ = steps.migrator.history.since(0)
     assert [(event.policy, event.moved) for event in events] == [(None, 4), ("tpp", 4)]
+
+
+def counts(row: Json, *keys: str) -> tuple[object, ...]:
+    names = ("promoted", "demoted", "failed", "pingpong")
+    return (*(row[key] for key in keys), *(row[name] for name in names))
+
+
+def test_the_events_add_up_to_the_tables_by_cause_and_by_process(tmp_path: Path) -> None:
+    """Reasons and processes differ within one chunk, some moves are nobody's, and one fails."""
+    steps = Steps(tmp_path, 8)
+    steps.migrate(range(8), P)
+    pfn = steps.fs.page(steps.ino, 4).pfn
+    assert pfn is not None
+    steps.fs.memory.get_page(pfn)
+    planned = [("cold", 0)] * 3 + [("old", 70)] * 2 + [("cold", 71)] + [("cold", 0)] * 2
+    plan = [Move(steps.ino, page, X, why, "mine", pid) for page, (why, pid) in enumerate(planned)]
+    assert trio.run(steps.migrator.move_all, plan) == Tally(7, 0, {"pinned": 1})
+    history = steps.migrator.history
+    by_hand, by_policy = (event.describe() for event in history.since(0)[0])
+    assert by_hand["by"] == [
+        {"policy": None, "reason": "manual", "pid": 0, "moved": 8, "failed": 0, "pingpong": 0}
+    ]
+    assert by_policy["moved_runs"] == [(0, 4), (5, 3)]
+    assert (by_policy["reason"], by_policy["failed"]) == ("cold, old", {"pinned": 1})
+    assert by_policy["by"] == [
+        {"policy": "mine", "reason": "cold", "pid": 0, "moved": 5, "failed": 0, "pingpong": 5},
+        {"policy": "mine", "reason": "old", "pid": 70, "moved": 1, "failed": 1, "pingpong": 1},
+        {"policy": "mine", "reason": "cold", "pid": 71, "moved": 1, "failed": 0, "pingpong": 1},
+    ]
+    told = history.describe()
+    assert [counts(row, "policy", "reason", "to") for row in told["by_cause"]] == [
+        (None, "manual", "pagecache", 8, 0, 0, 0),
+        ("mine", "cold", "xip", 0, 6, 0, 6),
+        ("mine", "old", "xip", 0, 1, 1, 1),
+    ]
+    assert sorted(counts(row, "pid") for row in told["by_process"]) == [
+        (0, 8, 5, 0, 5),
+        (70, 0, 1, 1, 1),
+        (71, 0, 1, 0, 1),
+    ]
+    totals = steps.engine.statistics()
+    assert (totals.pgpromote_success, totals.pgdemote_success, totals.pgmigrate_fail) == (8, 7, 1)
+    assert (told["pingpong"], by_policy["pingpong"]) == (7, 7)
 
 
 def test_a_pinned_page_is_tried_ten_times_and_counted_once(tmp_path: Path) -> None:
@@ -249,6 +292,63 @@ def test_a_file_that_goes_meanwhile_fails_as_gone(tmp_path: Path) -> None:
     steps.on_drain = lambda: steps.fs.unlink(1, b"file")
     assert steps.migrate(range(4), P) == [Tally(0, 0, {"gone": 4})]
     assert steps.engine.statistics().fail_reasons == {"gone": 4}
+
+
+def test_pages_of_a_file_that_goes_fail_only_if_they_were_to_move(tmp_path: Path) -> None:
+    steps = Steps(tmp_path, 4)
+    steps.migrate(range(2), P)
+    steps.migrate(range(3, 4), P)
+    steps.on_drain = lambda: steps.fs.unlink(1, b"file")
+    assert steps.migrate(range(4), P) == [Tally(0, 3, {"gone": 1})]
+    assert steps.engine.statistics().fail_reasons == {"gone": 1}
+    history = steps.migrator.history
+    told = history.since(2)[0][0].describe()
+    assert (told["first"], told["last"], told["moved"], told["failed"]) == (2, 2, 0, {"gone": 1})
+    assert [line["failed"] for line in told["by"]] == [1]
+    assert [row["failed"] for row in history.describe()["by_file"]] == [1]
+    pages = {row["index"]: row["failed"] for row in history.pages.most_moved(9)}
+    assert pages == {0: 0, 1: 0, 2: 1, 3: 0}
+
+
+@pytest.mark.parametrize("how", ["gone", "left"])
+def test_what_an_earlier_pass_has_moved_is_told_though_there_is_no_later_one(
+    tmp_path: Path, how: str
+) -> None:
+    """The file goes between two passes, or whoever asked for the move does."""
+    steps = Steps(tmp_path, 4)
+    steps.migrate(range(4), P)
+    pfn = steps.fs.page(steps.ino, 1).pfn
+    assert pfn is not None
+    steps.fs.memory.get_page(pfn)
+    scope = trio.CancelScope()
+
+    async def between_passes() -> None:
+        if how == "left":
+            scope.cancel()
+            return
+        steps.fs.memory.put_page(pfn)
+        steps.fs.unlink(1, b"file")
+
+    def unmap(_ino: int, first: int, _count: int) -> None:
+        if first == 0:
+            trio.lowlevel.spawn_system_task(between_passes)
+
+    async def demote() -> Tally:
+        plan = [Move(steps.ino, page, X, "cold", "mine", 70) for page in range(4)]
+        with scope:
+            return await steps.migrator.move_all(plan)
+        return Tally()
+
+    steps.fs.set_hooks(on_unmap=unmap, on_evict=lambda *_: None, on_cut=lambda *_: None)
+    failed, line = ({"gone": 1}, 1) if how == "gone" else ({}, 0)
+    assert trio.run(demote) == (Tally(3, 0, failed) if how == "gone" else Tally())
+    totals, history = steps.engine.statistics(), steps.migrator.history
+    assert (totals.pgdemote_success, totals.fail_reasons) == (3, failed)
+    (_, event), _, _ = history.since(0)
+    assert (event.moved, event.moved_runs, event.failed) == (3, [(0, 1), (2, 2)], failed)
+    (process,) = [row for row in history.describe()["by_process"] if row["pid"] == 70]
+    assert counts(process, "pid") == (70, 0, 3, line, 3)
+    assert [(each["moved"], each["failed"]) for each in event.describe()["by"]] == [(3, line)]
 
 
 def waited_beside_a_reader(steps: Steps, chunks: int) -> float:

@@ -66,7 +66,7 @@ class Commands:
             events, lost, next_event = self._live.migrator.history.since(next_event)
             yield {"lost": lost}
             for event in events:
-                yield {"event": vars(event)}
+                yield {"event": event.describe()}
             if not request.get("follow"):
                 return
             await trio.sleep(_EVENTS_INTERVAL_S)

@@ -42,7 +42,6 @@ from xipfs.migrate.engine import CHUNK_PAGES, IDLE_PAGES, Engine, Job, Tally, cu
 from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
 from xipfs.migrate.refusals import PASSES_MAX, REASONS
-from xipfs.units import PAGE_SIZE
 
 GROUP_PAGES: Final = 16 * CHUNK_PAGES
 #: Nobody asks for anything if nobody has for so long.
@@ -72,6 +71,8 @@ class _Window:
     chunk: range
     wanted: range  # from the first page that must move to the last
     already: int
+    left: list[int]
+    """Pages that are still to be moved, ascending."""
     event: ChunkEvent
     touched: bool = False
     blocked_ns: int = 0
@@ -176,7 +177,8 @@ class Migrator:
                 event = ChunkEvent(time.time_ns(), ino, span[0], span[-1], job.to.value, job.why)
                 if job.moves:
                     event.policy = job.moves[span[0]].policy
-                windows.append(_Window(job, chunk, span, len(chunk) - (stop - at), event))
+                already, left = len(chunk) - (stop - at), pages[at:stop]
+                windows.append(_Window(job, chunk, span, already, left, event))
             at = stop
         if windows:
             windows[0].blocked_ns = time.monotonic_ns() - start_ns
@@ -199,22 +201,24 @@ class Migrator:
         try:
             if window.touched:
                 await self._take_away(window, window.wanted)
-            tally = await self._move_window(window)
-            window.event.failed = tally.failed
-            self.history.record(window.event)
+            refused = await self._move_window(window)
+            for code, pages in refused.items():
+                self._give_up(window, REASONS[code], pages)
         except FsError as error:
             if error.errno not in _GONE:
                 raise
             # The last name and the last handle of the file went while it was being moved.
-            tally = Tally(failed={"gone": len(window.chunk)})
-            self._tell_refused(window, "gone", list(window.chunk))
+            if window.left:
+                self._give_up(window, "gone", window.left)
         finally:
             self._windows.remove(windows.pop(0))
-        for reason, count in tally.failed.items():
-            self._engine.give_up(reason, count)
-        return window.blocked_ns, tally
+            # Whoever asked may have left: what has moved until then has counted.
+            self.history.record(window.event)
+        event = window.event
+        return window.blocked_ns, Tally(event.moved, window.already, event.failed)
 
-    async def _move_window(self, window: _Window) -> Tally:
+    async def _move_window(self, window: _Window) -> dict[int, list[int]]:
+        """Move it in as many passes as it takes; return what was refused in the last."""
         refused: dict[int, list[int]] = {}
         for number in range(PASSES_MAX):
             if number:
@@ -230,14 +234,15 @@ class Migrator:
                 window.ino, window.wanted.start, len(window.wanted), MOVE
             )
             window.took("invalidate_again", start_ns)
-        failed = {REASONS[code]: len(pages) for code, pages in refused.items()}
-        for code, pages in refused.items():
-            self._tell_refused(window, REASONS[code], pages)
-        return Tally(window.event.moved, window.already, failed)
+        return refused
 
-    def _tell_refused(self, window: _Window, reason: str, pages: list[int]) -> None:
-        self.history.refused(window.ino, pages, window.job.to, window.job.moves)
-        self.on_give_up(window.event, pages, reason)
+    def _give_up(self, window: _Window, reason: str, pages: list[int]) -> None:
+        """Count pages that are not tried again, and tell of them."""
+        job, event = window.job, window.event
+        event.failed[reason] = len(pages)
+        self._engine.give_up(reason, len(pages))
+        self.history.refused(job.ino, pages, job.to, job.moves, event)
+        self.on_give_up(event, pages, reason)
 
     def _move(self, window: _Window) -> dict[int, list[int]]:
         """Step 3, one pass; returns what was refused."""
@@ -249,11 +254,10 @@ class Migrator:
             spent = window.event.durations_ns
             spent[part] = spent.get(part, 0) + took_ns
         self.on_move(now_ns, window.event, result)
-        self.history.moved(window.ino, result.moved, to, now_ns, window.job.moves)
+        window.left = sorted(page for pages in result.refused.values() for page in pages)
         event = window.event
+        self.history.moved(window.ino, result.moved, to, now_ns, window.job.moves, event)
         event.passes += 1
-        event.moved += len(result.moved)
-        event.moved_bytes = event.moved * PAGE_SIZE
         event.ram_pages_used = self._engine.ram_pages_used()
         window.blocked_ns += time.monotonic_ns() - start_ns
         return result.refused

@@ -2,8 +2,9 @@
 
 A *cause* is the policy, its reason and the new kind; what nobody's policy asked for is ``manual``.
 The process of a policy's move is the one whose touch earned it, that of a refault the one that
-faulted; moves by hand have none. A refault counts for the cause of the page's last move, ping-pong
-for the cause of the move back.
+faulted. Moves by hand have none, nor do those planned at a signal of no process: they count for
+process 0, so that each table sums up to the totals. A refault counts for the cause of the page's
+last move, ping-pong for the cause of the move back.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ number of pages; the two counts are lower bounds once ``pages_forgotten`` is not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,12 +17,15 @@ import numpy as np
 from xipfs.accounting.charges import Charge, ChargeBatch
 from xipfs.fs.types import PageKind
 from xipfs.migrate.books import Key, MoveCounts, Table
-from xipfs.migrate.engine import BY_HAND
+from xipfs.migrate.engine import BY_HAND, runs
 from xipfs.migrate.page_moves import Ints, PageMoves
 from xipfs.migrate.policy import Move
 from xipfs.trace.fault_batch import INDEX, INO, PID, TIME
+from xipfs.units import PAGE_SIZE
 
 EVENTS_MAX: Final = 4096
+#: Runs of pages and origins of all events in the ring: some 16 MB, beside 6 MB of events.
+PARTS_MAX: Final = 65_536
 #: Files and processes in a snapshot by themselves: those that moved most; the rest is summed up.
 #: Of pages OpenMetrics has as many.
 LINES_SHOWN: Final = 50
@@ -65,14 +68,24 @@ class Histogram:
         }
 
 
+Origin = tuple[str | None, str, int]
+"""Policy (None: by hand), reason, and the process whose touch earned it (0: none)."""
+
+
 @dataclass
 class ChunkEvent:
     """One chunk of a migration; ``durations_ns`` by step, each the sum over all passes.
 
     ``move`` is followed by its parts, which make it up but for the calls between them.
 
-    ``policy`` is the one that planned it, None if somebody asked for it by hand. Under ``dry``
-    nothing moved, and ``would_move`` counts the pages.
+    ``policy`` is the one that planned the first page, None if somebody asked for it by hand, and
+    ``reason`` all reasons in one text; ``by`` tells what each origin has of the chunk, and is
+    counted together with the tables. ``moved_runs`` are the pages that moved, (first, count), in
+    the order in which they did. Under ``dry`` nothing moved, ``would_move`` counts the pages, and
+    ``by`` names their one origin.
+
+    A chunk by hand has up to 4,096 pages, hence runs, and one origin; one of a policy has up to
+    512 pages, and each may have an origin of its own. A part takes up to 250 bytes.
     """
 
     time_ns: int
@@ -90,6 +103,43 @@ class ChunkEvent:
     passes: int = 0
     ram_pages_used: int = 0
     durations_ns: dict[str, int] = field(default_factory=dict)
+    moved_runs: list[tuple[int, int]] = field(default_factory=list)
+    by: dict[Origin, MoveCounts] = field(default_factory=dict)
+
+    def add(self, pages: Sequence[int]) -> None:
+        """Add pages, which ascend, that have moved."""
+        self.moved += len(pages)
+        self.moved_bytes = self.moved * PAGE_SIZE
+        if len(pages) == pages[-1] + 1 - pages[0]:
+            self.moved_runs.append((pages[0], len(pages)))
+        else:
+            found = runs([(self.ino, page) for page in pages])
+            self.moved_runs += [(first, count) for _, first, count in found]
+
+    def line(self, origin: Origin) -> MoveCounts:
+        """Return what ``origin`` has of the chunk, to be changed."""
+        counts = self.by.get(origin)
+        if counts is None:
+            counts = self.by[origin] = MoveCounts()
+        return counts
+
+    def nr_parts(self) -> int:
+        """Return how many parts of unlimited number it has."""
+        return len(self.moved_runs) + len(self.by)
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as ``xipfs events --json`` tells it."""
+        pingpong = sum(counts.pingpong for counts in self.by.values())
+        by = [
+            {
+                **dict(zip(("policy", "reason", "pid"), origin, strict=True)),
+                "moved": counts.moved(),
+                "failed": counts.failed,
+                "pingpong": counts.pingpong,
+            }
+            for origin, counts in self.by.items()
+        ]
+        return vars(self) | {"pingpong": pingpong, "by": by}
 
 
 _Cause = tuple[str | None, str, str]
@@ -108,7 +158,8 @@ class History:
 
     def __init__(self) -> None:
         self._steps = {step: Histogram() for step in STEPS + PARTS_OF_MOVE}
-        self._events: deque[ChunkEvent] = deque(maxlen=EVENTS_MAX)
+        self._events: deque[ChunkEvent] = deque()
+        self._parts = 0
         self.pages = PageMoves(PINGPONG_NS)
         self.causes: Table[_Cause] = Table()
         self._cause_numbers: dict[_Cause, int] = {}
@@ -122,20 +173,26 @@ class History:
         self.refaults = 0
         self.pingpong = 0
 
-    def _by_cause(
-        self, pages: Sequence[int], to: PageKind, moves: Mapping[int, Move]
-    ) -> Iterator[tuple[_Cause, MoveCounts | None, Sequence[int]]]:
-        """Yield ``pages`` by cause and process: the cause, the process's line, its pages."""
+    @staticmethod
+    def _by_origin(
+        pages: Sequence[int], moves: Mapping[int, Move]
+    ) -> Iterable[tuple[Origin, Sequence[int]]]:
         if not moves:
-            yield (None, MANUAL, to.value), None, pages
-            return
-        groups: dict[tuple[str, str, int], list[int]] = {}
+            return [((None, MANUAL, 0), pages)]
+        groups: dict[Origin, list[int]] = {}
         for index in pages:
             move = moves[index]
             groups.setdefault((move.policy, move.reason, move.pid), []).append(index)
-        for (policy, reason, pid), group in groups.items():
-            process = self.processes.line(pid) if pid else None
-            yield (policy, reason, to.value), process, group
+        return groups.items()
+
+    def _lines(
+        self, ino: int, cause: _Cause, origin: Origin, event: ChunkEvent | None
+    ) -> list[MoveCounts]:
+        """Return all lines in which moves of ``origin`` count."""
+        lines = [self.files.line(ino), self.causes.line(cause), self.processes.line(origin[2])]
+        if event is not None:
+            lines.append(event.line(origin))
+        return lines
 
     def moved(
         self,
@@ -144,17 +201,23 @@ class History:
         to: PageKind,
         now_ns: int,
         moves: Mapping[int, Move] = BY_HAND,
+        event: ChunkEvent | None = None,
     ) -> None:
-        """Remember pages that have moved just now; ``moves``: as a policy planned each of them."""
+        """Remember pages that have moved just now; ``moves``: as a policy planned each of them.
+
+        ``event`` is the one of their chunk, to be told of them.
+        """
         if not pages:
             return
-        for cause, process, group in self._by_cause(pages, to, moves):
+        for origin, group in self._by_origin(pages, moves):
+            cause = (origin[0], origin[1], to.value)
             pingpong = self.pages.moved(ino, group, to, now_ns, self._number_of(cause))
             self.pingpong += pingpong
-            for line in (self.files.line(ino), self.causes.line(cause), process):
-                if line is not None:
-                    line.add(to, len(group))
-                    line.pingpong += pingpong
+            for line in self._lines(ino, cause, origin, event):
+                line.add(to, len(group))
+                line.pingpong += pingpong
+        if event is not None:
+            event.add(pages)
         if self.on_moved is not None:
             self.on_moved(ino, pages, to, now_ns)
 
@@ -168,14 +231,18 @@ class History:
         return self._cause_numbers[cause]
 
     def refused(
-        self, ino: int, pages: Sequence[int], to: PageKind, moves: Mapping[int, Move] = BY_HAND
+        self,
+        ino: int,
+        pages: Sequence[int],
+        to: PageKind,
+        moves: Mapping[int, Move] = BY_HAND,
+        event: ChunkEvent | None = None,
     ) -> None:
-        """Remember pages that were given up; ``moves`` as for ``moved``."""
+        """Remember pages that were given up; ``moves`` and ``event`` as for ``moved``."""
         self.pages.failed(ino, pages)
-        for cause, process, group in self._by_cause(pages, to, moves):
-            for line in (self.files.line(ino), self.causes.line(cause), process):
-                if line is not None:
-                    line.failed += len(group)
+        for origin, group in self._by_origin(pages, moves):
+            for line in self._lines(ino, (origin[0], origin[1], to.value), origin, event):
+                line.failed += len(group)
 
     def charged(self, charges: ChargeBatch | Iterable[Charge]) -> None:
         """Look for faults of pages that have moved before; hint faults are no program's own."""
@@ -221,17 +288,22 @@ class History:
 
     def _add(self, event: ChunkEvent) -> None:
         self._events.append(event)
+        self._parts += event.nr_parts()
         self.recorded += 1
+        while len(self._events) > EVENTS_MAX or self._parts > PARTS_MAX:
+            self._parts -= self._events.popleft().nr_parts()
 
     def would(self, time_ns: int, moves: list[Move]) -> None:
         """Add events of what a dry policy would have moved at one signal; nothing is counted."""
         for move in sorted(moves, key=lambda move: (move.to.value, move.ino, move.index)):
             last = self._events[-1] if self._events else None
-            key = (time_ns, move.ino, move.to.value, move.reason)
+            origin = (move.policy, move.reason, move.pid)
+            key = (time_ns, move.ino, move.to.value)
             if (
                 last is not None
                 and last.dry
-                and key == (last.time_ns, last.ino, last.to, last.reason)
+                and key == (last.time_ns, last.ino, last.to)
+                and origin in last.by
                 and move.index == last.last + 1
             ):
                 last.last += 1
@@ -240,6 +312,7 @@ class History:
             ino, index, to = move.ino, move.index, move.to.value
             event = ChunkEvent(time_ns, ino, index, index, to, move.reason, move.policy, dry=True)
             event.would_move = 1
+            event.line(origin)
             self._add(event)
 
     def since(self, number: int) -> tuple[list[ChunkEvent], int, int]:

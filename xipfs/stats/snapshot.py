@@ -90,5 +90,5 @@ def unfollowed(observer: ObserverFigures, accountant: Accountant) -> dict[str, i
 
 def named(accountant: Accountant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows about processes with their names, where these are known."""
-    names = {line.pid: line.comm for line in accountant.ledger.lines()}
+    names = {line.pid: line.comm for line in accountant.ledger.lines()} | {0: "(no process)"}
     return [{"pid": row["pid"], "comm": names.get(row["pid"], ""), **row} for row in rows]

@@ -11,11 +11,15 @@ import os
 import re
 import subprocess
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from conftest import needs
 from live import COMMAND, ENVIRONMENT, PAGE, LiveMount, Mounts, xipfs
+
+from xipfs.cli import events
+from xipfs.migrate.history import ChunkEvent
 
 on_a_mount = needs("root", "fuse")
 NOT_MOUNTED = (
@@ -367,6 +371,24 @@ def test_a_reader_that_goes_away_is_no_error_to_speak_of(mnt: LiveMount) -> None
     )
     assert done.stdout == '{\n  "schem'
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_lost_events_are_told_where_the_others_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    told = ChunkEvent(1_500_000_000, 2, 3, 4, "xip", "manual", moved=2).describe()
+    answers = [{"lost": 904}, {"event": told}, {"lost": 0}]
+    monkeypatch.setattr(events, "mount_of", lambda _: None)
+    monkeypatch.setattr(events, "request", lambda *_, **__: iter(answers))
+    assert events.run(Namespace(directory=Path("/"), follow=False, json=as_json)) == 0
+    said, errors = capsys.readouterr()
+    if as_json:
+        lost, event = (json.loads(line) for line in said.splitlines())
+        assert (lost, event["moved"], errors) == ({"lost": 904}, 2, "")
+    else:
+        assert said == "1.500000 inode 2 pages 3-4 to xip (manual): 2 moved, 0.000 ms\n"
+        assert errors == "xipfs events: 904 events were lost before the next\n"
 
 
 @on_a_mount

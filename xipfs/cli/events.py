@@ -20,11 +20,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print events; those that the daemon's ring lost are counted, never passed over."""
+    """Print events; those that the daemon's ring lost are counted, never passed over.
+
+    In JSON a loss is a line among the others: what reads them sees nothing else.
+    """
     for answer in request(mount_of(args.directory), "events", follow=args.follow):
         # Answers without an event are the beat that lets Ctrl-C through while nothing happens.
         if lost := answer.get("lost"):
-            print(f"xipfs events: {lost} events were lost before the next", file=sys.stderr)
+            if args.json:
+                print(json.dumps({"lost": lost}), flush=True)
+            else:
+                print(f"xipfs events: {lost} events were lost before the next", file=sys.stderr)
         if event := answer.get("event"):
             print(json.dumps(event) if args.json else as_line(event), flush=True)
     return 0

@@ -110,9 +110,10 @@ def test_moves_are_counted_by_cause_file_and_process() -> None:
         71: {"pid": 71} | none | {"failed": 1},
         72: {"pid": 72} | none | {"refaults": 1},
     }
-    page = {"ino": 2, "promoted": 0, "demoted": 0, "failed": 0, "refaults": 0, "pingpong": 0}
+    assert told["moved_bytes"] == 3 * 4096
+    page = {"ino": 2} | none
     assert history.pages.most_moved(2) == [
-        page | {"index": 5, "promoted": 1, "demoted": 1, "pingpong": 1},
+        page | {"index": 5, "promoted": 1, "demoted": 1, "moved_bytes": 2 * 4096, "pingpong": 1},
         page | {"index": 6, "failed": 1},
     ]
     assert len(history.pages.most_moved(9)) == 3
@@ -156,6 +157,7 @@ def test_a_snapshot_sums_up_the_files_that_it_does_not_show() -> None:
     for key in range(5):
         table.line(key).failed += 1
     assert (table.left_off(2), table.left_off(1)) == (3, 4)
+    assert table.total() == MoveCounts(failed=5)
 
 
 def batch_of(charges: list[Charge]) -> ChargeBatch:

@@ -157,6 +157,15 @@ def check_metrics(mount: LiveMount, stats: dict[str, Any]) -> None:
         for page in (3, 4)
     ] == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
     assert values["xipfs_modelled_nvram_read_bytes_total", "pcm"] == 11 * PAGE
+    # Eleven pages promoted, four of them moved back.
+    assert [
+        values["xipfs_migration_moved_bytes_total",],
+        values["xipfs_migration_pingpong_total",],
+        values["xipfs_migration_by_cause_moved_bytes_total", *sorted(cause)],
+        values["xipfs_migration_by_file_moved_bytes_total", ino],
+        values["xipfs_migration_by_process_moved_bytes_total", "0"],
+        values["xipfs_migration_by_page_moved_bytes_total", *sorted((ino, "3"))],
+    ] == [15 * PAGE, 4, 11 * PAGE, 15 * PAGE, 4 * PAGE, 2 * PAGE]
     steps = families["xipfs_migration_step_ns"]
     assert steps.type == "histogram"
     moved = {sample.name: sample for sample in steps.samples if sample.labels["step"] == "move"}

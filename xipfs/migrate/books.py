@@ -86,6 +86,13 @@ class Table(Generic[Key]):
             self._lines.move_to_end(key)
         return line
 
+    def total(self) -> MoveCounts:
+        """Return the sum of all lines."""
+        total = dataclasses.replace(self.older)
+        for counts in self._lines.values():
+            total.merge(counts)
+        return total
+
     def describe(self, names: tuple[str, ...], shown: int = LINES_MAX) -> list[dict[str, Any]]:
         """Return the lines as JSON-ready objects, the most moved first; ``names``: a key's parts.
 

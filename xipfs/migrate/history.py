@@ -324,6 +324,7 @@ class History:
     def describe(self) -> dict[str, Any]:
         """Return the figures as they stand in ``stats.json``."""
         return {
+            "moved_bytes": self.files.total().describe()["moved_bytes"],
             "refaults": self.refaults,
             "pingpong": self.pingpong,
             "pingpong_window_ns": PINGPONG_NS,

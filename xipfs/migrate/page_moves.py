@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from xipfs.fs.types import PageKind
+from xipfs.migrate.books import MoveCounts
 
 _BLOCK_SHIFT: Final = 8
 _BLOCK: Final = 1 << _BLOCK_SHIFT
 #: 1,048,576 pages when they are dense, 32 MB.
 BLOCKS_MAX: Final = 4096
-COUNTS: Final = ("promoted", "demoted", "failed", "refaults", "pingpong")
-_PROMOTED, _DEMOTED, _FAILED, _REFAULTS, _PINGPONG = range(len(COUNTS))
+#: Rows of the counts, in the order of MoveCounts' fields.
+_PROMOTED, _DEMOTED, _FAILED, _REFAULTS, _PINGPONG = range(5)
 _KIND: Final = {PageKind.XIP: 1, PageKind.PAGECACHE: 2}
 
 Ints = npt.NDArray[np.int64]
@@ -41,7 +42,7 @@ class PageMoves:
         self._slots: OrderedDict[tuple[int, int], int] = OrderedDict()
         # Memory that nobody has written is not there yet.
         places = blocks_max << _BLOCK_SHIFT
-        self._counts = np.zeros((len(COUNTS), places), np.uint32)
+        self._counts = np.zeros((_PINGPONG + 1, places), np.uint32)
         #: When the page moved last, to what (0: never), why; whether a refault is to come.
         self._moved_ns = np.zeros(places, np.int64)
         self._kind = np.zeros(places, np.uint8)
@@ -186,7 +187,7 @@ class PageMoves:
         """Return the ``count`` pages with the most moves and failures, the most first."""
         rows = heapq.nsmallest(count, self._rows(), key=lambda row: (-row[0], row[1], row[2]))
         return [
-            {"ino": ino, "index": index, **dict(zip(COUNTS, counts, strict=True))}
+            {"ino": ino, "index": index, **MoveCounts(*counts).describe()}
             for _, ino, index, counts in rows
         ]
 

@@ -17,10 +17,13 @@ Json = Mapping[str, Any]
 _COUNTS: Final = {
     "promoted": "pages moved from XIP to pagecache",
     "demoted": "pages moved from pagecache to XIP",
+    "moved_bytes": "bytes of pages moved",
     "failed": "pages refused for good",
     "refaults": "first faults of pages after a move",
     "pingpong": "pages moved back within the window",
 }
+#: Those of the counts that ``vmstat`` has no total of.
+_TOTALS: Final = ("moved_bytes", "refaults", "pingpong")
 _FAULTS: Final = ("pgfault", "pgmajfault", "pgfault_xip", "pgfault_pagecache", "pgfault_cow")
 _WRITEBACK: Final = ("background", "expired", "throttled")
 _COST: Final = {
@@ -187,6 +190,8 @@ def _migration(text: _Text, migration: Json, pages: list[Json]) -> None:
                 f"{about}, {table.replace('_', ' ')}",
                 ((labels, line[name]) for labels, line in lines),
             )
+    for name in _TOTALS:
+        text.counter(f"xipfs_migration_{name}", _COUNTS[name], [({}, migration[name])])
     text.counter(
         "xipfs_migration_pages_forgotten",
         "moved pages whose refaults and ping-pong are not counted any more",

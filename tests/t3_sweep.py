@@ -12,20 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import ENVIRONMENT, xipfs
+from live import COMMAND, ENVIRONMENT, wait_until, xipfs
 from streams import FILE, MAP, STREAM, fault, write_trace
 
 from xipfs.cli.sweep import policies_of
-from xipfs.errors import UsageError
-from xipfs.replay.cells import BOUND, Cell, Figures, bound, digest_of, run_cell
+from xipfs.errors import UsageError, XipfsError
+from xipfs.replay.cells import BOUND, Cell, Figures, bound, code_digest, digest_of, run_cell
 from xipfs.replay.sweep import Results, locally
 from xipfs.stats.trace_columns import TraceError
 
-ABOUT = {"trace_sha256": "abc", "medium": None, "delay_ns": 5}
+ABOUT = {
+    "xipfs": "0.1.0",
+    "code_sha256": "cde",
+    "trace_sha256": "abc",
+    "medium": None,
+    "delay_ns": 5,
+}
+FIGURES = {
+    "touches": 1,
+    "touches_in_ram": 1,
+    "pgfault": 2,
+    "pgmajfault": 1,
+    "pgpromote_success": 1,
+    "pgdemote_success": 0,
+    "pgmigrate_fail": 0,
+    "pgevict": 0,
+    "refaults": 0,
+    "pingpong": 0,
+    "as_recorded": False,
+    "exact": False,
+}
 
 
 def cell(policy: str) -> Cell:
-    return Cell("/trace", "abc", policy, (), "", 4096, None, 5)
+    return Cell("/trace", "abc", policy, (), "", 4096, None, 5, "cde")
 
 
 def play(cell: Cell) -> Figures:
@@ -55,17 +75,20 @@ def test_cells_that_fail_or_die_cost_no_other() -> None:
 def test_results_are_kept_failures_are_not_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     results = Results(path, ABOUT)
-    results.add(cell("a"), {"touches": 1}, "")
+    results.add(cell("a"), FIGURES, "")
     results.add(cell("b"), None, "out of luck")
     results.close()
     with path.open("ab") as file:
         file.write(b'{"policy": "c", "ram_by')
     again = Results(path, ABOUT)
-    assert again.done == {("a", "", 4096): {"touches": 1}}
-    again.add(cell("b"), {"touches": 2}, "")
+    assert again.done == {("a", "", 4096): FIGURES}
+    again.add(cell("b"), FIGURES | {"touches": 2}, "")
     again.close()
     with closing(Results(path, ABOUT)) as last:
-        assert last.done == {("a", "", 4096): {"touches": 1}, ("b", "", 4096): {"touches": 2}}
+        assert last.done == {
+            ("a", "", 4096): FIGURES,
+            ("b", "", 4096): FIGURES | {"touches": 2},
+        }
     assert path.read_text().count("\n") == 4
 
 
@@ -83,6 +106,80 @@ def test_results_of_another_sweep_and_other_files_are_refused(tmp_path: Path) ->
     for wrong, why in ((tmp_path, "Is a directory"), (tmp_path / "no" / "r", "No such file")):
         with pytest.raises(UsageError, match=f"cannot be read and written: {why}"):
             Results(wrong, ABOUT)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"figures": None}, "its figures are None, not an object"),
+        ({"figures": {}}, "its figures lack touches"),
+        ({"figures": "many"}, "its figures are 'many', not an object"),
+        ({}, "its figures are None, not an object"),
+        ({"figures": FIGURES | {"touches": "1"}}, "its touches is '1'"),
+        ({"figures": FIGURES | {"pgevict": True}}, "its pgevict is True"),
+        ({"figures": FIGURES | {"pgevict": [1]}}, "its pgevict is [1]"),
+        ({"figures": FIGURES | {"touches": 1 << 63}}, "its touches is 9223372036854775808"),
+        ({"figures": FIGURES | {"exact": 1}}, "its exact is 1"),
+        ({"policy": 1, "figures": FIGURES}, "its policy is 1"),
+        ({"policy": BOUND, "figures": {"touches": 1}}, "its figures lack touches_in_ram"),
+        ({"ram_bytes": [], "figures": FIGURES}, "its ram_bytes is []"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path: Path, line: dict[str, Any], said: str) -> None:
+    path = tmp_path / "r.jsonl"
+    with closing(Results(path, ABOUT)) as results:
+        results.add(cell("a"), FIGURES, "")
+    whole = {"policy": "b", "files_sha256": "", "ram_bytes": 4096} | line
+    with path.open("a") as file:
+        file.write(json.dumps(whole) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(UsageError) as refused:
+        Results(path, ABOUT)
+    assert str(refused.value) == (
+        f"{path}, line 3: {said}; expected a line as `xipfs sweep` writes them; "
+        "remove the line and its cell is done again, or name another file"
+    )
+    assert path.read_bytes() == before
+
+
+def test_results_with_a_medium_have_its_estimates(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with closing(Results(path, ABOUT)) as results:
+        results.add(cell("a"), FIGURES, "")
+    text = path.read_text().replace('"medium": null', '"medium": {"name": "pcm"}')
+    path.write_text(text)
+    with pytest.raises(UsageError, match="line 2: its figures lack read_ns_estimated"):
+        Results(path, ABOUT | {"medium": {"name": "pcm"}})
+
+
+def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    Results(path, ABOUT).close()
+    for other in ({"code_sha256": "fff"}, {"xipfs": "0.2.0", "code_sha256": "fff"}):
+        with pytest.raises(UsageError) as refused:
+            Results(path, ABOUT | other)
+        assert str(refused.value) == (
+            f"{path} holds the results of another xipfs (0.1.0, other code): "
+            f"{', '.join(other)} differ; name another file with -o, and all is done again"
+        )
+    path.write_text('{"xipfs_sweep": 2, "trace_sha256": "abc", "medium": null, "delay_ns": 5}\n')
+    with pytest.raises(UsageError, match=r"another xipfs \(an older one, other code\)"):
+        Results(path, ABOUT)
+    with pytest.raises(XipfsError, match="has other code than the one that began the sweep"):
+        run_cell(cell("off"))
+
+
+def test_one_sweep_at_a_time_works_on_a_results_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    first = Results(path, ABOUT)
+    with pytest.raises(XipfsError) as refused:
+        Results(path, ABOUT)
+    assert str(refused.value) == (
+        f"{path} is in use by another sweep, pid {os.getpid()}; "
+        "wait for it, or name another file with -o"
+    )
+    first.close()
+    Results(path, ABOUT).close()
 
 
 def test_policies_with_parameters() -> None:
@@ -193,7 +290,8 @@ def test_a_policy_that_was_edited_is_done_again(tmp_path: Path) -> None:
     # The bound, fifo and each text of the policy once, below the line that says what it is about.
     assert results.read_text().count("\n") == 1 + 4
     changed = Cell(
-        str(trace), digest_of(trace), str(file), (), "another", 65536, None, 5_000_000
+        str(trace), digest_of(trace), str(file), (), "another", 65536, None, 5_000_000,
+        code_digest(),
     )  # fmt: skip
     with pytest.raises(TraceError, match="are not those that the sweep is about"):
         run_cell(changed)
@@ -235,3 +333,50 @@ def test_no_cluster_there(tmp_path: Path) -> None:
     done = xipfs("sweep", trace, *words, "--dask", "tcp://127.0.0.1:1", check=False)
     assert done.returncode == 2
     assert "no Dask cluster answers at tcp://127.0.0.1:1" in done.stderr
+    for address in ("foo", "foo://bar:1", "tcp://bar"):
+        done = xipfs("sweep", trace, *words, "--dask", address, check=False)
+        said = f"xipfs sweep: --dask {address}; expected tcp://HOST:PORT\n"
+        assert (done.returncode, done.stderr) == (2, said)
+
+
+#: Its workers end at once when the first cell begins, and the scheduler with them.
+DYING = """
+import os, signal
+from distributed import LocalCluster
+if __name__ == "__main__":
+    cluster = LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None,
+        protocol="tcp",
+    )
+    print(cluster.scheduler_address, flush=True)
+    input()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_dask_cluster_that_dies_is_told_as_such(tmp_path: Path) -> None:
+    script, results = tmp_path / "cluster.py", tmp_path / "r.jsonl"
+    script.write_text(DYING)
+    with subprocess.Popen(
+        [sys.executable, script],
+        env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as cluster:  # fmt: skip
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        slow = tmp_path / "slow.py"
+        slow.write_text("import time\n" + OWN.replace("return MOVES", "time.sleep(1); return ()"))
+        trace = write_trace(tmp_path / "t.parquet", STREAM)
+        words = ("--policies", str(slow), "--ram", "4K,8K,64K", "-o", str(results))
+        sweep = subprocess.Popen(
+            [*COMMAND, "sweep", str(trace), *words, "--dask", address],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_until(
+            "the first cell", lambda: results.exists() and results.read_text().count("\n") > 1, 60
+        )
+        cluster.communicate("\n", timeout=60)
+    _, said = sweep.communicate(timeout=100)
+    assert sweep.returncode == 1
+    assert "the Dask cluster is gone, and the cell" in said
+    assert ": None" not in said

@@ -7,19 +7,21 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from xipfs import __version__
 from xipfs.cli.client import Json
 from xipfs.cli.policy import policy_of
 from xipfs.cli.replay import ram_of
 from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.registry import make_policy
-from xipfs.replay.cells import BOUND, Cell, Key, digest_of
+from xipfs.replay.cells import BOUND, Cell, Key, code_digest, digest_of
 from xipfs.replay.choice import DELAY_NS
 from xipfs.replay.sweep import Results, Told, locally, on_dask
 from xipfs.replay.trace import recorded
@@ -66,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--jobs {args.jobs}", expected="1 or more")
     cells = _cells(args)
     about = {
+        "xipfs": __version__,
+        "code_sha256": code_digest(),
         "trace_sha256": cells[0].digest,
-        "medium": args.medium,
+        "medium": None if args.medium is None else asdict(load_profile(args.medium)),
         "delay_ns": DELAY_NS,
     }
     results = Results(args.output, about)
@@ -107,7 +111,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
             cells.append(
                 Cell(
                     str(path), digest, policy, tuple(values.items()), files, ram_bytes,
-                    None if policy == BOUND else args.medium, DELAY_NS,
+                    None if policy == BOUND else args.medium, DELAY_NS, code_digest(),
                 )
             )  # fmt: skip
     return list(dict.fromkeys(cells))

@@ -6,12 +6,14 @@ it, and its outcome is plain JSON.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import xipfs
 from xipfs.errors import XipfsError
 from xipfs.memory.profiles import load_profile
 from xipfs.migrate.registry import make_policy
@@ -44,6 +46,7 @@ class Cell:
     ram_bytes: int
     medium: str | None
     delay_ns: int
+    code_sha256: str
 
     @property
     def name(self) -> str:
@@ -68,8 +71,23 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def code_digest() -> str:
+    """Return the SHA-256 of xipfs's own code: model, replay and shipped policies decide figures."""
+    package = Path(xipfs.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0{digest_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def run_cell(cell: Cell) -> Figures:
     """Replay the cell and return its figures; raise XipfsError."""
+    if code_digest() != cell.code_sha256:
+        raise XipfsError(
+            f"this xipfs ({xipfs.__version__}) has other code than the one that began the sweep",
+            remedy="every machine of the sweep needs the same xipfs",
+        )
     path = Path(cell.trace)
     if digest_of(path) != cell.digest:
         raise TraceError(
@@ -100,19 +118,54 @@ def bound(path: Path, ram_bytes: int) -> Figures:
     return {"touches": len(pages), "touches_in_ram": most_hits(pages, frames, resident)}
 
 
+_REPLAYED: Final = ("touches", "touches_in_ram")
+_VMSTAT: Final = (
+    "pgfault", "pgmajfault", "pgpromote_success", "pgdemote_success", "pgmigrate_fail", "pgevict",
+)  # fmt: skip
+_MIGRATION: Final = ("refaults", "pingpong")
+_ESTIMATED: Final = ("read_ns_estimated", "write_ns_estimated")
+_FLAGS: Final = ("as_recorded", "exact")
+#: What the estimated times are, and of what.
+_LABELS: Final = ("modelled", "medium")
+_BOOLEAN: Final = (*_FLAGS, "modelled")
+
+
 def _figures(answer: Mapping[str, Any]) -> Figures:
     vmstat, cost, migration = answer["vmstat"], answer["cost"], answer["migration"]
     if migration["failure"]:
         raise XipfsError(f"the policy failed: {migration['failure']}")
-    names = ("pgfault", "pgmajfault", "pgpromote_success", "pgdemote_success", "pgmigrate_fail")
-    figures = {name: answer["replay"][name] for name in ("touches", "touches_in_ram")}
-    figures |= {name: vmstat[name] for name in (*names, "pgevict")}
-    figures |= {name: migration[name] for name in ("refaults", "pingpong")}
-    figures |= {name: cost[name] for name in ("modelled", "medium")}
+    figures = {name: answer["replay"][name] for name in _REPLAYED}
+    figures |= {name: vmstat[name] for name in _VMSTAT}
+    figures |= {name: migration[name] for name in _MIGRATION}
+    figures |= {name: cost[name] for name in _LABELS}
     figures |= {
         name: value
         for name, value in cost.items()
         if name.startswith("nvram_") or name.endswith(("_estimated", "_seconds"))
     }
-    figures |= {name: answer["replay"][name] for name in ("as_recorded", "exact", "ptes_taken")}
+    figures |= {name: answer["replay"][name] for name in (*_FLAGS, "ptes_taken")}
     return figures
+
+
+def wrong_in(policy: str, figures: object, *, estimated: bool) -> str:
+    """Return what is wrong with figures that were read from a file; "" if nothing is."""
+    if not isinstance(figures, dict):
+        return f"its figures are {figures!r:.40}, not an object"
+    names: tuple[str, ...] = _REPLAYED
+    if policy != BOUND:
+        names += (*_VMSTAT, *_MIGRATION, *_FLAGS, *_LABELS, *(_ESTIMATED if estimated else ()))
+    for name in names:
+        if name not in figures:
+            return f"its figures lack {name}"
+    for name, value in figures.items():
+        if name == "medium":
+            right = value is None or isinstance(value, str)
+        else:
+            right = isinstance(value, bool) if name in _BOOLEAN else _is_figure(value)
+        if not right:
+            return f"its {name} is {value!r:.40}"
+    return ""
+
+
+def _is_figure(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1 << 63  # type: ignore[operator]

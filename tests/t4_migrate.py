@@ -260,7 +260,7 @@ def test_what_cannot_be_migrated(mnt: LiveMount, live: Mounts) -> None:
     code, said = refused(four, "--to", "pagecache", "--pages", "2-4")
     assert (code, said) == (
         2,
-        "xipfs migrate: pages 2-4 reach outside the file; expected pages 0-3\n",
+        f"xipfs migrate: {four}: pages 2-4 reach outside the file; expected pages 0-3\n",
     )
     assert refused(four, "--to", "tape")[0] == 2
     code, said = refused(four, "--to", "xip", "--pages", "3-1")
@@ -276,7 +276,8 @@ def test_what_cannot_be_migrated(mnt: LiveMount, live: Mounts) -> None:
     assert code == 1
     assert "No such file" in said
     code, said = refused(str(mnt / ".xipfs" / "stats.json"), "--to", "xip")
-    assert code != 0
+    assert code == 2
+    assert f"{mnt / '.xipfs' / 'stats.json'} is a control file" in said
     assert mnt.migrate("none", "xip")["moved"] == 0
     assert mnt.letters("four") == "XXXX"
 
@@ -287,7 +288,13 @@ def test_a_read_only_mount_migrates_nothing(live: Mounts) -> None:
     mount = live.remount(mount, "ro")
     done = xipfs("migrate", mount / "file", "--to", "pagecache", check=False)
     assert done.returncode == 1
-    assert "read-only" in done.stderr.lower()
+    where = f"xipfs migrate: {mount.directory} is mounted read-only"
+    remedy = "mount it read-write\n"
+    assert done.stderr == f"{where}: no page can change its kind; {remedy}"
+    words = ("migrate", "-r", mount.directory, "--to", "pagecache", "--dry-run")
+    done = xipfs(*words, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{where}: it takes no request, nor a dry run; {remedy}"
     assert mount.letters("file") == "X" * 41
 
 
@@ -362,6 +369,7 @@ def test_a_dry_run_by_hand(live: Mounts) -> None:
     )
     answer = json.loads(xipfs("migrate", "-r", mount.directory, *words[2:5], "--json").stdout)
     assert (answer["would_move"], answer["already"], answer["dry_run"]) == (39, 2, True)
+    (answer,) = answer["mounts"]
     assert answer["cost"]["nvram_read_bytes"] == 39 * PAGE
     assert mount.letters("file") == "XXX" + "PP" + "X" * 36
 

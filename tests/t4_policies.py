@@ -233,7 +233,7 @@ def test_a_read_only_mount_only_counts(live: Mounts) -> None:
     read(mount, "file")
     migration = mount.cat_stats()["migration"]
     assert (migration["dry"], migration["would_move"][0]["to"]) == (True, "pagecache")
-    assert "Read-only file system" in said(mount, "tpp", code=1)
+    assert "MNT is mounted read-only, so it takes no request" in said(mount, "tpp", code=1)
 
 
 def test_a_dry_run_foretells_what_the_move_then_costs(live: Mounts) -> None:
@@ -247,7 +247,7 @@ def test_a_dry_run_foretells_what_the_move_then_costs(live: Mounts) -> None:
     mount.migrate("file", "pagecache", "700-800")
     for to, moving in (("pagecache", 4500), ("xip", 4601)):
         words = ("migrate", path, "--to", to, "--pages", "99-4699", "--json")
-        told = json.loads(xipfs(*words, "--dry-run").stdout)
+        (told,) = json.loads(xipfs(*words, "--dry-run").stdout)["mounts"]
         before = mount.cat_stats()["cost"]
         assert told["would_move"] == json.loads(xipfs(*words).stdout)["moved"] == moving
         after = mount.cat_stats()["cost"]

@@ -429,8 +429,20 @@ def test_progress_is_told_twenty_times_a_second_and_no_oftener(tmp_path: Path) -
     steps.fs.set_hooks(on_unmap=unmap, on_evict=lambda *_: None, on_cut=lambda *_: None)
     # After 0.06, 0.12 and, the last chunk being the result's, not 0.18 s.
     assert trio.run(run, clock=clock) == [
-        {"progress": {"pages_done": 2 * CHUNK_PAGES, "pages_total": pages}},
-        {"progress": {"pages_done": 4 * CHUNK_PAGES, "pages_total": pages}},
+        {
+            "progress": {
+                "pages_done": 2 * CHUNK_PAGES,
+                "pages_total": pages,
+                "pages_moved": 2 * CHUNK_PAGES,
+            }
+        },
+        {
+            "progress": {
+                "pages_done": 4 * CHUNK_PAGES,
+                "pages_total": pages,
+                "pages_moved": 4 * CHUNK_PAGES,
+            }
+        },
         {"result": {"moved": pages, "already": 0, "failed": {}, "failed_errno": {}}},
     ]
 

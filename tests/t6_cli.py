@@ -285,7 +285,7 @@ def test_stat_repeated(mnt: LiveMount) -> None:
         (
             "migrate MNT/mixed --to xip --pages 2-5",
             2,
-            "xipfs migrate: pages 2-5 reach outside the file; expected pages 0-4\n",
+            "xipfs migrate: MNT/mixed: pages 2-5 reach outside the file; expected pages 0-4\n",
         ),
         (
             "migrate MNT/mixed --to xip --pages x",
@@ -295,7 +295,10 @@ def test_stat_repeated(mnt: LiveMount) -> None:
         (
             "migrate MNT/empty --to xip --pages 0",
             2,
-            "xipfs migrate: pages 0-0 reach outside the file; expected a file that is not empty\n",
+            (
+                "xipfs migrate: MNT/empty: pages 0-0 reach outside the file; "
+                "expected a file that is not empty\n"
+            ),
         ),
         (
             "umount /proc",

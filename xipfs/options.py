@@ -27,7 +27,7 @@ HELP: Final[dict[str, str]] = {
     "noexec": "no program of the mount can be run",
     "exec": "programs can be run (default)",
     "sync": "wait for the host's disk whenever something becomes durable, not at fsync only",
-    "ram=SIZE": "page-cache RAM of the modelled machine (default 64M)",
+    "ram=SIZE": "page-cache RAM of the modelled machine, rounded down to whole pages (default 64M)",
     "dirty_background_ratio=PERCENT": "of ram=: dirty pages above it go home (default 10)",
     "dirty_ratio=PERCENT": "of ram=: above it writers wait for them to go home (default 20)",
     "dirty_expire_ms=MS": "a page dirty for so long goes home in any case (default 30000)",

@@ -29,6 +29,8 @@ Ino = NewType("Ino", int)
 
 _SUFFIX: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _SIZE_RE: Final = re.compile(r"(\d+)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+#: Of a page number: files of 2**63 bytes, the largest that there can be, have fewer pages.
+_DIGITS_MAX: Final = 16
 _RANGE_RE: Final = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -58,6 +60,8 @@ def parse_page_range(text: str) -> range:
     match = _RANGE_RE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"page range {text!r} is not valid", expected="A-B or A, as in 0-15")
+    if max(len(number) for number in match.groups("")) > _DIGITS_MAX:
+        raise UsageError(f"page range {text!r} lies beyond any file", expected="A-B, as in 0-15")
     first = int(match[1])
     last = int(match[2]) if match[2] is not None else first
     if last < first:
@@ -66,12 +70,18 @@ def parse_page_range(text: str) -> range:
 
 
 def parse_page_ranges(text: str) -> list[range]:
-    """Return the pages of a comma-separated list of ranges, as ``parse_page_range`` takes them.
+    """Return the pages of a comma-separated list of ranges, each page once, in order.
 
-    >>> parse_page_ranges("0,3-5")
-    [range(0, 1), range(3, 6)]
+    >>> parse_page_ranges("3-5,0,4-7,8")
+    [range(0, 1), range(3, 9)]
     """
-    return [parse_page_range(word) for word in text.split(",")]
+    merged: list[range] = []
+    for pages in sorted(map(parse_page_range, text.split(",")), key=lambda pages: pages.start):
+        if merged and pages.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, pages.stop))
+        else:
+            merged.append(pages)
+    return merged
 
 
 def format_size(size_bytes: int) -> str:

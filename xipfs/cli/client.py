@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from xipfs.errors import EXIT_FAILURE, MountError, XipfsError
+from xipfs.errors import EXIT_FAILURE, MountError, UsageError, XipfsError
 from xipfs.fuse.mounts import Mount
 
 Json = dict[str, Any]
@@ -32,6 +33,11 @@ def _open(mount: Mount, name: str, flags: int) -> int:
             f"{path} is closed to uid {os.geteuid()}", expected="root or the mount's owner"
         ) from None
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise MountError(
+                f"{mount.mountpoint} is mounted read-only, so it takes no request",
+                remedy="mount it read-write",
+            ) from None
         raise MountError(
             f"{path} cannot be opened: {error.strerror}",
             remedy="if the daemon is gone, run: xipfs umount " + str(mount.mountpoint),
@@ -44,6 +50,12 @@ def _talking(mount: Mount, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.E2BIG:
+            raise UsageError(
+                "the request to the daemon is too long",
+                expected="less than 128 KiB: some 5000 files or page ranges",
+                remedy="ask for fewer at once",
+            ) from None
         raise MountError(
             f"{mount.mountpoint / '.xipfs' / name} cannot be used: {error.strerror}",
             remedy="see the daemon's log",

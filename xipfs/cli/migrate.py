@@ -8,19 +8,22 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from xipfs.cli.client import Json, request
-from xipfs.cli.pages import file_of_mount
+from xipfs.cli.client import Json, RequestError, request
+from xipfs.cli.named_files import Named, named_files
 from xipfs.cli.progress import progress_bar
-from xipfs.errors import EXIT_FAILURE, MountError, UsageError
+from xipfs.errors import EXIT_FAILURE, MountError, UsageError, XipfsError
 from xipfs.fuse.mounts import Mount
 from xipfs.migrate.refusals import PASSES_MAX, errnos_of
 from xipfs.units import format_ns, parse_page_ranges
 
-#: Files of one request to the daemon: it answers with progress over all of them.
+#: Files, or page ranges, of one request to the daemon, which takes less than 128 KiB; it answers
+#: with progress over all of them.
 BATCH_FILES: Final = 1000
+BATCH_RANGES: Final = 2000
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,23 +49,90 @@ def run(args: argparse.Namespace) -> int:
     one = len(args.paths) == 1 and not args.recursive
     if args.pages is not None and not one:
         raise UsageError("--pages with more than one file", expected="one FILE without -r")
+    ranges = None if args.pages is None else parse_page_ranges(args.pages)
+    named = named_files(args.paths, recursive=args.recursive)
+    _refuse_read_only(named, dry=args.dry_run)
     if args.dry_run:
-        return _dry_run(args)
-    if one:
-        outcome: Json = {"file": str(args.paths[0]), "to": args.to, **_one(args)}
-    else:
-        outcome = {"to": args.to, **_many(args)}
-    if args.json:
-        print(json.dumps(outcome, indent=2))
-    else:
-        what = outcome["file"] if "file" in outcome else f"{len(outcome['files'])} files"
+        return _dry_run(args, named, ranges)
+    outcome = Outcome(args.to, args.paths[0] if one else None)
+    try:
+        _move(outcome, named, ranges)
+    except (XipfsError, KeyboardInterrupt) as error:
+        # Who asked must hear of what was moved all the same.
+        if outcome.begun or isinstance(error, KeyboardInterrupt):
+            outcome.stopped = str(error) or "interrupted"
+            outcome.print(as_json=args.json)
+        raise
+    outcome.print(as_json=args.json)
+    return EXIT_FAILURE if outcome.failed() else 0
+
+
+def _refuse_read_only(named: Named, *, dry: bool) -> None:
+    """Refuse all before anything is moved, if a mount cannot take the request."""
+    for mountpoint, mount in named.mounts.items():
+        if "ro" in mount.options:
+            why = "it takes no request, nor a dry run" if dry else "no page can change its kind"
+            raise MountError(
+                f"{mountpoint} is mounted read-only: {why}", remedy="mount it read-write"
+            )
+
+
+@dataclass
+class Outcome:
+    """What became of the files so far; ``file`` where only one was asked for."""
+
+    to: str
+    file: Path | None
+    tallies: dict[Path, Json] = field(default_factory=dict)
+    under_way: int = 0
+    """Pages that have moved by a request whose answer has not come."""
+    begun: bool = False
+    stopped: str = ""
+
+    def add(self, path: Path, tally: Json) -> None:
+        """Add what became of pages of ``path``."""
+        known = self.tallies.setdefault(path, {"moved": 0, "already": 0, "failed": {}})
+        for name in ("moved", "already"):
+            known[name] += tally[name]
+        known["failed"] = dict(Counter(known["failed"]) + Counter(tally["failed"]))
+
+    def failed(self) -> dict[str, int]:
+        """Return how many pages were refused, by reason."""
+        failed: Counter[str] = Counter()
+        for tally in self.tallies.values():
+            failed.update(tally["failed"])
+        return dict(failed)
+
+    def _describe(self) -> Json:
+        failed = self.failed()
+        sums = {
+            name: sum(tally[name] for tally in self.tallies.values())
+            for name in ("moved", "already")
+        }
+        sums["moved"] += self.under_way
+        answer: Json = {} if self.file is None else {"file": str(self.file)}
+        answer |= {"to": self.to, **sums, "failed": failed, "failed_errno": errnos_of(failed)}
+        if self.file is None:
+            answer["files"] = [
+                {"file": str(path), **tally, "failed_errno": errnos_of(tally["failed"])}
+                for path, tally in self.tallies.items()
+            ]
+        return answer | ({"stopped": self.stopped} if self.stopped else {})
+
+    def print(self, *, as_json: bool) -> None:
+        """Print the outcome, or what there is of it if it was stopped."""
+        answer = self._describe()
+        if as_json:
+            print(json.dumps(answer, indent=2))
+            return
+        what = f"{len(self.tallies)} files" if self.file is None else f"{self.file}"
+        least = "stopped; at least " if self.stopped else ""
         print(
-            f"{what}: {outcome['moved']} pages moved to {args.to}, "
-            f"{outcome['already']} already there, {sum(outcome['failed'].values())} refused"
+            f"{what}: {least}{answer['moved']} pages moved to {self.to}, "
+            f"{answer['already']} already there, {sum(answer['failed'].values())} refused"
         )
-        for reason, count in outcome["failed"].items():
-            print(f"  refused: {count} {reason} ({refusal(outcome['failed_errno'][reason])})")
-    return EXIT_FAILURE if outcome["failed"] else 0
+        for reason, count in answer["failed"].items():
+            print(f"  refused: {count} {reason} ({refusal(answer['failed_errno'][reason])})")
 
 
 def refusal(name: str) -> str:
@@ -71,31 +141,32 @@ def refusal(name: str) -> str:
     return f"{text}; tried {PASSES_MAX} times" if name == "EAGAIN" else text
 
 
-def _one(args: argparse.Namespace) -> Json:
-    mount, ino = file_of_mount(args.paths[0])
-    return _answer(mount, {"to": args.to, **_wanted(args, ino)})
-
-
-def _wanted(args: argparse.Namespace, ino: int) -> Json:
-    if args.pages is None:
-        return {"ino": ino}
-    ranges = parse_page_ranges(args.pages)
-    return {"ino": ino, "ranges": [[pages.start, len(pages)] for pages in ranges]}
-
-
-def _dry_run(args: argparse.Namespace) -> int:
-    """Print what would move on each mount; exit code 1 if any page would be refused now."""
-    refused = False
-    for mount, files in _by_mount(args):
-        names = {ino: str(path) for ino, path in files}
-        wanted = [_wanted(args, ino) for ino in names]
-        outcome = _answer(mount, {"to": args.to, "dry_run": True, "files": wanted})
+def _dry_run(args: argparse.Namespace, named: Named, ranges: list[range] | None) -> int:
+    """Print what would move, mount by mount; exit code 1 if any page would be refused now."""
+    failed = Counter({"gone": len(named.gone)} if named.gone else {})
+    mounts: list[Json] = []
+    for mountpoint, names in named.files.items():
+        path = next(iter(names.values())) if len(names) == 1 else None
+        wanted = [_wanted(ino, ranges) for ino in names]
+        arguments = {"to": args.to, "dry_run": True, "files": wanted}
+        outcome = _answer(named.mounts[mountpoint], arguments, path)
         for move in outcome["moves"]:
-            move["file"] = names[move["ino"]]
-        outcome = {"dry_run": True, "mount": str(mount.mountpoint), "to": args.to, **outcome}
-        refused |= bool(outcome["failed"])
-        print(json.dumps(outcome, indent=2) if args.json else _dry_text(outcome))
-    return EXIT_FAILURE if refused else 0
+            move["file"] = str(names[move["ino"]])
+        failed.update(outcome["failed"])
+        mounts.append({"mount": str(mountpoint), **outcome})
+    if args.json:
+        sums = {name: sum(each[name] for each in mounts) for name in ("would_move", "already")}
+        refused = {"failed": dict(failed), "failed_errno": errnos_of(failed)}
+        answer = {"dry_run": True, "to": args.to, **sums, **refused, "mounts": mounts}
+        print(json.dumps(answer, indent=2))
+    else:
+        for each in mounts:
+            print(_dry_text({"to": args.to, **each}))
+        if not mounts:
+            print("no file is there, nothing was moved")
+        if named.gone:
+            print(f"would be refused now: {len(named.gone)} gone ({errnos_of(['gone'])['gone']})")
+    return EXIT_FAILURE if failed else 0
 
 
 def _dry_text(outcome: Json) -> str:
@@ -135,58 +206,59 @@ def _dry_text(outcome: Json) -> str:
     return "\n".join(lines)
 
 
-def _many(args: argparse.Namespace) -> Json:
-    """Move all files, mount by mount; a file reached by two names or paths moves once."""
-    files: list[Json] = []
-    for mount, of_mount in _by_mount(args):
-        for start in range(0, len(of_mount), BATCH_FILES):
-            batch = of_mount[start : start + BATCH_FILES]
-            answer = _answer(mount, {"to": args.to, "files": [{"ino": ino} for ino, _ in batch]})
-            for (_, path), tally in zip(batch, answer["files"], strict=True):
-                files.append({"file": str(path)} | {k: v for k, v in tally.items() if k != "ino"})
-    failed: Counter[str] = Counter()
-    for tally in files:
-        failed.update(tally["failed"])
-    sums = {name: sum(tally[name] for tally in files) for name in ("moved", "already")}
-    return {**sums, "failed": dict(failed), "failed_errno": errnos_of(failed), "files": files}
+def _wanted(ino: int, ranges: list[range] | None) -> Json:
+    if ranges is None:
+        return {"ino": ino}
+    return {"ino": ino, "ranges": [[pages.start, len(pages)] for pages in ranges]}
 
 
-def _by_mount(args: argparse.Namespace) -> list[tuple[Mount, list[tuple[int, Path]]]]:
-    """Return the mounts that the paths lie on, each with its files: inode and one path."""
-    found: dict[tuple[Path, int], tuple[Mount, Path]] = {}
-    for path in args.paths:
-        for file in _files_below(path) if args.recursive else [path]:
-            mount, ino = file_of_mount(file)
-            found.setdefault((mount.mountpoint, ino), (mount, file))
-    mounts = {mount.mountpoint: mount for mount, _ in found.values()}
-    return [
-        (mount, [(ino, path) for (where, ino), (_, path) in found.items() if where == mountpoint])
-        for mountpoint, mount in mounts.items()
-    ]
+def _move(outcome: Outcome, named: Named, ranges: list[range] | None) -> None:
+    """Move all files, mount by mount."""
+    for path in named.gone:
+        outcome.add(path, {"moved": 0, "already": 0, "failed": {"gone": 1}})
+    for mountpoint, names in named.files.items():
+        for batch in _batches(names, ranges):
+            only = names[batch[0]["ino"]] if len(batch) == 1 else None
+            arguments = {"to": outcome.to, "files": batch}
+            answer = _answer(named.mounts[mountpoint], arguments, only, outcome)
+            for tally in answer["files"]:
+                outcome.add(names[tally["ino"]], tally)
 
 
-def _files_below(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
+def _batches(names: dict[int, Path], ranges: list[range] | None) -> Iterator[list[Json]]:
+    """Return what to ask for, request by request: one must be short."""
+    if ranges is None:
+        inos = list(names)
+        for start in range(0, len(inos), BATCH_FILES):
+            yield [_wanted(ino, None) for ino in inos[start : start + BATCH_FILES]]
         return
-    for directory, subdirectories, names in os.walk(path):
-        subdirectories.sort()
-        for name in sorted(names):
-            file = Path(directory, name)
-            if file.is_file() and not file.is_symlink():
-                yield file
+    (ino,) = names
+    # The last first: if the file has no such pages nothing has moved by then.
+    for start in reversed(range(0, len(ranges), BATCH_RANGES)):
+        yield [_wanted(ino, ranges[start : start + BATCH_RANGES])]
 
 
-def _answer(mount: Mount, arguments: Json) -> Json:
-    """Run one request with a progress bar and return its result."""
-    outcome: Json | None = None
-    with progress_bar("migrating") as progress:
-        for answer in request(mount, "migrate", **arguments):
-            if "result" in answer:
-                outcome = answer["result"]
-            else:
+def _answer(
+    mount: Mount, arguments: Json, path: Path | None, outcome: Outcome | None = None
+) -> Json:
+    """Run one request with a progress bar and return its result; ``path`` if it is of one file."""
+    result: Json | None = None
+    try:
+        with progress_bar("migrating") as progress:
+            for answer in request(mount, "migrate", **arguments):
+                if "result" in answer:
+                    result = answer["result"]
+                    continue
                 done = answer["progress"]
                 progress(done["pages_done"], done["pages_total"])
-    if outcome is None:
+                if outcome is not None:
+                    outcome.begun, outcome.under_way = True, done["pages_moved"]
+    except RequestError as error:
+        if path is not None:
+            error.what = f"{path}: {error.what}"
+        raise
+    if result is None:
         raise MountError("the daemon gave no answer to 'migrate'", remedy="see the daemon's log")
-    return outcome
+    if outcome is not None:
+        outcome.begun, outcome.under_way = True, 0
+    return result

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import stat
 from pathlib import Path
 
 from xipfs.cli.client import Json, ask
-from xipfs.errors import UsageError
-from xipfs.fuse.mounts import Mount, mount_of
+from xipfs.errors import MountError, UsageError
+from xipfs.fuse.mounts import Mount, mount_on
 
 LEGEND = "X XIP   P pagecache, resident   p pagecache, not resident   . hole"
 WIDTH = 64
@@ -22,10 +24,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def file_of_mount(path: Path) -> tuple[Mount, int]:
     """Return the mount and inode number of the regular file ``path``."""
-    mount = mount_of(path)
-    if not path.is_file():
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise MountError(f"cannot look at {path}: {error.strerror}") from None
+    mount = mount_on(status.st_dev, path)
+    if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{path} is not a regular file", expected="a file on the mount")
-    return mount, path.stat().st_ino
+    if Path(os.path.realpath(path)).parent == mount.mountpoint / ".xipfs":
+        raise UsageError(f"{path} is a control file", expected="a file of the image")
+    return mount, status.st_ino
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,7 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", metavar="NAME|FILE.py[,KEY=VALUE...]", help="default: the recorded one"
     )
-    parser.add_argument("--ram", metavar="SIZE", help="default: the recorded mount's")
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="in whole pages, rounded down (default: the recorded mount's)"
+    )
     parser.add_argument("--medium", metavar="NAME|FILE:TABLE", help="estimate costs on this medium")
     parser.add_argument(
         "--delay-us",

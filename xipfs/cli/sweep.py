@@ -45,7 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies", required=True, metavar="NAME[,KEY=VALUE...],NAME...", help="what to compare"
     )
-    parser.add_argument("--ram", required=True, metavar="SIZE,SIZE...", help="sizes of RAM")
+    parser.add_argument(
+        "--ram",
+        required=True,
+        metavar="SIZE,SIZE...",
+        help="sizes of RAM, rounded down to whole pages",
+    )
     parser.add_argument("--medium", metavar="NAME|FILE:TABLE", help="estimate costs on this medium")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="RESULTS",

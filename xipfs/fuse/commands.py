@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
@@ -11,7 +12,8 @@ import trio
 
 from xipfs.errors import FsError, ImageError, ObserverError, UsageError
 from xipfs.fs.types import PageKind
-from xipfs.fuse.control import Command, Json
+from xipfs.fuse.control import DIR_INO, Command, Json
+from xipfs.fuse.migration import GONE
 from xipfs.fuse.observing import TracefsObserver
 from xipfs.fuse.translate import tell_damage
 from xipfs.fuse.views import would_migrate
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _EVENTS_INTERVAL_S: Final = 0.1
 #: A client hears of its move's progress this often: each word costs a READ of the control file.
 _PROGRESS_INTERVAL_S: Final = 0.05
+_Wanted = tuple[int, list[range]]
 KINDS: Final = {"xip": PageKind.XIP, "pagecache": PageKind.PAGECACHE}
 
 
@@ -80,6 +83,7 @@ class Commands:
     async def _migrate(self, request: Json) -> AsyncGenerator[Json, None]:
         """Move pages of one file (``ino``, ``ranges``) or of many (``files``: a list of such).
 
+        One of many that is not there any more costs no other: its pages are refused, as ``gone``.
         Damage that is met ends all changes, as in a request handler.
         """
         to = KINDS.get(request["to"])
@@ -88,15 +92,19 @@ class Commands:
         if self._live.fs.read_only and not request.get("dry_run"):
             raise FsError(errno.EROFS, "the mount is read-only: no page can change its kind")
         try:
-            files = request.get("files", [request])
-            batch = [(int(file["ino"]), self._runs_to_move(file)) for file in files]
             if request.get("dry_run"):
                 await self._live.drain_settled()
-                yield {"result": would_migrate(self._live, batch, to)}
+            batch, gone = self._batch(request)
+            if request.get("dry_run"):
+                yield {"result": would_migrate(self._live, batch, gone, to)}
                 return
-            jobs = [Job(ino, run, to, MANUAL) for ino, to_move in batch for run in to_move]
+            jobs = [
+                Job(ino, run, to, MANUAL)
+                for ino, to_move in itertools.chain(batch, gone)
+                for run in to_move
+            ]
             total = sum(len(job.pages) for job in jobs)
-            done, sums = 0, {ino: Tally() for ino, _ in batch}
+            done, sums = 0, {int(file["ino"]): Tally() for file in _files_of(request)}
             told_s = trio.current_time()
             async with aclosing(self._live.migrator.migrate(jobs)) as chunks:
                 async for job, pages, tally in chunks:
@@ -104,7 +112,12 @@ class Commands:
                     sums[job.ino] += tally
                     if done < total and trio.current_time() - told_s >= _PROGRESS_INTERVAL_S:
                         told_s = trio.current_time()
-                        yield {"progress": {"pages_done": done, "pages_total": total}}
+                        moved = sum(each.moved for each in sums.values())
+                        yield {
+                            "progress": {
+                                "pages_done": done, "pages_total": total, "pages_moved": moved,
+                            }
+                        }  # fmt: skip
         except ImageError as error:
             tell_damage(self._live.fs, error)
             raise
@@ -112,6 +125,26 @@ class Commands:
         if "files" in request:
             result["files"] = [{"ino": ino, **each.describe()} for ino, each in sums.items()]
         yield {"result": result}
+
+    def _batch(self, request: Json) -> tuple[list[_Wanted], list[_Wanted]]:
+        """Return the files, each with the runs to move; apart, those of many that are gone."""
+        there: list[_Wanted] = []
+        gone: list[_Wanted] = []
+        for wanted in _files_of(request):
+            ino = int(wanted["ino"])
+            try:
+                there.append((ino, self._runs_to_move(wanted)))
+            except FsError as error:
+                if "files" not in request or error.errno not in GONE or not 0 < ino < DIR_INO:
+                    raise
+                gone.append((ino, self._runs_of_gone(wanted)))
+        return there, gone
+
+    def _runs_of_gone(self, wanted: Json) -> list[range]:
+        """Return the pages that were asked for, as runs; one page if that was all of the file."""
+        asked = sum(max(int(count), 0) for _, count in wanted.get("ranges", [[0, 1]]))
+        # There were no more pages with bytes than the image has.
+        return [range(min(asked, self._live.fs.memory.nvram_pages))]
 
     def _runs_to_move(self, wanted: Json) -> list[range]:
         """Return the runs of wanted pages that are no holes: a sparse file costs what it holds."""
@@ -125,3 +158,8 @@ class Commands:
                     expected=f"pages 0-{end - 1}" if end else "a file that is not empty",
                 )
         return self._live.migrator.runs_of(ino, ranges)
+
+
+def _files_of(request: Json) -> list[Json]:
+    files: list[Json] = request.get("files", [request])
+    return files

@@ -47,7 +47,7 @@ GROUP_PAGES: Final = 16 * CHUNK_PAGES
 #: Nobody asks for anything if nobody has for so long.
 _IDLE_S: Final = 0.02
 #: What a move of a file meets that is not there: its inode may be something else by now.
-_GONE: Final = (errno.ENOENT, errno.EISDIR, errno.EINVAL)
+GONE: Final = (errno.ENOENT, errno.EISDIR, errno.EINVAL)
 #: Between two passes over pinned pages: 1 ms, 2 ms, ... 9 ms; 45 ms in all.
 _PASS_PAUSE_S: Final = 0.001
 #: Others get at least this many times the time that a bulk move takes from them.
@@ -166,7 +166,7 @@ class Migrator:
         try:
             pages = self._engine.needing_move(ino, group, job.to)
         except FsError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise
             pages = list(group)  # told as gone when its turn comes
         windows, at = [], 0
@@ -205,7 +205,7 @@ class Migrator:
             for code, pages in refused.items():
                 self._give_up(window, REASONS[code], pages)
         except FsError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise
             # The last name and the last handle of the file went while it was being moved.
             if window.left:

@@ -93,10 +93,27 @@ def mount_of(path: Path) -> Mount:
         device = os.stat(path).st_dev
     except OSError as error:
         raise MountError(f"cannot look at {path}: {error.strerror}") from None
-    for mount in reversed(mounts()):
-        if os.makedev(mount.major, mount.minor) == device and mount.fstype == FSTYPE:
-            return mount
-    raise MountError(f"{path} is not on an xipfs mount", expected=f"a file on a {FSTYPE} mount")
+    return mount_on(device, path)
+
+
+def mount_on(device: int, path: Path) -> Mount:
+    """Return the xipfs mount with that ``st_dev``; of several (bind mounts) the one of ``path``."""
+    known = [
+        mount
+        for mount in reversed(mounts())
+        if os.makedev(mount.major, mount.minor) == device and mount.fstype == FSTYPE
+    ]
+    if not known:
+        raise MountError(f"{path} is not on an xipfs mount", expected=f"a file on a {FSTYPE} mount")
+    if len(known) == 1:
+        return known[0]
+    real = Path(os.path.realpath(path))
+    above = {
+        mount: len(mount.mountpoint.parts)
+        for mount in known
+        if real.is_relative_to(mount.mountpoint)
+    }
+    return max(above, key=above.__getitem__, default=known[0])
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False, timeout_s: float | None = None) -> None:

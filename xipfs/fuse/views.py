@@ -74,9 +74,17 @@ def live_snapshot(live: Live) -> dict[str, Any]:
     }
 
 
-def would_migrate(live: Live, files: list[tuple[int, list[range]]], to: PageKind) -> dict[str, Any]:
+def would_migrate(
+    live: Live,
+    files: list[tuple[int, list[range]]],
+    gone: list[tuple[int, list[range]]],
+    to: PageKind,
+) -> dict[str, Any]:
     """Return what a migration would do now, what it would cost and what a touch would save."""
     would, outcome = would_move(live.fs, files, to)
+    if gone:
+        outcome["failed"]["gone"] = sum(len(run) for _, runs in gone for run in runs)
+        outcome["failed_errno"] = errnos_of(outcome["failed"])
     return outcome | would.cost(live.profile, live.fs.memory.struct_page_bytes)
 
 

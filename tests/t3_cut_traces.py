@@ -298,4 +298,4 @@ def test_a_file_that_may_not_be_read() -> None:
     finally:
         path.unlink()
     said = f"xipfs faults: {path} cannot be read: Permission denied\n"
-    assert (done.returncode, done.stderr) == (1, said)
+    assert (done.returncode, done.stderr) == (2, said)

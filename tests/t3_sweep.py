@@ -380,3 +380,14 @@ def test_a_dask_cluster_that_dies_is_told_as_such(tmp_path: Path) -> None:
     assert sweep.returncode == 1
     assert "the Dask cluster is gone, and the cell" in said
     assert ": None" not in said
+
+
+def test_a_trace_that_is_none_is_wrong_input(tmp_path: Path) -> None:
+    words = ("--policies", "off", "--ram", "4K", "-o", tmp_path / "r.jsonl")
+    cut = write_trace(tmp_path / "t.parquet", STREAM)
+    cut.write_bytes(cut.read_bytes()[:-20])
+    for trace, why in ((tmp_path / "none", "cannot be read"), (cut, "has no end")):
+        for verb in (("sweep", trace, *words), ("replay", trace), ("faults", trace)):
+            done = xipfs(*verb, check=False)
+            assert (done.returncode, done.stdout) == (2, ""), verb
+            assert f"{trace} {why}" in done.stderr

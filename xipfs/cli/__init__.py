@@ -41,13 +41,13 @@ VERBS: Final[dict[str, str]] = {
 
 def run_verb(verb: str, prog: str, argv: Sequence[str]) -> int:
     """Parse ``argv`` with the verb's own parser, run it, and return the exit code."""
-    module = importlib.import_module(f"xipfs.cli.{verb}")
     summary = VERBS[verb]
     parser = argparse.ArgumentParser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
-    module.configure(parser)
-    # What cleans up after Ctrl-C cleans up after a plain kill too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        # What cleans up after Ctrl-C cleans up after a plain kill too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        module = importlib.import_module(f"xipfs.cli.{verb}")
+        module.configure(parser)
         code: int = module.run(parser.parse_args(argv))
         sys.stdout.flush()
     except XipfsError as error:

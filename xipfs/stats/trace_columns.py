@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xipfs.errors import XipfsError
+from xipfs.errors import EXIT_FAILURE, EXIT_USAGE, XipfsError
 from xipfs.stats.trace_items import MEANINGS
 
 SCHEMA: Final = 4
@@ -94,7 +94,15 @@ _TEXT: Final = {name for name, (kind, _, _) in COLUMNS.items() if kind == "strin
 
 
 class TraceError(XipfsError):
-    """A trace file cannot be read or written."""
+    """A trace file cannot be read: as an input it is wrong."""
+
+    exit_code = EXIT_USAGE
+
+
+class TraceWriteError(TraceError):
+    """A trace file cannot be written."""
+
+    exit_code = EXIT_FAILURE
 
 
 def arrow() -> Any:

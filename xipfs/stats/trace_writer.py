@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from xipfs.errors import UsageError
 from xipfs.stats.partial_trace import LOSSES, is_written, partial_of
-from xipfs.stats.trace_columns import GROUP_ROWS, TraceError, arrow, arrow_schema, packed
+from xipfs.stats.trace_columns import GROUP_ROWS, TraceWriteError, arrow, arrow_schema, packed
 
 
 class TraceWriter:
@@ -127,7 +127,7 @@ class TraceWriter:
         except (self._arrow.ArrowException, OSError) as error:
             self._failed = True
             reason = getattr(error, "strerror", None) or error
-            raise TraceError(
+            raise TraceWriteError(
                 f"{path} cannot be written: {reason}",
                 remedy=f"{self._partial} has what was recorded until then",
             ) from None
@@ -155,7 +155,7 @@ def _new_file(path: Path, force: bool) -> BinaryIO:
     except FileExistsError:
         raise UsageError(f"{path} exists", remedy="--force overwrites it") from None
     except OSError as error:
-        raise TraceError(f"{path} cannot be written: {error.strerror}") from None
+        raise TraceWriteError(f"{path} cannot be written: {error.strerror}") from None
     os.fchmod(file.fileno(), 0o600)
     return file
 

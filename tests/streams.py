@@ -49,10 +49,12 @@ STREAM = [
     MAP,
     fault(1, 0),
     line("decide", 2),
+    line("turn", 3),
     moved(7, 0),
     fault(8, 0, cause="move"),
     fault(9, 1),
     line("decide", 10),
+    line("turn", 11),
     moved(15, 1),
 ]
 

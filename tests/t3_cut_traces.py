@@ -266,13 +266,13 @@ def test_foreign_files(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_text("something else")
     assert refusal(path) == f"{path} is not a trace file; expected a file of `xipfs record`"
-    again = "expected trace schema 4; record it again with this version of xipfs"
+    again = "expected trace schema 5; record it again with this version of xipfs"
     parquet(path, {}, {"a": [1]})
     assert refusal(path) == f"{path} is not a trace of xipfs; {again}"
-    for schema in (1, 2, 3, 99):
+    for schema in (1, 2, 3, 4, 99):
         parquet(path, {"xipfs.schema": json.dumps(schema)}, {"a": [1]})
         assert refusal(path) == f"{path} is of trace schema {schema}; {again}"
-    parquet(path, {"xipfs.schema": "4"}, {"a": [1]})
+    parquet(path, {"xipfs.schema": "5"}, {"a": [1]})
     assert refusal(path).startswith(f"{path} has other columns than a trace; expected time_ns, mm,")
     parquet(path, {"xipfs.schema": "{"}, {"a": [1]})
     assert refusal(path).startswith(f"{path} is damaged: ")

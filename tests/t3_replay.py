@@ -173,6 +173,100 @@ def test_moves_by_hand_are_of_the_recording_under_every_policy() -> None:
     assert answer["vmstat"]["pgfault_pagecache"] == 1
 
 
+def line_of_a_move(time_ms: int, to: str, *, by: str) -> dict[str, Any]:
+    return line(
+        "move", time_ms, ino=INO, page=0, pages=1, to=to, by=by, reason="", moved=[[0, 1]],
+        refused={},
+    )  # fmt: skip
+
+
+THRESHOLD = {
+    "policy": "threshold",
+    "parameters": {"pages_per_s": 0, "stay_ms": 0, "promote": 1},
+    "files_sha256": "",
+    "dry": False,
+}
+#: A page's plan by fifo is under way when threshold plans the same anew.
+PLANNED_TWICE = [
+    FILE,
+    MAP,
+    fault(1, 0),
+    line("decide", 2),
+    line("turn", 3),
+    line("policy", 4, **THRESHOLD),
+    fault(5, 0),
+    line("decide", 6),
+    line_of_a_move(7, "pagecache", by="policy"),
+]
+
+
+def by_cause(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
+    causes = answer["migration"]["by_cause"]
+    names = ("policy", "reason", "promoted", "demoted", "failed")
+    return sorted(tuple(str(cause[name]) for name in names) for cause in causes)
+
+
+def test_a_page_planned_again_while_its_first_plan_is_under_way_moves_by_each() -> None:
+    """Moved back by hand between the two, so that the second has something to do."""
+    stream = [
+        *PLANNED_TWICE,
+        line_of_a_move(8, "xip", by="manual"),
+        line("turn", 9),
+        line_of_a_move(10, "pagecache", by="policy"),
+        line("turn", 11),
+    ]
+    replay, answer = played(Choice(), stream)
+    assert replay.moves == [(INO, 0, "pagecache"), (INO, 0, "xip"), (INO, 0, "pagecache")]
+    assert answer["replay"]["moves_differ"] == 0
+    assert by_cause(answer) == [
+        ("None", "manual", "0", "1", "0"),
+        ("fifo", "first fault", "1", "0", "0"),
+        ("threshold", "1 faults", "1", "0", "0"),
+    ]
+
+
+def test_of_two_plans_for_one_page_in_the_same_turn_the_later_moves_it() -> None:
+    stream = [each for each in PLANNED_TWICE if each["item"] not in ("turn", "move")]
+    stream += [line("turn", 7), line_of_a_move(8, "pagecache", by="policy"), line("turn", 9)]
+    replay, answer = played(Choice(), stream)
+    assert replay.moves == [(INO, 0, "pagecache")]
+    assert answer["replay"]["moves_differ"] == 0
+    assert by_cause(answer) == [("threshold", "1 faults", "1", "0", "0")]
+
+
+def test_a_second_plan_that_is_refused_is_the_one_that_its_policy_waits_for() -> None:
+    stream = [
+        *PLANNED_TWICE,
+        line_of_a_move(8, "xip", by="manual"),
+        fault(9, 0),
+        line("decide", 10),
+        line("turn", 11),
+        line("give_up", 12, ino=INO, to="pagecache", by="policy", reason="pinned", given=[[0, 1]]),
+        line("refused", 13, moves=[[INO, 0, "pagecache"]]),
+        line("turn", 14),
+    ]
+    replay, answer = played(Choice(), stream)
+    assert replay.moves == [(INO, 0, "pagecache"), (INO, 0, "xip")]
+    assert answer["replay"]["moves_differ"] == 0
+    assert answer["migration"]["moves_under_way"] == 0
+    assert by_cause(answer) == [
+        ("None", "manual", "0", "1", "0"),
+        ("fifo", "first fault", "1", "0", "0"),
+        ("threshold", "1 faults", "0", "0", "1"),
+    ]
+
+
+def test_moves_that_differ_are_counted_one_by_one() -> None:
+    """Two that the replay's policy has not planned, then one that the recording lacks."""
+    unplanned = line(
+        "move", 7, ino=INO, page=3, pages=2, to="pagecache", by="policy", reason="first fault",
+        moved=[[3, 2]], refused={},
+    )  # fmt: skip
+    stream = [FILE, MAP, fault(1, 0), line("decide", 2), line("turn", 3), unplanned]
+    assert played(Choice(), stream)[1]["replay"]["moves_differ"] == 2
+    assert played(Choice(), [*stream, line("turn", 9)])[1]["replay"]["moves_differ"] == 3
+
+
 def test_a_recording_with_losses_does_not_claim_to_be_exact() -> None:
     replay = Replay(recorded(events_lost=1), Choice())
     replay.finish()

@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     with TraceReader(path) as trace:
         assert trace.rows == 2
-        assert trace.metadata["schema"] == 4
+        assert trace.metadata["schema"] == 5
         assert trace.metadata["losses"] == {"faults": 2}
         assert trace.metadata["items"]["fault"].startswith("one real fault")
         (batch,) = trace.batches()

@@ -16,6 +16,7 @@ import pytest
 from live import ENVIRONMENT, ROOT, LiveMount, new_image, wait_until, xipfs
 from t5_record import end_recording, recording
 
+from xipfs.cli.client import request
 from xipfs.migrate.registry import BUILT_IN
 from xipfs.stats.trace_file import TraceReader
 from xipfs.stats.trace_items import values_of
@@ -249,3 +250,61 @@ def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
         assert (name, told[name]) == (name, was[name])
     assert (told["by_cause"], told["by_process"]) == (was["by_cause"], was["by_process"])
     assert told["fail_reasons"] == was["fail_reasons"]
+
+
+#: Maps a file anew again and again and touches its pages, by a seed.
+TOUCHES = """
+import mmap, os, random, sys
+path, seed = sys.argv[1], int(sys.argv[2])
+generator = random.Random(seed)
+for _ in range(60):
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        for _ in range(80):
+            page = int(generator.random() ** 2 * (len(memory) // 4096))
+            if generator.random() < 0.3:
+                memory[page * 4096] = 65
+            else:
+                memory[page * 4096]
+"""
+#: Each plans pages that the other has just planned, and one of them pages to be taken away.
+IN_TURN = [("clock", {}), ("threshold", {"promote": 1}), ("tpp", {"window_ms": 2000})]
+
+
+def change_policy_and_move_back_while_they_run(
+    mounted: LiveMount, programs: list[subprocess.Popen[bytes]], generator: random.Random
+) -> None:
+    """Choose one policy after the other, and move by hand what they have planned."""
+    inodes = [(mounted / name).stat().st_ino for name in "ab"]
+    while any(program.poll() is None for program in programs):
+        policy, values = generator.choice(IN_TURN)
+        list(request(mounted.mount, "policy", policy=policy, values=values, dry=False))
+        to, ranges = generator.choice(["xip", "pagecache"]), [[generator.randrange(200), 40]]
+        list(request(mounted.mount, "migrate", ino=generator.choice(inodes), to=to, ranges=ranges))
+
+
+def test_pages_that_two_policies_have_planned_are_replayed_as_they_moved(tmp_path: Path) -> None:
+    """The policy changes, and pages are moved by hand, while plans are under way."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}: seed = {seed} plays it again")
+    trace = tmp_path / "trace.parquet"
+    options = ["policy=clock", "ram=600K", "hint=500"]
+    with new_mount(tmp_path, options) as mounted, contextlib.ExitStack() as ends:
+        for name in "ab":
+            (mounted / name).write_bytes(b"x" * (480 * 4096))
+        recorder = recording(mounted.directory, trace)
+        ends.callback(recorder.kill)
+        programs = []
+        for name in "aabb":
+            words = [sys.executable, "-c", TOUCHES, str(mounted / name), str(seed + len(programs))]
+            programs.append(ends.enter_context(subprocess.Popen(words)))
+        change_policy_and_move_back_while_they_run(mounted, programs, random.Random(seed))
+        assert [program.returncode for program in programs] == [0, 0, 0, 0]
+        settle(mounted)
+        end_recording(recorder, timeout_s=60)
+        live = mounted.cat_stats()
+    done = xipfs("replay", trace, "--json", "--moves", check=False)
+    answer = json.loads(done.stdout)
+    assert (answer["replay"]["moves_differ"], done.returncode) == (0, 0)
+    assert answer["replay"]["exact"] is True
+    assert answer["moves"] == recorded_moves(trace)
+    assert answer["migration"]["by_cause"] == live["migration"]["by_cause"]

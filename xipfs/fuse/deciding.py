@@ -100,6 +100,7 @@ class Deciding(Steering):
                     self._imagine(dry.finish)
                 continue
             moves, self._plan = self._plan, []
+            self.note("turn")
             try:
                 # Damage that was met ends all changes: the policy hears that its moves failed.
                 if not self._fs.read_only:

@@ -3,8 +3,9 @@
 Each row is applied in its turn. Faults are charged anew, by what their pages are now. A policy
 hears the same signals at the same decision points as on a mount.
 
-*As recorded* (same policy, parameters and RAM): a plan is carried out where the recording says that
-it was, and pins that refused a page refuse it again. So the moves must be the recorded ones.
+*As recorded* (same policy, parameters and RAM): a plan is carried out in the turn, and where, that
+the recording says, and pins that refused a page refuse it again. So the moves must be the recorded
+ones.
 
 *Otherwise* the recorded policy's moves are left out, and with them what they caused: pages that
 left the kernel's cache, READ requests, and faults for which the page is now mapped. Such a fault
@@ -90,8 +91,10 @@ class Replay:
         self.counts = Replayed()
         #: Every page moved, in order: inode, page, new kind.
         self.moves: list[tuple[int, int, str]] = []
-        #: By inode, page and new kind: a plan is still carried out when the next one is made.
-        self._plan: dict[tuple[int, int, PageKind], Move] = {}
+        #: As recorded: planned, and not begun; what is planned during a turn waits for the next.
+        self._waiting: list[Move] = []
+        #: As recorded: what the turn carries out, by inode, page and new kind.
+        self._turn: dict[tuple[int, int, PageKind], Move] = {}
         self._due: deque[tuple[int, Move]] = deque()
         self._charges: list[Charge] = []
         self._evicted: list[Page] = []
@@ -100,7 +103,7 @@ class Replay:
             "write": self._write, "size": self._size, "gone": self._gone, "kind": self._kind,
             "sync": self._sync, "write_back": self._write_back, "move": self._move,
             "decide": self._decide, "refused": self._refuse, "policy": self._policy,
-            "hint": self._hint, "give_up": self._give_up,
+            "hint": self._hint, "give_up": self._give_up, "turn": self._begin_turn,
         }  # fmt: skip
 
     def _comm(self, pid: int) -> str:
@@ -247,9 +250,19 @@ class Replay:
 
     def _planned(self, moves: list[Move]) -> None:
         if self.as_recorded:
-            self._plan.update({(move.ino, move.index, move.to): move for move in moves})
+            self._waiting += moves
         else:
             self._due.extend((self.now_ns + self._delay_ns, move) for move in moves)
+
+    def _begin_turn(self, row: Row) -> None:
+        if not self.as_recorded:
+            return
+        # On the mount nothing was left of the last turn: what it did not move was told as refused.
+        left = self.steering.carried_out(self._turn.values(), row["time_ns"])
+        self.counts.moves_differ += len(left)
+        moves, self._waiting = self._waiting, []
+        # Of two for one page the later counts, as on the mount (jobs_of).
+        self._turn = {(move.ino, move.index, move.to): move for move in moves}
 
     def _move(self, row: Row) -> None:
         told = values_of(row)
@@ -270,19 +283,20 @@ class Replay:
             parts = [range(at, at + count) for _, at, count in runs([(ino, at) for at in moves])]
         for part in parts:
             self._move_pages(Job(ino, part, to, told["reason"], moves), refused)
-        wanted = [
-            (told["ino"], index, told["to"])
-            for first, count in told["moved"]
-            for index in range(first, first + count)
-        ]
-        self.counts.moves_differ += self.as_recorded and self.moves[before:] != wanted
+        if self.as_recorded:
+            wanted = {
+                (ino, index, told["to"])
+                for first, count in told["moved"]
+                for index in range(first, first + count)
+            }
+            self.counts.moves_differ += len(wanted ^ set(self.moves[before:]))
 
     def _planned_of(self, told: Mapping[str, Any], pages: Iterable[int]) -> Mapping[int, Move]:
         """Return what the replay's policy has planned for a row's ``pages``, in their order."""
         if told["by"] == "manual":
             return BY_HAND
         ino, to = told["ino"], PageKind(told["to"])
-        plan = {index: self._plan.get((ino, index, to)) for index in pages}
+        plan = {index: self._turn.get((ino, index, to)) for index in pages}
         return {index: move for index, move in plan.items() if move is not None}
 
     def _move_pages(
@@ -300,8 +314,6 @@ class Replay:
             for code, which in result.refused.items():
                 failed.setdefault(REASONS[code], []).extend(which)
         self.moves += [(ino, index, to.value) for index in moved]
-        for index in moved if moves else ():
-            self._plan.pop((ino, index, to), None)  # before the policy hears of it, and plans anew
         event.moved, event.moved_bytes = len(moved), len(moved) * PAGE_SIZE
         event.failed = {reason: len(which) for reason, which in failed.items()}
         self.history.record(event)
@@ -329,7 +341,7 @@ class Replay:
         if not self.as_recorded:
             return
         told = values_of(row)["moves"]
-        moves = [self._plan.pop((ino, index, PageKind(to)), None) for ino, index, to in told]
+        moves = [self._turn.get((ino, index, PageKind(to))) for ino, index, to in told]
         self.steering.carried_out([each for each in moves if each is not None], row["time_ns"])
 
     def _carry_out(self) -> None:

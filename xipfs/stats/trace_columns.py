@@ -14,7 +14,7 @@ from typing import Any, Final
 from xipfs.errors import EXIT_FAILURE, EXIT_USAGE, XipfsError
 from xipfs.stats.trace_items import MEANINGS
 
-SCHEMA: Final = 4
+SCHEMA: Final = 5
 #: Rows of one group; readers hold one group at a time.
 GROUP_ROWS: Final = 1 << 16
 _PREFIX: Final = "xipfs."

@@ -104,6 +104,8 @@ MEANINGS: Final[dict[str, str]] = {
     "decide": "a decision point: the policy hears of the requests and faults since the last one, "
     "in the order of their times",
     "hint": "xipfs is about to take marked pages [ino, page] away for hint faults",
+    "turn": "the moves planned since the last turn are carried out from here on, of two for one page "
+    "the later; what is planned from here on waits for the next turn",
     "refused": "nothing will come of planned moves: [ino, page, kind]",
     "policy": "from here on policy decides, with parameters; dry (true or false): nothing moves; "
     "files_sha256 of what is not xipfs's own of it",

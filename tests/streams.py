@@ -72,13 +72,18 @@ def write_trace(
     *,
     lost: int = 0,
     resident: Sequence[tuple[int, int, int]] = (),
+    signals: int = 0,
+    planned: int = 0,
+    heard_ns: int = 0,
 ) -> Path:
     """Write ``rows`` as a whole recording of a mount with policy fifo and 16 pages of RAM.
 
-    ``resident`` are (inode, page, dirty) in RAM when it began.
+    ``resident`` are (inode, page, dirty) in RAM when it began; of before are also the policy's
+    ``signals``, the latest heard at ``heard_ns``, and ``planned`` moves.
     """
+    before = {"signals": signals, "planned": planned, "heard_ns": heard_ns}
     start = [
-        line("start", 0, resident=resident, faults=0, ptes=0),
+        line("start", 0, resident=resident, faults=0, ptes=0, **before),
         line("policy", 0, **POLICY),
     ]
     writer = TraceWriter(path)

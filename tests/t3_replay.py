@@ -274,6 +274,32 @@ def test_a_recording_with_losses_does_not_claim_to_be_exact() -> None:
     assert outcome(replay)["replay"]["exact"] is False
 
 
+@pytest.mark.parametrize("known", ["signals", "planned"])
+def test_nor_does_one_whose_policy_remembers_what_was_before_it(tmp_path: Path, known: str) -> None:
+    before = {known: 1, "heard_ns": 5}
+    answer = outcome(replay_file(write_trace(tmp_path / "t", STREAM, **before), Choice()))
+    assert {name for name, count in answer["recorded"]["lost"].items() if count} == {
+        {"signals": "signals_before_start", "planned": "plans_before_start"}[known]
+    }
+    assert (answer["replay"]["as_recorded"], answer["replay"]["exact"]) == (True, False)
+
+
+def test_an_eviction_s_time_may_be_one_from_before_the_recording() -> None:
+    """One frame; the page in it goes for another, before anything has told of a time."""
+    times: list[int] = []
+    told = dataclasses.replace(recorded("clock"), ram_bytes=4096)
+    replay = Replay(told, Choice())
+    policy = vars(vars(replay.steering)["_decider"])["_policy"]
+    policy.plan = lambda signal, _seen: times.append(signal.time_ns) or []
+    cached = line("file", 0, ino=INO, size_bytes=8192, pagecache=True, runs=[[0, 2, "pagecache"]])
+    begin = line(
+        "start", 8, resident=[[INO, 0, 0]], faults=0, ptes=0, signals=0, planned=0, heard_ns=5
+    )
+    for each in (cached, begin, line("read", 9, pid=20, ino=INO, offset=4096, size=4096)):
+        replay.apply(each)
+    assert times == [5]
+
+
 def test_files_are_cut_freed_and_their_numbers_used_again() -> None:
     again = line("file", 9, ino=INO, size_bytes=4096, pagecache=True, runs=[[0, 1, "pagecache"]])
     stream = [

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,8 @@ def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
         "items_missed": 0,
         "faults_before_start": 0,
         "ptes_before_start": 0,
+        "signals_before_start": 0,
+        "plans_before_start": 0,
         "cut_off": 0,
     }
     assert answer["replay"]["exact"] is True
@@ -250,6 +253,14 @@ def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
         assert (name, told[name]) == (name, was[name])
     assert (told["by_cause"], told["by_process"]) == (was["by_cause"], was["by_process"])
     assert told["fail_reasons"] == was["fail_reasons"]
+
+
+def stand_still(mounted: LiveMount) -> None:
+    """Return once no page moves; of plans of a policy that was replaced nothing else tells."""
+    moves = -1
+    while moves != (moves := mounted.vmstat()["pgmigrate_success"]):
+        time.sleep(0.5)
+        settle(mounted)
 
 
 #: Maps a file anew again and again and touches its pages, by a seed.
@@ -287,19 +298,19 @@ def test_pages_that_two_policies_have_planned_are_replayed_as_they_moved(tmp_pat
     seed = random.randrange(10**6)
     print(f"seed {seed}: seed = {seed} plays it again")
     trace = tmp_path / "trace.parquet"
-    options = ["policy=clock", "ram=600K", "hint=500"]
+    options = ["ram=600K", "hint=500"]
     with new_mount(tmp_path, options) as mounted, contextlib.ExitStack() as ends:
         for name in "ab":
             (mounted / name).write_bytes(b"x" * (480 * 4096))
         recorder = recording(mounted.directory, trace)
         ends.callback(recorder.kill)
-        programs = []
+        programs: list[subprocess.Popen[bytes]] = []
         for name in "aabb":
             words = [sys.executable, "-c", TOUCHES, str(mounted / name), str(seed + len(programs))]
             programs.append(ends.enter_context(subprocess.Popen(words)))
         change_policy_and_move_back_while_they_run(mounted, programs, random.Random(seed))
         assert [program.returncode for program in programs] == [0, 0, 0, 0]
-        settle(mounted)
+        stand_still(mounted)
         end_recording(recorder, timeout_s=60)
         live = mounted.cat_stats()
     done = xipfs("replay", trace, "--json", "--moves", check=False)
@@ -308,3 +319,24 @@ def test_pages_that_two_policies_have_planned_are_replayed_as_they_moved(tmp_pat
     assert answer["replay"]["exact"] is True
     assert answer["moves"] == recorded_moves(trace)
     assert answer["migration"]["by_cause"] == live["migration"]["by_cause"]
+
+
+def test_what_a_policy_knew_before_the_recording_is_told(tmp_path: Path) -> None:
+    """One write of each page before it, one in it: the second is the write that earns RAM."""
+    with new_mount(tmp_path, ["policy=write-hot", "ram=400K"]) as mounted:
+        (mounted / "file").write_bytes(b"x" * (40 * 4096))
+        for trace, known, exact in (("before.parquet", 40, False), ("anew.parquet", 0, True)):
+            recorder = recording(mounted.directory, tmp_path / trace)
+            with open(mounted / "file", "r+b", buffering=0) as file:
+                for _ in range(1 if known else 2):
+                    for page in range(40):
+                        os.pwrite(file.fileno(), b"y", page * 4096)
+            settle(mounted)
+            end_recording(recorder, timeout_s=60)
+            assert len(recorded_moves(tmp_path / trace)) == 40
+            answer = json.loads(xipfs("replay", tmp_path / trace, "--json", "--moves").stdout)
+            assert answer["recorded"]["lost"]["signals_before_start"] == known
+            assert (answer["replay"]["exact"], len(answer["moves"])) == (exact, 40 * exact)
+            # A policy begins anew, and with it what a recording can tell.
+            xipfs("migrate", mounted / "file", "--to", "xip")
+            xipfs("policy", "set", mounted.directory, "write-hot")

@@ -51,6 +51,7 @@ class Deciding(Steering):
         self.on_plan = self._planned_more
         self.note: Callable[..., None] = _no_recording
         self._plan: list[Move] = []
+        self._turn: list[Move] = []
         self._planned = trio.Event()
 
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
@@ -63,6 +64,14 @@ class Deciding(Steering):
         """Return what a trace says of the policy."""
         told = self.describe()
         return {name: told[name] for name in CHOSEN}
+
+    def before(self) -> dict[str, int]:
+        """Return what a trace that begins now has to tell of the past: it lacks the rest of it."""
+        return {
+            "signals": self.signals_heard,
+            "planned": len(self._plan) + len(self._turn),
+            "heard_ns": self.now_ns,
+        }
 
     def charged(self, charges: Iterable[Charge]) -> None:
         """A decision point, as told to a recording."""
@@ -100,6 +109,7 @@ class Deciding(Steering):
                     self._imagine(dry.finish)
                 continue
             moves, self._plan = self._plan, []
+            self._turn = moves
             self.note("turn")
             try:
                 # Damage that was met ends all changes: the policy hears that its moves failed.
@@ -109,6 +119,7 @@ class Deciding(Steering):
                 if not self._fs.damage:
                     raise
             finally:
+                self._turn = []
                 # The policy waits for the end of each of its moves, also of a plan that failed.
                 now_ns = time.monotonic_ns()
                 if refused := self.carried_out(moves, now_ns):

@@ -93,6 +93,7 @@ class Live:
         self.deciding = Deciding(fs, options, self.profile)
         self.deciding.note = self.recorder.note
         self.recorder.policy = self.deciding.chosen
+        self.recorder.before = self.deciding.before
         # One drain at a time, or batches would be consumed out of order.
         self._draining = Turn()
         self._drainer = Worker("xipfs-drain")

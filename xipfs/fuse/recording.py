@@ -129,6 +129,8 @@ class Recorder:
         self.cut: set[int] = set()
         #: Returns what a trace says of the policy.
         self.policy: Callable[[], dict[str, Any]] = dict
+        #: Returns what the policy knows from before a trace begins.
+        self.before: Callable[[], dict[str, int]] = dict
         fs.recorder = self
 
     @property
@@ -307,6 +309,7 @@ class Recorder:
                     1 for _, vma in mappings
                     for _ in vma.mm.tables.populated(vma.start, vma.end)
                 ),
+                **self.before(),
             },
         )  # fmt: skip
         policy = row("policy", {"time_ns": now_ns, **self.policy()})

@@ -52,7 +52,8 @@ class Steering:
         self._profile = profile
         Steering.choose(self, policy, values, dry=dry)
         self._requests: list[Signal] = []
-        self._now_ns = 0
+        #: The latest time that was heard, which is that of an eviction.
+        self.now_ns = 0
         self.on_plan: Callable[[list[Move]], None] | None = None
         self.on_would: Callable[[list[Move]], None] | None = None
 
@@ -95,6 +96,12 @@ class Steering:
         self._decider = decider
         self._dry = DryRun(self._decider, ram_pages, self._where) if dry else None
         self._failure = ""
+        self._heard = 0
+
+    @property
+    def signals_heard(self) -> int:
+        """How many signals the policy has heard, or soon will: what it remembers comes of these."""
+        return self._heard + len(self._requests)
 
     def foresee(self, touches: Iterable[tuple[int, Page]]) -> None:
         """Tell a policy that asks for it all touches to come, as (time in ns, page)."""
@@ -104,7 +111,7 @@ class Steering:
         self, now_ns: int, pid: int, ino: int, first: int, last: int, *, write: bool
     ) -> None:
         """Hear of a READ or WRITE request of pages first..last; told at the next ``charged``."""
-        self._now_ns = max(self._now_ns, now_ns)
+        self.now_ns = max(self.now_ns, now_ns)
         source = WRITE if write else READ
         if source not in self._decider.signals:
             return
@@ -125,13 +132,13 @@ class Steering:
         if not self._decider.signals:
             return
         for signal in merged(requests, charges):
-            self._now_ns = max(self._now_ns, signal.time_ns)
+            self.now_ns = max(self.now_ns, signal.time_ns)
             self._hear(signal)
         self._decided()
 
     def moved(self, ino: int, pages: Iterable[int], to: PageKind, now_ns: int) -> None:
         """Hear of pages that have moved just now."""
-        self._now_ns = max(self._now_ns, now_ns)
+        self.now_ns = max(self.now_ns, now_ns)
         if not self._decider.signals:
             return  # it listens to nothing, so it has planned nothing
         for index in pages:
@@ -145,13 +152,13 @@ class Steering:
         """
         if not self._decider.signals:
             return
-        self._hear(Signal(self._now_ns, EVICTED, 0, ino, index, PteKind.PAGECACHE))
+        self._hear(Signal(self.now_ns, EVICTED, 0, ino, index, PteKind.PAGECACHE))
 
     def carried_out(self, moves: Iterable[Move], now_ns: int) -> list[Move]:
         """Hear that nothing more will come of these moves; return those that were not made."""
         refused = [move for move in moves if self._decider.is_under_way(move)]
         if refused:  # else nothing was heard, and no recording tells of it
-            self._now_ns = max(self._now_ns, now_ns)
+            self.now_ns = max(self.now_ns, now_ns)
         for move in refused:
             self._hear(done(now_ns, REFUSED, move))
         return refused
@@ -168,6 +175,7 @@ class Steering:
             return []
 
     def _hear(self, signal: Signal) -> None:
+        self._heard += 1
         used, moves = self._fs.nr_resident_pages, []
         try:
             with self._patience:

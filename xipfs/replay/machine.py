@@ -143,8 +143,9 @@ class Replay:
     # The state at the start, and files
 
     def _start(self, row: Row) -> None:
-        resident = values_of(row)["resident"]
-        for ino, index, dirty in resident[-self.fs.memory.ram_pages :]:
+        told = values_of(row)
+        self.steering.now_ns = told["heard_ns"]
+        for ino, index, dirty in told["resident"][-self.fs.memory.ram_pages :]:
             self.fs.make_resident(ino, index, dirty=bool(dirty))
 
     def _file(self, row: Row) -> None:

@@ -71,6 +71,9 @@ def recorded(trace: TraceReader, path: Path) -> Recorded:
                 "items_missed": losses["items_missed"],
                 "faults_before_start": start["faults"],
                 "ptes_before_start": start["ptes"],
+                # A policy chosen anew later knows nothing of these, but what it replaced did.
+                "signals_before_start": start["signals"],
+                "plans_before_start": start["planned"],
                 "cut_off": int("unfinished" in told),
             },
         )

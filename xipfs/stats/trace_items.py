@@ -84,7 +84,9 @@ MEANINGS: Final[dict[str, str]] = {
     "kernel)",
     "incomplete": "records were lost while mm of pid lived: faults of it may be missing",
     "start": "the recording begins; resident: [ino, page, dirty 0 or 1] of RAM, coldest first; "
-    "faults, ptes (number) from before, which the trace does not hold",
+    "faults, ptes (number) from before, which the trace does not hold; signals (number) that the "
+    "policy had heard, and moves planned (number) that were not carried out; heard_ns (ns), the "
+    "time of the latest signal",
     "mapped": "what of the last map the kernel had mapped when the recording began, by whichever "
     "faults: pages in all, mapped [[first, pages]], and unsure [[first, pages]] if at all",
     "file": "state of file ino before anything else of it: size_bytes, pagecache (kind of new "
@@ -104,8 +106,8 @@ MEANINGS: Final[dict[str, str]] = {
     "decide": "a decision point: the policy hears of the requests and faults since the last one, "
     "in the order of their times",
     "hint": "xipfs is about to take marked pages [ino, page] away for hint faults",
-    "turn": "the moves planned since the last turn are carried out from here on, of two for one page "
-    "the later; what is planned from here on waits for the next turn",
+    "turn": "the moves planned since the last turn are carried out from here on, of two for one "
+    "page the later; what is planned from here on waits for the next turn",
     "refused": "nothing will come of planned moves: [ino, page, kind]",
     "policy": "from here on policy decides, with parameters; dry (true or false): nothing moves; "
     "files_sha256 of what is not xipfs's own of it",

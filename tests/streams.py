@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,15 @@ def write_trace(
     *,
     lost: int = 0,
     resident: Sequence[tuple[int, int, int]] = (),
-    signals: int = 0,
-    planned: int = 0,
-    heard_ns: int = 0,
+    before: Mapping[str, int] | None = None,
 ) -> Path:
     """Write ``rows`` as a whole recording of a mount with policy fifo and 16 pages of RAM.
 
-    ``resident`` are (inode, page, dirty) in RAM when it began; of before are also the policy's
-    ``signals``, the latest heard at ``heard_ns``, and ``planned`` moves.
+    ``resident`` are (inode, page, dirty) in RAM when it began; ``before``: what else of item start.
     """
-    before = {"signals": signals, "planned": planned, "heard_ns": heard_ns}
+    known = {"signals": 0, "planned": 0, "heard_ns": 0, **(before or {})}
     start = [
-        line("start", 0, resident=resident, faults=0, ptes=0, **before),
+        line("start", 0, resident=resident, faults=0, ptes=0, **known),
         line("policy", 0, **POLICY),
     ]
     writer = TraceWriter(path)

@@ -14,6 +14,7 @@ from streams import FILE, INO, MAP, MS, STREAM, fault, line, moved, write_trace
 from xipfs.cli.policy import policy_of
 from xipfs.cli.replay import as_text
 from xipfs.errors import UsageError
+from xipfs.migrate.policy import Move, Seen, Signal
 from xipfs.replay.choice import Choice
 from xipfs.replay.machine import Replay
 from xipfs.replay.outcome import outcome, replay_file
@@ -47,6 +48,44 @@ def test_as_recorded_the_moves_are_the_recorded_ones_and_their_faults_count() ->
     assert (counts["pgfault"], counts["pgfault_xip"], counts["pgfault_pagecache"]) == (3, 2, 1)
     # Touches: three faults; the second found page 0 in RAM.
     assert (told["touches"], told["touches_in_ram"]) == (3, 1)
+
+
+def test_frames_in_use_by_the_stream_s_time_and_the_pages_that_moved_and_faulted_most() -> None:
+    """Frames: one from 7 ms on, two from 15 ms on; in the second at 1001 ms a page is back."""
+    back = line(
+        "move", 1001, ino=INO, page=1, pages=1, to="xip", by="manual", reason="manual",
+        moved=[[1, 1]], refused={},
+    )  # fmt: skip
+    replay, answer = played(Choice(), [*STREAM, back, line("decide", 2500)])
+    assert answer["ram_pages_used"] == {
+        "start_ns": 0,
+        "interval_ns": 1_000_000_000,
+        "max": [2, 2, 1],
+    }
+    counts = {"failed": 0, "refaults": 0}
+    assert replay.history.pages.most_moved(9) == [
+        {"ino": INO, "index": 1, "promoted": 1, "demoted": 1, **counts, "pingpong": 1},
+        {"ino": INO, "index": 0, "promoted": 1, "demoted": 0, "failed": 0, "refaults": 1,
+         "pingpong": 0},
+    ]  # fmt: skip
+    assert [(page["index"], page["pgfault"]) for page in replay.heat.hottest(1)] == [(0, 2)]
+    assert "step_ns" not in answer["migration"], "nothing takes time"
+
+
+def test_most_moved_and_hottest_are_listed_as_stat_lists_them(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.parquet", STREAM)
+    lines = xipfs("replay", trace, "--moved", "1", "--hottest", "1").stdout.splitlines()
+    assert lines[-6:] == [
+        "",
+        "     inode       page  promote   demote   failed  refault     back",
+        "         7          0        1        0        0        1        0",
+        "",
+        "     inode       page  pgfault      xip   pcache      cow",
+        "         7          0        2        1        1        0",
+    ]
+    done = xipfs("replay", trace, "--moved", "0", check=False)
+    told = "xipfs replay: --moved 0; expected 1 or more\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 OWN = """
@@ -276,8 +315,8 @@ def test_a_recording_with_losses_does_not_claim_to_be_exact() -> None:
 
 @pytest.mark.parametrize("known", ["signals", "planned"])
 def test_nor_does_one_whose_policy_remembers_what_was_before_it(tmp_path: Path, known: str) -> None:
-    before = {known: 1, "heard_ns": 5}
-    answer = outcome(replay_file(write_trace(tmp_path / "t", STREAM, **before), Choice()))
+    trace = write_trace(tmp_path / "t.parquet", STREAM, before={known: 1})
+    answer = outcome(replay_file(trace, Choice()))
     assert {name for name, count in answer["recorded"]["lost"].items() if count} == {
         {"signals": "signals_before_start", "planned": "plans_before_start"}[known]
     }
@@ -290,7 +329,12 @@ def test_an_eviction_s_time_may_be_one_from_before_the_recording() -> None:
     told = dataclasses.replace(recorded("clock"), ram_bytes=4096)
     replay = Replay(told, Choice())
     policy = vars(vars(replay.steering)["_decider"])["_policy"]
-    policy.plan = lambda signal, _seen: times.append(signal.time_ns) or []
+
+    def plan(signal: Signal, _seen: Seen) -> list[Move]:
+        times.append(signal.time_ns)
+        return []
+
+    policy.plan = plan
     cached = line("file", 0, ino=INO, size_bytes=8192, pagecache=True, runs=[[0, 2, "pagecache"]])
     begin = line(
         "start", 8, resident=[[INO, 0, 0]], faults=0, ptes=0, signals=0, planned=0, heard_ns=5

@@ -94,7 +94,9 @@ def record(tmp_path: Path, options: list[str], seed: int) -> tuple[Path, Json]:
         # What was planned is moved before the recording ends.
         settle(mounted)
         end_recording(recorder, timeout_s=60)
-        return trace, mounted.cat_stats()
+        lists = ("--moved", "10000", "--hottest", "10000")
+        live = xipfs("stat", mounted.directory, "--json", *lists).stdout
+        return trace, json.loads(live)
 
 
 @contextlib.contextmanager
@@ -225,7 +227,8 @@ def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
         options = [option.replace("FILE", file) for option in options]
     trace, live = record(tmp_path, options, seed)
     # Not the whole answer if it fails: it tells each move.
-    done = xipfs("replay", trace, "--json", "--moves", check=False)
+    lists = ("--moved", "10000", "--hottest", "10000")
+    done = xipfs("replay", trace, "--json", "--moves", *lists, check=False)
     answer = json.loads(done.stdout)
     assert (answer["replay"]["moves_differ"], done.returncode) == (0, 0)
     assert answer["recorded"]["lost"] == {
@@ -253,6 +256,32 @@ def test_a_trace_replayed_under_its_own_policy_gives_the_same_moves(
         assert (name, told[name]) == (name, was[name])
     assert (told["by_cause"], told["by_process"]) == (was["by_cause"], was["by_process"])
     assert told["fail_reasons"] == was["fail_reasons"]
+    assert (answer["moved"], answer["hottest"]) == (live["moved"], live["hottest"])
+    check_same_members(answer, live)
+
+
+def check_same_members(answer: Json, live: Json) -> None:
+    """A replay prints what a mount does, but for what takes a kernel, a daemon or time."""
+    assert live.keys() - answer.keys() == {
+        # What the kernel did itself, and who looked on.
+        *("kernel", "observer"),
+        # The daemon: its tasks, its own write-back, where it is mounted and how.
+        *("background", "writeback", "mount"),
+    }
+    assert answer.keys() - live.keys() == {"replay", "recorded", "moves"}
+    assert live["migration"].keys() - answer["migration"].keys() == {
+        "kernel_invalidations",
+        "step_ns",  # a move of a replay takes no time
+    }
+    assert answer["migration"].keys() <= live["migration"].keys()
+    for name in ("vmstat", "memory", "cost", "ram_pages_used"):
+        assert answer[name].keys() == live[name].keys(), name
+    for name in ("processes", "moved", "hottest"):
+        assert {*answer[name][0]} == {*live[name][0]}, name
+    for name in ("by_cause", "by_file", "by_process"):
+        for theirs, ours in zip(live["migration"][name], answer["migration"][name], strict=True):
+            assert theirs.keys() == ours.keys(), name
+    assert max(answer["ram_pages_used"]["max"]) >= max(live["ram_pages_used"]["max"]) > 0
 
 
 def stand_still(mounted: LiveMount) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from xipfs.cli.client import Json
 from xipfs.cli.policy import policy_of
 from xipfs.cli.progress import progress_bar
+from xipfs.cli.stat import most_lines
 from xipfs.errors import UsageError
 from xipfs.memory.profiles import load_profile
 from xipfs.replay.choice import DELAY_NS, Choice
@@ -33,6 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="US",
         help="from a plan to its moves, if not as recorded (default %(default)s)",
     )
+    parser.add_argument(
+        "--hottest", type=int, metavar="N", help="also list the N pages that faulted most"
+    )
+    parser.add_argument(
+        "--moved", type=int, metavar="N", help="also list the N pages that moved most"
+    )
     parser.add_argument("--moves", action="store_true", help="with --json: list every move")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
 
@@ -43,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--delay-us {args.delay_us}", expected="0 or more")
     if args.moves and not args.json:
         raise UsageError("--moves without --json", expected="both")
+    for option, count in (("--hottest", args.hottest), ("--moved", args.moved)):
+        if count is not None and count < 1:
+            raise UsageError(f"{option} {count}", expected="1 or more")
     policy, values = policy_of(args.policy) if args.policy else (None, {})
     choice = Choice(
         policy=policy,
@@ -54,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar("replaying") as progress:
         replay = replay_file(args.trace, choice, progress)
     answer = outcome(replay)
+    if args.hottest is not None:
+        answer["hottest"] = replay.heat.hottest(args.hottest)
+    if args.moved is not None:
+        answer["moved"] = replay.history.pages.most_moved(args.moved)
     if args.moves:
         answer["moves"] = [{"ino": ino, "page": at, "to": to} for ino, at, to in replay.moves]
     print(json.dumps(answer, indent=2) if args.json else as_text(answer))
@@ -103,6 +117,7 @@ def as_text(answer: Json) -> str:
         for name in ("faults_left_out", "faults_made", "ptes_taken"):
             lines.append(f"{name:22}{replay[name]:14}")
     lines += ["", *_cost_lines(answer["cost"])]
+    lines += most_lines(answer)
     return "\n".join(lines)
 
 

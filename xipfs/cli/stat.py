@@ -195,6 +195,15 @@ def _page_lines(pages: list[Json], columns: dict[str, str]) -> list[str]:
     return lines
 
 
+def most_lines(stats: Json) -> list[str]:
+    """Return the tables of the pages that moved and faulted most, where they were asked for."""
+    lines = []
+    for table, columns in (("moved", MOVED_COLUMNS), ("hottest", HOT_COLUMNS)):
+        if table in stats:
+            lines += _page_lines(stats[table], columns)
+    return lines
+
+
 def as_text(stats: Json) -> str:
     """Return one snapshot for people, under 80 columns."""
     observer, memory, kernel = stats["observer"], stats["memory"], stats["kernel"]
@@ -235,7 +244,4 @@ def as_text(stats: Json) -> str:
             mark = "*" if process["incomplete"] else " "
             lines.append(f"{process['pid']:>8}{mark}{process['comm'][:16]:16}{counts}")
         lines += incomplete_lines(processes)
-    for table, columns in (("moved", MOVED_COLUMNS), ("hottest", HOT_COLUMNS)):
-        if table in stats:
-            lines += _page_lines(stats[table], columns)
-    return "\n".join(lines)
+    return "\n".join([*lines, *most_lines(stats)])

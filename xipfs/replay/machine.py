@@ -37,6 +37,8 @@ from xipfs.mm.rules import Rules
 from xipfs.replay.choice import Choice, Replayed
 from xipfs.replay.image import ReplayedFilesystem
 from xipfs.replay.trace import Page, Recorded, request_of, touched
+from xipfs.stats.heat import Heat
+from xipfs.stats.series import Series
 from xipfs.stats.trace_items import event_of, values_of
 from xipfs.trace import events as ev
 from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
@@ -66,6 +68,9 @@ class Replay:
         )
         self.engine = Engine(self.fs)
         self.history = History()
+        self.heat = Heat()
+        #: Frames in use by the stream's time.
+        self.ram_series: Series | None = None
         same = choice.policy in (None, recorded.policy)
         values = {**(recorded.values if same else {}), **choice.values}
         self.steering = Steering(
@@ -132,6 +137,9 @@ class Replay:
                 self.accountant.consume([event])
         if self._evicted:
             self._take_evicted_away()
+        if self.ram_series is None:
+            self.ram_series = Series(self.now_ns)
+        self.ram_series.add(self.now_ns, self.fs.nr_resident_pages)
 
     def finish(self) -> None:
         """Decide and carry out what is left."""
@@ -139,6 +147,8 @@ class Replay:
         self.fs.clock.advance(self._delay_ns)
         while self._due:
             self._carry_out()
+        if self.ram_series is not None:
+            self.ram_series.add(self.now_ns, self.fs.nr_resident_pages)
 
     # The state at the start, and files
 
@@ -179,6 +189,7 @@ class Replay:
             # Also where the mark went before the invalidation that it announced.
             self.accountant.hints.expect(event.mm, event.address)
         charges = self.accountant.consume([event])
+        self.heat.add(charge for charge in charges if not charge.hint)
         self.history.charged(charges)
         self._charges += charges
 

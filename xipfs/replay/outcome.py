@@ -31,12 +31,14 @@ def replay_file(path: Path, choice: Choice, progress: Progress | None = None) ->
 def outcome(replay: Replay) -> dict[str, Any]:
     """Return the figures of a finished replay."""
     engine, history = replay.engine.statistics(), replay.history.describe()
-    told = replay.recorded
+    del history["step_ns"]  # nothing takes time
+    told, ram_series = replay.recorded, replay.ram_series
     return {
         "schema": snapshot.SCHEMA,
         "version": __version__,
         "vmstat": snapshot.vmstat(replay.fs, replay.accountant, engine.totals()),
         "memory": snapshot.memory(replay.fs),
+        "ram_pages_used": None if ram_series is None else ram_series.describe(),
         "cost": cost(replay.fs, replay.profile),
         "migration": {
             **replay.steering.describe(),

@@ -39,6 +39,8 @@ FIGURES = {
     "pgevict": 0,
     "refaults": 0,
     "pingpong": 0,
+    "modelled": True,
+    "medium": None,
     "as_recorded": False,
     "exact": False,
 }
@@ -146,7 +148,7 @@ def test_results_with_a_medium_have_its_estimates(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     with closing(Results(path, ABOUT)) as results:
         results.add(cell("a"), FIGURES, "")
-    text = path.read_text().replace('"medium": null', '"medium": {"name": "pcm"}')
+    text = path.read_text().replace('"medium": null', '"medium": {"name": "pcm"}', 1)
     path.write_text(text)
     with pytest.raises(UsageError, match="line 2: its figures lack read_ns_estimated"):
         Results(path, ABOUT | {"medium": {"name": "pcm"}})
@@ -262,8 +264,9 @@ def test_times_are_labelled_as_modelled_on_their_medium(tmp_path: Path) -> None:
     head, columns, _bound, _off, fifo, *_ = xipfs("sweep", trace, *words).stdout.splitlines()
     assert head == f"{trace}: 3 touches; est. time: modelled on pcm"
     assert columns.endswith(" pingpong  est. time")
-    # Two pages of 64 lines read at 55 ns; two transactions write 8 lines each, at 150 ns.
-    assert fifo.endswith("        0    9.44 us")
+    # Two pages of 64 lines read at 55 ns, 101 ns to each; two transactions write 8 lines each at
+    # 150 ns, 57 ns to each of their four fences.
+    assert fifo.endswith("        0    10.1 us")
 
 
 OWN = """

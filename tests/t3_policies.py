@@ -47,6 +47,7 @@ from xipfs.migrate.registry import (
     make_policy,
     policies,
 )
+from xipfs.migrate.steering import Steering
 from xipfs.options import parse_options
 from xipfs.replay.simulate import (
     TRACES,
@@ -439,9 +440,133 @@ def test_a_policy_that_fails_is_off_from_then_on(tmp_path: Path) -> None:
     )
 
 
+WRONG_REPR = """
+    class Odd(Exception):
+        def __repr__(self):
+            raise KeyError
+    raise Odd
+""".replace("\n    ", "\n        ")
+
+
+@pytest.mark.expects_log
 @pytest.mark.parametrize(
     ("body", "why"),
     [
+        ("raise KeyboardInterrupt", "KeyboardInterrupt()"),
+        ("raise GeneratorExit", "GeneratorExit()"),
+        ("raise BaseException(1)", "BaseException(1)"),
+        ("raise SystemExit(3)", "SystemExit(3)"),
+        ("while True: pass", "PolicyTimeout('it took more than 0.05 s for one decision')"),
+        (WRONG_REPR, "Odd"),
+    ],
+)
+def test_whatever_a_policy_raises_is_its_failure(tmp_path: Path, body: str, why: str) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(SPY.replace("return ()", body))
+    deciding = Deciding(open_medium(new_medium()), parse_options([f"policy={file}"]), None)
+    deciding._patience = Patience(0.05)
+    deciding.charged([Charge(1, 1, 2, 0, PteKind.XIP, False, False, 0)])
+    told = deciding.describe()
+    assert (told["policy"], told["failure"]) == ("off", f"{file}: {why}")
+
+
+def test_an_interrupt_ends_a_replay(tmp_path: Path) -> None:
+    """There it is Ctrl-C, wherever it comes; a mount's signals raise nothing in a policy."""
+    file = tmp_path / "slow.py"
+    file.write_text(SPY.replace("return ()", "raise KeyboardInterrupt"))
+    fs = open_medium(new_medium())
+    steering = Steering(fs, str(file), {}, dry=False, profile=None)
+    with pytest.raises(KeyboardInterrupt):
+        steering.charged([Charge(1, 1, 2, 0, PteKind.XIP, False, False, 0)])
+
+
+PAGES_MAX = 68_719_476_736  # 256 TiB
+
+
+@pytest.mark.expects_log
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        ("5", "plan returned 5; expected an iterable of moves"),
+        ("None", "plan returned None; expected an iterable of moves"),
+        ("[(1, 2)]", "plan holds (1, 2); expected a Move"),
+        (
+            "[promote(signal.page, 7)]",
+            "plan holds a move with reason 7; expected 1 to 200 printable characters",
+        ),
+        ("[promote(signal.page, None)]", "reason None;"),
+        ("[promote(signal.page, ['a'])]", "reason ['a'];"),
+        ("[promote(signal.page, '')]", "reason '';"),
+        ("[promote(signal.page, chr(0xd800))]", "reason '\\\\ud800';"),
+        ("[promote(signal.page, 'two\\nlines')]", "reason 'two\\\\nlines';"),
+        ("[promote(signal.page, 201 * 'x')]", "reason '" + 99 * "x" + ";"),
+        (
+            "[promote(('a', 1), 'why')]",
+            "plan holds a move with ino 'a'; expected a whole number from 1 to 2199023255551",
+        ),
+        ("[promote((True, 1), 'why')]", "ino True;"),
+        ("[promote((0, 1), 'why')]", "ino 0;"),
+        (
+            "[promote((2, 1.5), 'why')]",
+            f"index 1.5; expected a whole number from 0 to {PAGES_MAX - 1}",
+        ),
+        ("[promote((2, -1), 'why')]", "index -1;"),
+        (f"[promote((2, {PAGES_MAX}), 'why')]", f"index {PAGES_MAX};"),
+        ("[promote((2, 2**70), 'why')]", "index 1180591620717411303424;"),
+        (
+            "[promote((2, 1), 'why'), Move(2, 2, PageKind.HOLE, 'why')]",
+            "plan holds a move to <PageKind.HOLE: 'hole'>; expected PageKind.PAGECACHE or",
+        ),
+        ("[Move(2, 2, [], 'why')]", "plan holds a move to [];"),
+    ],
+)
+def test_a_wrong_plan_is_a_failure_and_moves_nothing(tmp_path: Path, plan: str, why: str) -> None:
+    file = tmp_path / "bad.py"
+    imported = "from xipfs.migrate.policy import Move, PageKind, promote\n"
+    file.write_text(imported + SPY.replace("return ()", f"return {plan}"))
+    deciding = Deciding(open_medium(new_medium()), parse_options([f"policy={file}"]), None)
+    deciding.charged([Charge(1, 1, 2, 0, PteKind.XIP, False, False, 0)])
+    told = deciding.describe()
+    assert told["policy"] == "off"
+    assert why in told["failure"]
+    assert told["failure"].isascii()
+    assert (told["planned"], deciding._plan) == (0, [])
+
+
+@pytest.mark.expects_log
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        ("7", "victims returned 7; expected an iterable of pages"),
+        ("[3]", "victims named 3; expected (inode, index)"),
+        ("[(2, 'x')]", "victims named a page with index 'x'; expected a whole number from 0 to"),
+        ("[(2, 1), (2.0, 1)]", "victims named a page with ino 2.0;"),
+    ],
+)
+def test_wrong_victims_are_a_failure(tmp_path: Path, chosen: str, why: str) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(
+        SPY.replace(
+            "    def plan", f"    def victims(self, count, seen): return {chosen}\n    def plan"
+        )
+    )
+    deciding = Deciding(open_medium(new_medium()), parse_options([f"policy={file}"]), None)
+    assert deciding.victims(2) == []
+    assert why in deciding.describe()["failure"]
+
+
+def test_no_more_victims_are_taken_than_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "many.py"
+    victims = "def victims(self, count, seen): return zip(repeat(2), count_on())"
+    imported = "from itertools import count as count_on, repeat\n"
+    file.write_text(imported + SPY.replace("    def plan", f"    {victims}\n\n    def plan"))
+    assert made(str(file)).victims(3, 0) == [(2, 0), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise KeyboardInterrupt", "KeyboardInterrupt()"),
         ("raise SystemExit(3)", "SystemExit(3)"),
         ("while True: pass", "PolicyTimeout('it took more than 0.05 s for one decision')"),
         ("1 / 0", "ZeroDivisionError('division by zero')"),

@@ -11,12 +11,12 @@ from xipfs.cli.client import Json, request
 from xipfs.errors import UsageError, XipfsError
 from xipfs.fuse.mounts import mount_of
 from xipfs.migrate.registry import (
-    POLICY_FAILS,
     about,
     find_policy,
     make_policy,
     parameters,
     policies,
+    said_by,
 )
 from xipfs.options import policy_value
 from xipfs.replay.simulate import TRACES, optimum, replay, seeded_trace
@@ -120,10 +120,12 @@ def _compare(
     tested = make_policy(policy, values.items(), args.frames)
     try:
         outcome = replay(trace, tested, args.frames)
-    except POLICY_FAILS as error:
+    except KeyboardInterrupt:
+        raise  # Ctrl-C
+    except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise XipfsError(
-            f"policy {policy} failed: {error!r} in {where.filename}, line {where.lineno}"
+            f"policy {policy} failed: {said_by(error)} in {where.filename}, line {where.lineno}"
         ) from None
     fifo = replay(trace, make_policy("fifo", [], args.frames), args.frames)
     return {

@@ -37,6 +37,9 @@ class Deciding(Steering):
     ``note`` records decision points and what else a replay needs to decide in the same way.
     """
 
+    #: SIGINT and SIGTERM come by way of trio: nothing that is raised in a policy is one of them.
+    _interrupts = ()
+
     def __init__(self, fs: Filesystem, options: MountOptions, profile: Profile | None) -> None:
         _check_needs_no_future(options.policy)
         self._patience = Patience()

@@ -3,6 +3,7 @@
 These rules hold for every policy, shipped or a user's own; each is off (0) unless a parameter or
 the policy's own default sets it.
 
+- What a policy returns is checked in full first: one wrong move is a failure of the policy.
 - A page whose move is under way is not asked for again, and counts in ``Seen`` as moved.
 - ``pages_per_s`` bounds the moves of each second of the stream; what is above it is dropped, and
   the page's next touch may earn it again (numa_balancing_promote_rate_limit_MBps does the same).
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Final
 
 from xipfs.accounting.charges import Charge
 from xipfs.fs.types import PageKind
+from xipfs.image import layout
 from xipfs.migrate.parts import NS_PER_MS, RateLimit, Remembered
 from xipfs.migrate.policy import (
     DONE,
@@ -41,6 +44,11 @@ COMMON: Final[dict[str, int]] = {"pages_per_s": 0, "stay_ms": 0}
 CHOSEN: Final = ("policy", "parameters", "files_sha256", "dry")
 #: Moves under way at once; a plan is dropped above it, since nobody carries plans out.
 _UNDER_WAY_MAX: Final = 1 << 18
+#: Of what a policy returns, what the format can hold at all (see image/layout.py).
+_INDEX_LIMIT: Final = layout.MAX_FILE_PAGES
+_INO_LIMIT: Final = layout.MAX_FILE_PAGES * layout.INODES_PER_BLOCK
+#: Characters of a move's reason, which is kept and shown by reason.
+_REASON_MAX: Final = 200
 #: What a move to that kind adds to the frames in use.
 _FRAMES: Final = {PageKind.PAGECACHE: 1, PageKind.XIP: -1}
 
@@ -108,7 +116,9 @@ class Decider:
         if signal.source not in self.signals:
             return []
         plan = self._policy.plan(signal, self._seen(ram_pages_used))
-        moves = (dataclasses.replace(move, policy=self.name, pid=signal.pid) for move in plan)
+        if not isinstance(plan, Iterable):
+            raise ValueError(f"plan returned {_shown(plan)}; expected an iterable of moves")
+        moves = (self._checked(move, signal.pid) for move in plan)
         return [move for move in moves if self._let_through(move, signal.time_ns)]
 
     def foresee(self, touches: Iterable[tuple[int, Page]]) -> None:
@@ -125,7 +135,15 @@ class Decider:
         choose = getattr(self._policy, "victims", None)
         if choose is None:
             return []
-        return list(choose(count, self._seen(ram_pages_used)))[:count]
+        chosen = choose(count, self._seen(ram_pages_used))
+        if not isinstance(chosen, Iterable):
+            raise ValueError(f"victims returned {_shown(chosen)}; expected an iterable of pages")
+        pages = list(islice(chosen, count))
+        for page in pages:
+            if type(page) is not tuple or len(page) != 2:
+                raise ValueError(f"victims named {_shown(page)}; expected (inode, index)")
+            _check_page("victims named a page", *page)
+        return pages
 
     def _count(self, signal: Signal) -> None:
         if signal.source == MOVED:
@@ -146,6 +164,27 @@ class Decider:
         """
         return self._under_way.get((move.ino, move.index)) is move
 
+    def _checked(self, move: Any, pid: int) -> Move:
+        """Return the move as it is carried out; raise if it is none that can be."""
+        if not isinstance(move, Move):
+            raise ValueError(f"plan holds {_shown(move)}; expected a Move")
+        checked = Move(move.ino, move.index, move.to, move.reason, self.name, pid)
+        _check_page("plan holds a move", checked.ino, checked.index)
+        to, reason = checked.to, checked.reason
+        if to is not PageKind.PAGECACHE and to is not PageKind.XIP:
+            expected = "PageKind.PAGECACHE or PageKind.XIP"
+            raise ValueError(f"plan holds a move to {_shown(to)}; expected {expected}")
+        if (
+            type(reason) is not str
+            or not 0 < len(reason) <= _REASON_MAX
+            or not reason.isprintable()
+        ):
+            raise ValueError(
+                f"plan holds a move with reason {_shown(reason)};"
+                f" expected 1 to {_REASON_MAX} printable characters"
+            )
+        return checked
+
     def _let_through(self, move: Move, time_ns: int) -> bool:
         self._asked += 1
         page = (move.ino, move.index)
@@ -162,6 +201,21 @@ class Decider:
             self._planned += 1
             return True
         return False
+
+
+def _check_page(what: str, ino: Any, index: Any) -> None:
+    for name, value, least, limit in (
+        ("ino", ino, 1, _INO_LIMIT),
+        ("index", index, 0, _INDEX_LIMIT),
+    ):
+        # An exact int: True is 1 elsewhere, but here a mistake.
+        if type(value) is not int or not least <= value < limit:
+            expected = f"a whole number from {least} to {limit - 1}"
+            raise ValueError(f"{what} with {name} {_shown(value)}; expected {expected}")
+
+
+def _shown(value: object) -> str:
+    return f"{value!r:.100}"
 
 
 def done(time_ns: int, source: str, move: Move) -> Signal:

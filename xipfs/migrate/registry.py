@@ -41,12 +41,22 @@ BUILT_IN: Final[dict[str, Any]] = {
 REPLAY_ONLY: Final[dict[str, Any]] = {"belady": Belady}
 
 
+#: Characters of a policy's error that are told.
+_SAID_MAX: Final = 500
+
+
 class PolicyTimeout(BaseException):
     """Raised in a policy that does not return; no Exception, which it might catch and go on."""
 
 
-#: What a policy's code may end with: it must not end the mount with sys.exit() either.
-POLICY_FAILS: Final = (Exception, SystemExit, PolicyTimeout)
+def said_by(error: BaseException) -> str:
+    """Return what a policy's error says of itself, in letters that every reader can take."""
+    try:
+        said = repr(error)
+    except Exception:  # its text is the policy's code too
+        said = type(error).__name__
+    return said[:_SAID_MAX].encode(errors="backslashreplace").decode()
+
 
 Value = int | str
 """A parameter's value: most are whole numbers."""
@@ -69,8 +79,10 @@ def find_policy(name: str) -> Any:
         else:
             entries = list(entry_points(group="xipfs.policies", name=name))
             found = entries[0].load() if entries else None
-    except POLICY_FAILS as error:
-        raise UsageError(f"policy {name} cannot be loaded: {error!r}") from None
+    except KeyboardInterrupt:
+        raise  # Ctrl-C ends a command; on a mount it is the file's own, and steering.py's matter
+    except BaseException as error:
+        raise UsageError(f"policy {name} cannot be loaded: {said_by(error)}") from None
     if found is None:
         raise UsageError(
             f"policy={name}",
@@ -142,6 +154,9 @@ def make_policy(name: str, values: Iterable[tuple[str, Value]], ram_pages: int) 
             raise UsageError(f"{key}={value}", expected=f"a whole number of {least} or more")
         if text:
             given[key] = str(value)
+    for key, shown in (("policy", name), *given.items()):
+        if isinstance(shown, str) and not shown.isprintable():
+            raise UsageError(f"{key}={shown!r}", expected="printable characters")
     values_of = {**known, **given}
     made: Policy = policy(**{key: values_of[key] for key, field in fields.items() if field.init})
     digest = digest_of_files(name, policy, values_of.values())

@@ -12,6 +12,7 @@ says so: a defect in it must not end the mount.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,7 +26,7 @@ from xipfs.migrate.decider import done, merged
 from xipfs.migrate.dry_run import DryRun
 from xipfs.migrate.policy import EVICTED, MOVED, READ, REFUSED, WRITE, Move, Page, PteKind, Signal
 from xipfs.migrate.refusals import errnos_of
-from xipfs.migrate.registry import POLICY_FAILS, make_policy
+from xipfs.migrate.registry import make_policy, said_by
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Steering:
 
     #: Around each call of the policy's code.
     _patience: AbstractContextManager[None] = nullcontext()
+    #: Whatever a policy's code raises is its failure, but for this: Ctrl-C ends a replay.
+    _interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
 
     def __init__(
         self,
@@ -91,8 +94,10 @@ class Steering:
                 decider = make_policy(name, values.items(), ram_pages)
         except UsageError:
             raise
-        except POLICY_FAILS as error:
-            raise UsageError(f"policy {name} cannot be begun: {error!r}") from None
+        except self._interrupts:
+            raise
+        except BaseException as error:
+            raise UsageError(f"policy {name} cannot be begun: {self._said(error)}") from None
         self._decider = decider
         self._dry = DryRun(self._decider, ram_pages, self._where) if dry else None
         self._failure = ""
@@ -170,7 +175,9 @@ class Steering:
         try:
             with self._patience:
                 return self._decider.victims(count, self._fs.nr_resident_pages)
-        except POLICY_FAILS as error:
+        except self._interrupts:
+            raise
+        except BaseException as error:
             self._fail(error)
             return []
 
@@ -183,7 +190,9 @@ class Steering:
                     self._dry.hear(signal, used)
                 else:
                     moves = self._decider.hear(signal, used)
-        except POLICY_FAILS as error:
+        except self._interrupts:
+            raise
+        except BaseException as error:
             self._fail(error)
             return
         if moves and self.on_plan is not None:
@@ -199,7 +208,9 @@ class Steering:
         try:
             with self._patience:
                 made = moves_of(self._fs.nr_resident_pages)
-        except POLICY_FAILS as error:
+        except self._interrupts:
+            raise
+        except BaseException as error:
             self._fail(error)
             return
         if made and self.on_would is not None:
@@ -212,8 +223,19 @@ class Steering:
         except (FsError, ImageError):  # no such file, or a damaged map: no page of it can move
             return None
 
+    def _said(self, error: BaseException) -> str:
+        try:
+            with self._patience:
+                return said_by(error)
+        except self._interrupts:
+            raise
+        except BaseException as other:
+            return type(other).__name__
+
     def _fail(self, error: BaseException) -> None:
-        log.exception("policy %s failed; it is off from now on", self._decider.name)
-        self._failure = f"{self._decider.name}: {error!r}"
+        name, said = self._decider.name, self._said(error)
+        where = "".join(traceback.format_tb(error.__traceback__))
+        log.error("policy %s failed; it is off from now on: %s\n%s", name, said, where)
+        self._failure = f"{name}: {said}"
         self._decider = make_policy("off", [], self._fs.memory.ram_pages)
         self._dry = None

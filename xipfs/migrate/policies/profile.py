@@ -45,4 +45,4 @@ class Profile:
     def plan(self, signal: Signal, _seen: Seen) -> Iterable[Move]:
         """Return the promotion of a page that the file names."""
         if signal.kind is PteKind.XIP and signal.page in self._pages:
-            yield promote(signal.page, f"named in {Path(self.file).name}")
+            yield promote(signal.page, f"named in {Path(self.file).name[:100]}")

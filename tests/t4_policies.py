@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,10 @@ def test_a_wrong_policy_leaves_the_old_one(live: Mounts) -> None:
         ("profile,file=/absent", "the profile /absent cannot be read"),
     ):
         assert message in said(mount, words, code=2)
+    (mount / "mine.py").write_text("from xipfs.migrate.policies.tpp import Tpp as POLICY\n")
+    for words in (f"{mount / 'mine.py'}", f"profile,file={mount / 'mine.py'}"):
+        told = "MNT/mine.py is on the mount itself, which waits for its policy; expected a file"
+        assert told in said(mount, words, code=2)
     assert mount.cat_stats()["migration"]["policy"] == "fifo"
 
 
@@ -223,6 +229,70 @@ def test_a_policy_that_does_not_return_is_off_and_the_mount_goes_on(
     assert told["policy"] == "off"
     failure = f"{file}: PolicyTimeout('it took more than 3 s for one decision')"
     assert told["failure"] == failure
+    assert (mount / "a").read_bytes() == bytes(11 * PAGE)
+
+
+def until_it_fails(mount: LiveMount) -> None:
+    """Read a file, which the policy hears of within the second, and ask until there is an error."""
+    error = None
+    while error is None:
+        try:
+            (mount / "a").read_bytes()
+            os.statvfs(mount.directory)
+        except OSError as failed:
+            error = failed
+        time.sleep(0.02)
+    assert error.errno in (errno.ENOTCONN, errno.ECONNABORTED), error
+
+
+def test_a_policy_that_waits_for_its_own_mount_ends_it_cleanly(
+    live: Mounts, tmp_path: Path
+) -> None:
+    """Its daemon's thread waits in the kernel for itself: no signal's handler runs there."""
+    file = tmp_path / "bad.py"
+    image = live.image()
+    mount = live.mount(image, *REQUESTS)
+    (mount / "a").write_bytes(bytes(11 * PAGE))
+    file.write_text(
+        OF_A_DIRECTORY.replace("yield replace(move, ino=INO)", f"open({str(mount / 'a')!r})")
+    )
+    mount.expected_log = [
+        f"ERROR policy {file} does not return: the mount ends, programs on it get errors",
+        f"ERROR policy {file} failed; it is off from now on",
+    ]
+    said(mount, str(file))
+    (mount / "b").write_bytes(b"not synced")
+    began_s = time.monotonic()
+    until_it_fails(mount)
+    assert 8 < time.monotonic() - began_s < 20
+    wait_until("the daemon's end", lambda: not mount.running())
+    log = mount.log.read_text()
+    assert f"  {file}:" in log, "where it stood"
+    assert log.endswith(f"{image}: image closed\n")
+    mount = live.mount(image)
+    assert (mount / "a").read_bytes() == bytes(11 * PAGE)
+    assert (mount / "b").read_bytes() == b"not synced"
+
+
+def test_c_code_of_a_policy_that_never_returns_ends_the_daemon(
+    live: Mounts, tmp_path: Path
+) -> None:
+    """It holds the interpreter's lock, so that nothing else of the daemon runs."""
+    file = tmp_path / "bad.py"
+    endless = "__import__('builtins').sum(__import__('itertools').repeat(0))"
+    file.write_text(OF_A_DIRECTORY.replace("yield replace(move, ino=INO)", endless))
+    image = live.image()
+    mount = live.mount(image, *REQUESTS)
+    with open(mount / "a", "wb") as kept:
+        kept.write(bytes(11 * PAGE))
+        kept.flush()
+        os.fsync(kept.fileno())
+    said(mount, str(file))
+    until_it_fails(mount)
+    wait_until("the daemon's end", lambda: not mount.running())
+    assert f'File "{file}", line ' in mount.log.read_text()
+    mount.killed = True
+    mount = live.mount(image)
     assert (mount / "a").read_bytes() == bytes(11 * PAGE)
 
 

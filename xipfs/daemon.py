@@ -27,6 +27,7 @@ from xipfs.fuse.live import Live
 from xipfs.fuse.mounts import FSTYPE, Mount, closing_daemons, mount_at, unmount
 from xipfs.fuse.observing import choose_observer
 from xipfs.fuse.operations import Operations
+from xipfs.fuse.patience import Watchdog
 from xipfs.fuse.recording import RecordedFilesystem
 from xipfs.fuse.whereabouts import tell_on_signal
 from xipfs.options import MountOptions
@@ -94,10 +95,12 @@ def _serve_open(live: Live, mountpoint: Path, on_ready: Callable[[str], None]) -
             f"{mountpoint} cannot be mounted: {error}",
             remedy="is it a directory of yours, and /dev/fuse usable? see also the log",
         ) from None
-    guard = None
+    guard = watchdog = None
     try:
         mount = mount_at(mountpoint)
         guard = Guard(mount)
+        deciding = live.deciding
+        watchdog = Watchdog(deciding.patience, lambda: deciding.called, guard.abort)
         try:
             live.observe(mount)
             trio.run(_run, live, operations, mount, on_ready)
@@ -105,6 +108,8 @@ def _serve_open(live: Live, mountpoint: Path, on_ready: Callable[[str], None]) -
             live.observer.close()
     finally:
         pyfuse3.close(unmount=True)
+        if watchdog is not None:
+            watchdog.end()
         if guard is not None:
             guard.end()
 

@@ -139,9 +139,14 @@ def _compare(
 
 def _set(args: argparse.Namespace) -> tuple[Json, list[str]]:
     name, values = policy_of(args.policy)
-    (answer,) = request(
-        mount_of(args.directory), "policy", policy=name, values=values, dry=args.dry
-    )
+    mount = mount_of(args.directory)
+    for path in map(Path, (name, *map(str, values.values()))):
+        if path.is_absolute() and path.exists() and path.stat().st_dev == mount.st_dev:
+            raise UsageError(
+                f"{path} is on the mount itself, which waits for its policy",
+                expected="a file on another filesystem",
+            )
+    (answer,) = request(mount, "policy", policy=name, values=values, dry=args.dry)
     now: Json = answer["result"]
     shown = "".join(f", {key}={value}" for key, value in now["parameters"].items())
     return now, [f"{args.directory}: policy {now['policy']}{shown}" + (", dry" * now["dry"])]

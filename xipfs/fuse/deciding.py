@@ -42,7 +42,9 @@ class Deciding(Steering):
 
     def __init__(self, fs: Filesystem, options: MountOptions, profile: Profile | None) -> None:
         _check_needs_no_future(options.policy)
-        self._patience = Patience()
+        self.patience = self._patience = Patience()
+        #: The policy whose code is called, also that of one that is being chosen.
+        self.called = options.policy
         super().__init__(
             fs,
             options.policy,
@@ -60,7 +62,11 @@ class Deciding(Steering):
     def choose(self, name: str, values: Mapping[str, Any], *, dry: bool) -> None:
         """Go on with another policy."""
         _check_needs_no_future(name)
-        super().choose(name, values, dry=dry)
+        self.called = name
+        try:
+            super().choose(name, values, dry=dry)
+        finally:
+            self.called = self._decider.name
         self.note("policy", **self.chosen())
 
     def chosen(self) -> dict[str, Any]:

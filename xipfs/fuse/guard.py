@@ -65,6 +65,11 @@ class Guard:
                 abort,
             )
 
+    def abort(self) -> None:
+        """Fail what waits for the daemon, as at its death: the session ends."""
+        if self._process is not None:
+            self._process.terminate()
+
     def end(self) -> None:
         """Stop watching: before the daemon ends by itself."""
         if self._process is not None:

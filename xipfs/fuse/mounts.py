@@ -40,7 +40,12 @@ class Mount:
     @property
     def dev(self) -> int:
         """The device number as tracepoints print it."""
-        return kernel_dev(os.makedev(self.major, self.minor))
+        return kernel_dev(self.st_dev)
+
+    @property
+    def st_dev(self) -> int:
+        """The device number as stat(2) tells it."""
+        return os.makedev(self.major, self.minor)
 
 
 def _unescape(field: bytes) -> str:

@@ -29,7 +29,7 @@ def tell_on_signal() -> None:
     assert root is not None
 
     def tell(_number: int, _frame: FrameType | None) -> None:
-        log.info("SIGUSR1:\n%s", "\n".join([*_tasks(root), *_threads()]))
+        log.info("SIGUSR1:\n%s", "\n".join([*_tasks(root), *threads()]))
 
     signal.signal(signal.SIGUSR1, tell)
 
@@ -69,7 +69,8 @@ def _is_waiting(thing: object) -> bool:
     return any(hasattr(thing, frame_of) for frame_of, _ in _WAITS)
 
 
-def _threads() -> Iterator[str]:
+def threads() -> Iterator[str]:
+    """Yield each thread's name and where it is."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, innermost in sys._current_frames().items():
         yield f"thread {names.get(ident, ident)}"

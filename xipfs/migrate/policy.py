@@ -10,7 +10,9 @@ attribute ``SIGNALS`` names what it wants to hear, and ``plan`` turns one signal
 
         def plan(self, signal: Signal, seen: Seen) -> Iterable[Move]: ...
 
-All it is given are frozen values; nothing leads from them to the filesystem. Signals come in the
+All it is given are frozen values; nothing leads from them to the filesystem. But it is code that
+runs in the daemon, with the daemon's rights: xipfs guards against its mistakes (an error, a wrong
+plan, a call that does not return), not against its will. Signals come in the
 order of the event stream, and their time stamps are a policy's only clock, so that the same stream
 gives the same plans, on a mount and in a replay.
 """

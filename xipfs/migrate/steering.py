@@ -5,8 +5,8 @@ the policy hears has one order: that in which things take effect. Moves and evic
 once; faults and requests at the next *decision point* (``charged``), merged by their times. No
 clock is read: each signal's time comes with it, and an eviction's is the latest that was heard.
 
-A policy that fails, or on a live mount does not return, is replaced by ``off``, and every snapshot
-says so: a defect in it must not end the mount.
+A policy that fails (raises whatever it be, plans what is no move), or on a live mount does not
+return, is replaced by ``off``, and every snapshot says so: a defect in it must not end the mount.
 """
 
 from __future__ import annotations

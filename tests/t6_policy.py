@@ -8,6 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from live import COMMAND, ENVIRONMENT, xipfs
 
 from xipfs.migrate.registry import policies
@@ -89,6 +90,29 @@ def test_show_and_test_a_file(tmp_path: Path) -> None:
     assert [row["promotions"] for row in rows] == [1, 1, 1]
     for row in rows:
         assert 0 <= row["hits"] < row["fifo_hits"] < row["optimum_hits"] < row["accesses"]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("while True: pass", "PolicyTimeout('it took more than 3 s for one decision')"),
+        ("raise SystemExit(0)", "SystemExit(0)"),
+        ("yield 7", "ValueError('plan holds 7; expected a Move')"),
+    ],
+)
+def test_a_policy_that_fails_in_a_test_is_told(tmp_path: Path, body: str, why: str) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(MINE.replace('yield promote(signal.page, "early")', body))
+    told = said("test", str(file), code=1)
+    assert told.startswith(f"xipfs policy: policy {file} failed: {why} in ")
+
+
+def test_a_file_that_does_not_end_is_no_policy(tmp_path: Path) -> None:
+    file = tmp_path / "loop.py"
+    file.write_text("while True: pass\n")
+    for action in ("test", "show"):
+        told = said(action, str(file), code=2)
+        assert f"policy {file} cannot be loaded: PolicyTimeout('it took more than 3 s" in told
 
 
 def test_what_is_wrong_is_told() -> None:

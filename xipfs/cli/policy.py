@@ -10,6 +10,7 @@ from pathlib import Path
 from xipfs.cli.client import Json, request
 from xipfs.errors import UsageError, XipfsError
 from xipfs.fuse.mounts import mount_of
+from xipfs.fuse.patience import Patience
 from xipfs.migrate.registry import (
     about,
     find_policy,
@@ -71,7 +72,8 @@ def _show(args: argparse.Namespace) -> tuple[Json, list[str]]:
 
 
 def _row(name: str, source: str) -> Json:
-    policy = find_policy(name)
+    with Patience():
+        policy = find_policy(name)
     return {
         "name": name,
         "source": source,
@@ -117,11 +119,13 @@ def _compare(
     policy: str, values: dict[str, int | str], name: str, args: argparse.Namespace
 ) -> Json:
     trace = seeded_trace(name, args.seed)
-    tested = make_policy(policy, values.items(), args.frames)
+    patience = Patience()
     try:
-        outcome = replay(trace, tested, args.frames)
-    except KeyboardInterrupt:
-        raise  # Ctrl-C
+        with patience:
+            tested = make_policy(policy, values.items(), args.frames)
+        outcome = replay(trace, tested, args.frames, patience)
+    except (KeyboardInterrupt, UsageError):
+        raise  # Ctrl-C, or said already
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise XipfsError(

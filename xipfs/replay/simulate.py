@@ -11,8 +11,9 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from xipfs.accounting.charges import PteKind
 from xipfs.fs.types import PageKind, PageState
@@ -23,6 +24,7 @@ from xipfs.migrate.page_moves import PageMoves
 from xipfs.migrate.policy import FAULT, Page, Signal
 
 _INO = 1
+_NO_LIMIT: Final = nullcontext()
 
 
 class Access(NamedTuple):
@@ -53,14 +55,21 @@ def where_all_is(_page: Page) -> PageState:
     return PageState(PageKind.XIP, resident=False, dirty=False, pfn=None)
 
 
-def replay(accesses: Sequence[Access], decider: Decider, ram_frames: int) -> Outcome:
-    """Run the stream through the policy."""
+def replay(
+    accesses: Sequence[Access],
+    decider: Decider,
+    ram_frames: int,
+    patience: AbstractContextManager[None] = _NO_LIMIT,
+) -> Outcome:
+    """Run the stream through the policy; ``patience`` is around each of its decisions."""
     decider.foresee((access.time_ns, (_INO, access.page)) for access in accesses)
     run = DryRun(decider, ram_frames, where_all_is)
     pages, pingpong = PageMoves(PINGPONG_NS), 0
     for time_ns, page, write in accesses:
-        run.hear(Signal(time_ns, FAULT, 1, _INO, page, PteKind.XIP, write), 0)
-        for move in run.carry_out(0):
+        with patience:
+            run.hear(Signal(time_ns, FAULT, 1, _INO, page, PteKind.XIP, write), 0)
+            moves = run.carry_out(0)
+        for move in moves:
             pingpong += pages.moved(_INO, [move.index], move.to, time_ns, 0)
     would = run.would
     return Outcome(

@@ -4,7 +4,8 @@ Signals used: faults, hint faults, READ and WRITE requests, moves, evictions. Ab
 of RAM the hand goes round: a page touched since it last passed gets a second chance, the others
 are demoted, down to ``low`` percent. Where some pages are used again and again it finds more of
 them in RAM than FIFO, which takes them out as if they were not. No page goes back within
-``stay_ms``.
+``stay_ms``; that must be short beside the time in which RAM takes in as many pages as it holds, or
+the hand finds nothing that may leave.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Clock:
     SIGNALS: ClassVar[frozenset[str]] = DONE | TOUCHES
     high: int = 98
     low: int = 95
-    stay_ms: int = 100
+    stay_ms: int = 10
     _residents: Residents = field(default_factory=Residents, init=False)
     _marks: Watermarks = field(init=False)
 

@@ -2,8 +2,9 @@
 
 Signals used: faults, hint faults, READ and WRITE requests. The ``file`` (an absolute path) is JSON
 with a list ``hottest`` of objects with ``ino`` and ``index``: what ``xipfs stat DIR --hottest N
---json`` prints after a run. With the pages that a run used most it finds more pages in RAM than
-FIFO when the run comes again; pages that the file does not name stay where they are.
+--json`` prints after a run. With the pages that a run used most, N of them for N frames of RAM, it
+finds more pages in RAM than FIFO when the run comes again; pages that the file does not name stay
+where they are.
 """
 
 from __future__ import annotations

@@ -233,6 +233,12 @@ def test_profile_follows_its_file(tmp_path: Path) -> None:
         ("[]", "is not one"),
         ('{"hottest": [{"ino": 7}]}', "is not one"),
         ("{", "is not one"),
+        ("[" * 100_000, "is not one: RecursionError"),
+        ('{"hottest": [{"ino": 7, "index": Infinity}]}', r"one: ValueError\('ino 7, index inf'\)"),
+        ('{"hottest": [{"ino": 7, "index": -1}]}', "index -1"),
+        ('{"hottest": [{"ino": 0, "index": 1}]}', "ino 0, "),
+        ('{"hottest": [{"ino": 7, "index": true}]}', "index True"),
+        ('{"hottest": [{"ino": 7, "index": 1.5}]}', "index 1.5"),
     ):
         file.write_text(text)
         with pytest.raises(UsageError, match=message):

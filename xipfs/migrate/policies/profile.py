@@ -33,10 +33,10 @@ class Profile:
             raise UsageError(f"file={self.file} is not absolute", expected="file=/PATH")
         try:
             hottest = json.loads(path.read_bytes())["hottest"]
-            self._pages = frozenset((int(page["ino"]), int(page["index"])) for page in hottest)
+            self._pages = frozenset(_page(entry["ino"], entry["index"]) for entry in hottest)
         except OSError as error:
             raise UsageError(f"the profile {path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"the profile {path} is not one: {error!r}",
                 expected='{"hottest": [{"ino": N, "index": N}, ...]}',
@@ -47,3 +47,10 @@ class Profile:
         """Return the promotion of a page that the file names."""
         if signal.kind is PteKind.XIP and signal.page in self._pages:
             yield promote(signal.page, f"named in {Path(self.file).name[:100]}")
+
+
+def _page(ino: object, index: object) -> Page:
+    # JSON has true, 1.0 and (in Python) Infinity beside whole numbers.
+    if type(ino) is not int or type(index) is not int or ino < 1 or index < 0:
+        raise ValueError(f"ino {ino!r:.40}, index {index!r:.40}")
+    return ino, index

@@ -220,8 +220,26 @@ def test_clock_gives_a_second_chance() -> None:
 
 def test_write_hot_counts_write_faults_and_write_requests() -> None:
     write_hot = made("write-hot")
-    assert hear(write_hot, touch(1, 1), touch(2, 1), touch(3, 1, write=True)) == []
-    assert hear(write_hot, touch(4, 1, WRITE, write=True)) == [(1, "pagecache")]
+    request = touch(3, 1, WRITE, write=True)
+    assert hear(write_hot, touch(1, 1), touch(2, 1), request) == []
+    assert hear(write_hot, request) == [(1, "pagecache")]
+
+
+def test_write_hot_takes_a_store_and_its_write_back_for_one_write() -> None:
+    fault, request, other = (
+        touch(1, page, source, write=True) for page, source in ((1, FAULT), (1, WRITE), (2, FAULT))
+    )
+    assert hear(made("write-hot"), fault, other, request) == []
+    # A second request is another write, and so is a second fault; the write-back of both is one.
+    assert hear(made("write-hot"), fault, request, request) == [(1, "pagecache")]
+    assert hear(made("write-hot", ("writes", 3)), fault, fault, request) == []
+    assert hear(made("write-hot"), fault, fault) == [(1, "pagecache")]
+    # The fault may be known only after the request that it led to.
+    late = touch(2, 1, WRITE, write=True)
+    assert hear(made("write-hot"), late, fault) == []
+    assert hear(made("write-hot"), late, fault, late) == [(1, "pagecache")]
+    assert hear(made("write-hot"), late, touch(3, 1, write=True)) == [(1, "pagecache")]
+    assert hear(made("write-hot"), fault, request, fault, request) == [(1, "pagecache")]
 
 
 def test_profile_follows_its_file(tmp_path: Path) -> None:

@@ -99,3 +99,17 @@ def test_a_dry_policy_counts_a_load_once(live: Mounts) -> None:
     dry = mount.cat_stats()["migration"]["dry_run"]
     assert (dry["promoted"], dry["reads_in_ram"], dry["writes_in_ram"]) == (16, 0, 0)
     assert dry["saved"]["ns_estimated"] == 0
+
+
+def test_write_hot_counts_a_store_and_its_write_back_once(live: Mounts) -> None:
+    """After msync the page is clean and mapped read-only: the next store faults again."""
+    mount = cold(live, N, "policy=write-hot")
+    with open(mount / "file", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        for page in range(N):
+            mapped[page * PAGE] = 1
+            mapped.flush(page * PAGE, PAGE)
+        assert mount.cat_stats()["migration"]["asked"] == 0
+        for page in range(7):
+            mapped[page * PAGE] = 2
+            mapped.flush(page * PAGE, PAGE)
+        wait_until("7 are promoted", lambda: mount.letters("file") == "P" * 7 + "X" * (N - 7))

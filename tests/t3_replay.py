@@ -64,9 +64,10 @@ def test_frames_in_use_by_the_stream_s_time_and_the_pages_that_moved_and_faulted
     }
     counts = {"failed": 0, "refaults": 0}
     assert replay.history.pages.most_moved(9) == [
-        {"ino": INO, "index": 1, "promoted": 1, "demoted": 1, **counts, "pingpong": 1},
-        {"ino": INO, "index": 0, "promoted": 1, "demoted": 0, "failed": 0, "refaults": 1,
-         "pingpong": 0},
+        {"ino": INO, "index": 1, "promoted": 1, "demoted": 1, "moved_bytes": 2 * 4096, **counts,
+         "pingpong": 1},
+        {"ino": INO, "index": 0, "promoted": 1, "demoted": 0, "moved_bytes": 4096, "failed": 0,
+         "refaults": 1, "pingpong": 0},
     ]  # fmt: skip
     assert [(page["index"], page["pgfault"]) for page in replay.heat.hottest(1)] == [(0, 2)]
     assert "step_ns" not in answer["migration"], "nothing takes time"

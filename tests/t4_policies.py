@@ -346,7 +346,7 @@ def test_a_dry_run_foretells_what_becomes_of_holes_and_of_pages_without_frames(
             assert mount.migrate("file", "pagecache")["moved"] == 512
             mount = live.remount(mount, "ram=1M")
         words = ("migrate", mount / "file", "--to", "xip", "--json")
-        told = json.loads(xipfs(*words, "--dry-run").stdout)
+        (told,) = json.loads(xipfs(*words, "--dry-run").stdout)["mounts"]
         before = mount.cat_stats()
         moved = json.loads(xipfs(*words).stdout)
         after = mount.cat_stats()

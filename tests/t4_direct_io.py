@@ -105,7 +105,7 @@ def two(live: Mounts) -> tuple[LiveMount, LiveMount]:
 
 
 def in_flight(mount: LiveMount, pid: int) -> set[int]:
-    return pages_in_flight([pid], mount.mount.dev, os.stat(mount / "file").st_ino)
+    return pages_in_flight([pid], mount.mount.dev, os.stat(mount / "file").st_ino, heirs=True)
 
 
 def test_pages_under_direct_io_are_refused_and_its_bytes_arrive(

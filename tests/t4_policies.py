@@ -307,16 +307,16 @@ def test_a_read_only_mount_only_counts(live: Mounts) -> None:
 
 
 def test_a_dry_run_foretells_what_the_move_then_costs(live: Mounts) -> None:
-    """4,601 pages are two chunks, of which one has its entries in several leaves of the map."""
+    """8,801 pages are two chunks, of which one has its entries in several leaves of the map."""
     # No page goes home by itself meanwhile.
     mount = live.mount(
-        live.image(size_bytes=32 << 20), "ram=20M", "dirty_ratio=100", "dirty_background_ratio=99"
+        live.image(size_bytes=48 << 20), "ram=40M", "dirty_ratio=100", "dirty_background_ratio=99"
     )
     path = mount / "file"
-    path.write_bytes(bytes(4700 * PAGE))
+    path.write_bytes(bytes(8900 * PAGE))
     mount.migrate("file", "pagecache", "700-800")
-    for to, moving in (("pagecache", 4500), ("xip", 4601)):
-        words = ("migrate", path, "--to", to, "--pages", "99-4699", "--json")
+    for to, moving in (("pagecache", 8700), ("xip", 8801)):
+        words = ("migrate", path, "--to", to, "--pages", "99-8899", "--json")
         (told,) = json.loads(xipfs(*words, "--dry-run").stdout)["mounts"]
         before = mount.cat_stats()["cost"]
         assert told["would_move"] == json.loads(xipfs(*words).stdout)["moved"] == moving

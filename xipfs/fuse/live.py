@@ -1,8 +1,7 @@
 """What happens between requests on a live mount: draining, accounting, eviction, migration.
 
 Everything here runs on the trio thread; what may block (draining, the pid filter, invalidation)
-runs in worker threads and is awaited. The observer's drain is one of these for a reason of its
-own: it may wait for a process's mmap lock, held by a fault that waits for our READ.
+runs in worker threads. A drain may wait for an mmap lock, held by a fault that waits for our READ.
 """
 
 from __future__ import annotations
@@ -120,7 +119,9 @@ class Live:
             session_fd(),
             self.accountant.causes,
             self.users.of,
-            lambda pids, ino: pages_in_flight(pids, mount.dev, ino),
+            lambda pids, ino: pages_in_flight(
+                pids, mount.dev, ino, heirs=not self.observer.sees_maps
+            ),
         )
         self.migrator = Migrator(self.engine, self.notifier, self.drain_for_move)
         self.migrator.history.on_moved = self.deciding.moved

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from xipfs.errors import MountError, ObserverError
 from xipfs.fuse.mounts import Mount
@@ -36,6 +36,9 @@ _WHOLE_FILE_PAGES: Final = 1 << 36
 
 class LiveObserver(Protocol):
     """What a mount needs of any observer."""
+
+    #: Whether it tells of every process that maps a file.
+    sees_maps: ClassVar[bool]
 
     def start(self, mount: Mount) -> None:
         """Begin, once the mount has its device number; raises ObserverError."""
@@ -91,6 +94,8 @@ class LiveObserver(Protocol):
 
 class TracefsObserver:
     """The kernel's own events."""
+
+    sees_maps: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._observer: Observer | None = None
@@ -173,6 +178,8 @@ class TracefsObserver:
 
 class RequestsObserver:
     """READ requests as faults: one modelled address space a process, one mapping a file."""
+
+    sees_maps: ClassVar[bool] = False
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -259,6 +266,8 @@ def _comm(pid: int) -> str:
 
 class NoObserver:
     """Nothing is seen: ``observe=off``, or an observer that failed."""
+
+    sees_maps: ClassVar[bool] = False
 
     def __init__(self, reason: str) -> None:
         self._reason = reason

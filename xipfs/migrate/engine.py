@@ -23,7 +23,7 @@ from xipfs.migrate.refusals import errnos_of
 #: Pages of one step of a migration, which bounds the time for which other requests wait: while
 #: there are any, and while there are none.
 CHUNK_PAGES: Final = 512
-IDLE_PAGES: Final = 8 * CHUNK_PAGES
+IDLE_PAGES: Final = 16 * CHUNK_PAGES
 
 
 @dataclass(frozen=True)

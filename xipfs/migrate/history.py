@@ -84,7 +84,7 @@ class ChunkEvent:
     the order in which they did. Under ``dry`` nothing moved, ``would_move`` counts the pages, and
     ``by`` names their one origin.
 
-    A chunk by hand has up to 4,096 pages, hence runs, and one origin; one of a policy has up to
+    A chunk by hand has up to 8,192 pages, hence runs, and one origin; one of a policy has up to
     512 pages, and each may have an origin of its own. An event takes 1.5 KB, a run of pages 65
     bytes more, an origin up to 280.
     """

@@ -41,20 +41,21 @@ _AIO_RING: Final = " /[aio]"
 _IO_URING: Final = "anon_inode:[io_uring]"
 
 
-def pages_in_flight(pids: Iterable[int], dev: int, ino: int) -> set[int]:
+def pages_in_flight(pids: Iterable[int], dev: int, ino: int, *, heirs: bool) -> set[int]:
     """Return the pages of ``ino`` on ``dev`` that direct I/O of these processes may refer to.
 
-    That of their descendants too. ``dev`` as in ``proc.read_maps``. A thread id stands for its
-    process.
+    ``heirs``: that of their descendants, too. ``dev`` as in ``proc.read_maps``. A thread id stands
+    for its process.
     """
     found: set[int] = set()
-    for pid in proc.heirs_of(pids):
+    for pid in proc.heirs_of(pids) if heirs else pids:
         text = proc.read_maps_text(pid)
         shared = [each for each in proc.parse_maps(text, dev) if each.ino == ino and each.shared]
         if not shared:
             continue  # what a private mapping holds for I/O is its own copy
         buffers = [span for tid in proc.tids_of(pid) for span in _direct_buffers(pid, tid)]
-        at_any_time = _AIO_RING in text or _can_read_past_the_cache(pid)
+        writable = any(mapping.prot & proc.PROT_WRITE for mapping in shared)
+        at_any_time = writable and (_AIO_RING in text or _can_read_past_the_cache(pid))
         for mapping in shared:
             if at_any_time and mapping.prot & proc.PROT_WRITE:
                 pages = mapping.end - mapping.start >> PAGE_SHIFT

@@ -106,8 +106,7 @@ class Notifier:
             # Not abandoned on cancel: half an invalidation would leave a mark that lies.
             told = self._causes.begin(ino, first, count, cause, time.monotonic_ns())
             users = self._users(ino)
-            # Of a file that nobody uses nothing is mapped, and nothing dirty.
-            short = count <= _SHORT_PAGES or not users
+            short = count <= _SHORT_PAGES
             in_use = await self._worker.run(self._drop, ino, first, count, users, short=short)
             told.ended_ns = time.monotonic_ns()
         self.invalidations += 1

@@ -492,7 +492,7 @@ def test_whatever_a_policy_raises_is_its_failure(tmp_path: Path, body: str, why:
     file = tmp_path / "bad.py"
     file.write_text(SPY.replace("return ()", body))
     deciding = Deciding(open_medium(new_medium()), parse_options([f"policy={file}"]), None)
-    deciding._patience = Patience(0.05)
+    deciding.patience = Patience(0.05)
     deciding.charged([Charge(1, 1, 2, 0, PteKind.XIP, False, False, 0)])
     told = deciding.describe()
     assert (told["policy"], told["failure"]) == ("off", f"{file}: {why}")
@@ -596,7 +596,7 @@ def test_no_more_victims_are_taken_than_asked_for(tmp_path: Path) -> None:
     [
         ("raise KeyboardInterrupt", "KeyboardInterrupt()"),
         ("raise SystemExit(3)", "SystemExit(3)"),
-        ("while True: pass", "PolicyTimeout('it took more than 0.05 s for one decision')"),
+        ("while True: pass", "PolicyTimeout('it took more than 0.5 s for one decision')"),
         ("1 / 0", "ZeroDivisionError('division by zero')"),
     ],
 )
@@ -606,7 +606,7 @@ def test_a_policy_that_cannot_be_begun_is_refused(tmp_path: Path, body: str, why
         SPY.replace("    def plan", f"    def __post_init__(self):\n        {body}\n\n    def plan")
     )
     deciding = Deciding(open_medium(new_medium()), parse_options(["policy=fifo"]), None)
-    deciding._patience = Patience(0.05)
+    deciding.patience = Patience(0.5)  # its file is loaded in that time, on a busy machine too
     with pytest.raises(UsageError) as refused:
         deciding.choose(str(file), {}, dry=False)
     assert str(refused.value) == f"policy {file} cannot be begun: {why}"

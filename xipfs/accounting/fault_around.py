@@ -35,8 +35,7 @@ def map_around(books: Accountant, event: ev.Around) -> dict[int, int]:
 
 
 def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> dict[int, int]:
-    pages, now_ns = range(event.first, event.last + 1), event.time_ns
-    fresh = {page for page in pages if books.kernel.cached.is_fresh(event.ino, page, now_ns)}
+    fresh = _fresh_pages(books, event)
     mapped = books.kernel.around(event, vma)
     shared = bool(vma.flags & VM_MAYSHARE)
     unsure = sum(state >= UNKNOWN for state in mapped.values())
@@ -60,3 +59,11 @@ def _around_in(books: Accountant, vma: Vma, event: ev.Around) -> dict[int, int]:
     if any(not tables.get(vma.address_of(page)) for page, pfn in frames if pfn is None):
         books.unfollowed[BLIND_WINDOWS] += 1
     return mapped
+
+
+def _fresh_pages(books: Accountant, event: ev.Around) -> set[int]:
+    """Return the pages tried that may be locked for their READ, if any mark can depend on it."""
+    if not books.hints.marked_pages(event.mm) and not books.causes.marked_pages(event.mm):
+        return set()
+    cached, pages = books.kernel.cached, range(event.first, event.last + 1)
+    return {page for page in pages if cached.is_fresh(event.ino, page, event.time_ns)}

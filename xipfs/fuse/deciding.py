@@ -42,7 +42,7 @@ class Deciding(Steering):
 
     def __init__(self, fs: Filesystem, options: MountOptions, profile: Profile | None) -> None:
         _check_needs_no_future(options.policy)
-        self.patience = self._patience = Patience()
+        self.patience: Patience = Patience()
         #: The policy whose code is called, also that of one that is being chosen.
         self.called = options.policy
         super().__init__(

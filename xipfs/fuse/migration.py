@@ -43,7 +43,7 @@ from xipfs.migrate.history import ChunkEvent, History
 from xipfs.migrate.policy import Move
 from xipfs.migrate.refusals import PASSES_MAX, REASONS
 
-GROUP_PAGES: Final = 16 * CHUNK_PAGES
+GROUP_PAGES: Final = IDLE_PAGES
 #: Nobody asks for anything if nobody has for so long.
 _IDLE_S: Final = 0.02
 #: What a move of a file meets that is not there: its inode may be something else by now.

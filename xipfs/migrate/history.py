@@ -100,7 +100,6 @@ class ChunkEvent:
     would_move: int = 0
     moved: int = 0
     failed: dict[str, int] = field(default_factory=dict)
-    moved_bytes: int = 0
     passes: int = 0
     ram_pages_used: int = 0
     durations_ns: dict[str, int] = field(default_factory=dict)
@@ -110,7 +109,6 @@ class ChunkEvent:
     def add(self, pages: Sequence[int]) -> None:
         """Add pages, which ascend, that have moved."""
         self.moved += len(pages)
-        self.moved_bytes = self.moved * PAGE_SIZE
         if len(pages) == pages[-1] + 1 - pages[0]:
             self.moved_runs.append((pages[0], len(pages)))
         else:
@@ -140,7 +138,12 @@ class ChunkEvent:
             }
             for origin, counts in self.by.items()
         ]
-        return vars(self) | {"pingpong": pingpong, "by": by}
+        return {
+            **vars(self),
+            "moved_bytes": self.moved * PAGE_SIZE,
+            "pingpong": pingpong,
+            "by": by,
+        }
 
 
 _Cause = tuple[str | None, str, str]

@@ -15,7 +15,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from xipfs.accounting.charges import Charge
 from xipfs.errors import FsError, ImageError, UsageError
@@ -30,6 +30,9 @@ from xipfs.migrate.registry import make_policy, said_by
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Steering:
     """The policy of one filesystem.
@@ -38,7 +41,7 @@ class Steering:
     """
 
     #: Around each call of the policy's code.
-    _patience: AbstractContextManager[None] = nullcontext()
+    patience: AbstractContextManager[None] = nullcontext()
     #: Whatever a policy's code raises is its failure, but for this: Ctrl-C ends a replay.
     _interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
 
@@ -90,7 +93,7 @@ class Steering:
         """Go on with another policy, which starts knowing nothing. Raise UsageError."""
         ram_pages = self._fs.memory.ram_pages
         try:
-            with self._patience:
+            with self.patience:
                 decider = make_policy(name, values.items(), ram_pages)
         except UsageError:
             raise
@@ -172,29 +175,12 @@ class Steering:
         """Return pages that the policy wants evicted first; empty: it has no opinion, or no say."""
         if self._dry is not None:
             return []
-        try:
-            with self._patience:
-                return self._decider.victims(count, self._fs.nr_resident_pages)
-        except self._interrupts:
-            raise
-        except BaseException as error:
-            self._fail(error)
-            return []
+        return self._called(self._decider.victims, count, self._fs.nr_resident_pages) or []
 
     def _hear(self, signal: Signal) -> None:
         self._heard += 1
-        used, moves = self._fs.nr_resident_pages, []
-        try:
-            with self._patience:
-                if self._dry is not None:
-                    self._dry.hear(signal, used)
-                else:
-                    moves = self._decider.hear(signal, used)
-        except self._interrupts:
-            raise
-        except BaseException as error:
-            self._fail(error)
-            return
+        hear = self._decider.hear if self._dry is None else self._dry.hear
+        moves = self._called(hear, signal, self._fs.nr_resident_pages)
         if moves and self.on_plan is not None:
             self.on_plan(moves)
 
@@ -205,16 +191,20 @@ class Steering:
 
     def _imagine(self, moves_of: Callable[[int], list[Move]]) -> None:
         """Have the moves of a dry policy imagined, and told of."""
+        made = self._called(moves_of, self._fs.nr_resident_pages)
+        if made and self.on_would is not None:
+            self.on_would(made)
+
+    def _called(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return what a call of the policy's code returns; None, and it is off, if it fails."""
         try:
-            with self._patience:
-                made = moves_of(self._fs.nr_resident_pages)
+            with self.patience:
+                return function(*args, **kwargs)
         except self._interrupts:
             raise
         except BaseException as error:
             self._fail(error)
-            return
-        if made and self.on_would is not None:
-            self.on_would(made)
+            return None
 
     def _where(self, page: Page) -> PageState | None:
         """Return where a page is, None if no such page can be; this is no touch."""
@@ -225,7 +215,7 @@ class Steering:
 
     def _said(self, error: BaseException) -> str:
         try:
-            with self._patience:
+            with self.patience:
                 return said_by(error)
         except self._interrupts:
             raise

@@ -41,7 +41,7 @@ from xipfs.stats.heat import Heat
 from xipfs.stats.series import Series
 from xipfs.stats.trace_items import event_of, values_of
 from xipfs.trace import events as ev
-from xipfs.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from xipfs.units import PAGE_MASK, PAGE_SHIFT
 
 _ZEROS: Final = bytes(1 << 20)
 
@@ -326,7 +326,7 @@ class Replay:
             for code, which in result.refused.items():
                 failed.setdefault(REASONS[code], []).extend(which)
         self.moves += [(ino, index, to.value) for index in moved]
-        event.moved, event.moved_bytes = len(moved), len(moved) * PAGE_SIZE
+        event.moved = len(moved)
         event.failed = {reason: len(which) for reason, which in failed.items()}
         self.history.record(event)
         self.history.moved(ino, moved, to, self.now_ns, moves)

@@ -63,6 +63,13 @@ class Steps:
         self.on_drain()
         return 0
 
+    def pin(self, index: int) -> int:
+        """Take a reference to a page, as a device does; return its frame."""
+        pfn = self.fs.page(self.ino, index).pfn
+        assert pfn is not None
+        self.fs.memory.get_page(pfn)
+        return pfn
+
     def ask(self) -> None:
         """Be somebody who reads another file."""
         self.migrator.page_io(self.ino + 1, 0, 0)
@@ -186,9 +193,7 @@ def test_the_events_add_up_to_the_tables_by_cause_and_by_process(tmp_path: Path)
     """Reasons and processes differ within one chunk, some moves are nobody's, and one fails."""
     steps = Steps(tmp_path, 8)
     steps.migrate(range(8), P)
-    pfn = steps.fs.page(steps.ino, 4).pfn
-    assert pfn is not None
-    steps.fs.memory.get_page(pfn)
+    steps.pin(4)
     planned = [("cold", 0)] * 3 + [("old", 70)] * 2 + [("cold", 71)] + [("cold", 0)] * 2
     plan = [Move(steps.ino, page, X, why, "mine", pid) for page, (why, pid) in enumerate(planned)]
     assert trio.run(steps.migrator.move_all, plan) == Tally(7, 0, {"pinned": 1})
@@ -223,9 +228,7 @@ def test_the_events_add_up_to_the_tables_by_cause_and_by_process(tmp_path: Path)
 def test_a_pinned_page_is_tried_ten_times_and_counted_once(tmp_path: Path) -> None:
     steps = Steps(tmp_path, 4)
     steps.migrate(range(4), P)
-    pfn = steps.fs.page(steps.ino, 2).pfn
-    assert pfn is not None
-    steps.fs.memory.get_page(pfn)
+    pfn = steps.pin(2)
     steps.heard.clear()
     assert steps.migrate(range(4), X) == [Tally(3, 0, {"pinned": 1})]
     assert steps.heard == [
@@ -273,9 +276,7 @@ def test_pages_under_direct_io_stay_until_it_is_over(tmp_path: Path) -> None:
 def test_a_pin_that_goes_away_meanwhile_is_no_failure(tmp_path: Path) -> None:
     steps = Steps(tmp_path, 4)
     steps.migrate(range(4), P)
-    pfn = steps.fs.page(steps.ino, 1).pfn
-    assert pfn is not None
-    steps.fs.memory.get_page(pfn)
+    pfn = steps.pin(1)
     tries = []
 
     def unmap(_ino: int, _first: int, _count: int) -> None:
@@ -319,9 +320,7 @@ def test_what_an_earlier_pass_has_moved_is_told_though_there_is_no_later_one(
     """The file goes between two passes, or whoever asked for the move does."""
     steps = Steps(tmp_path, 4)
     steps.migrate(range(4), P)
-    pfn = steps.fs.page(steps.ino, 1).pfn
-    assert pfn is not None
-    steps.fs.memory.get_page(pfn)
+    pfn = steps.pin(1)
     scope = trio.CancelScope()
 
     async def between_passes() -> None:
